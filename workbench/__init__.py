@@ -1,0 +1,65 @@
+"""The attention workbench: see and explain what attention does inside neural networks.
+
+This module is a facade of lazy names: nothing heavy is imported until a name is used, so
+``import workbench`` stays cheap. ``dir(workbench)`` lists every public name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES: dict[str, str] = {
+    # models and runs
+    "load": "workbench.models.load:load",
+    "bundled": "workbench.models.load:bundled",
+    "Model": "workbench.models.protocol:Model",
+    "Shape": "workbench.models.protocol:Shape",
+    "Tokens": "workbench.models.protocol:Tokens",
+    "Manifest": "workbench.models.protocol:Manifest",
+    "NativeModel": "workbench.models.native:NativeModel",
+    "Site": "workbench.sites:Site",
+    "Run": "workbench.run:Run",
+    "Provenance": "workbench.run:Provenance",
+    "Capture": "workbench.capture:Capture",
+    "capture": "workbench.capture:capture",
+    # maps and mods
+    "AttentionMap": "workbench.maps:AttentionMap",
+    "Mask": "workbench.kernels.mask:Mask",
+    "Mod": "workbench.mods:Mod",
+    # tasks and circuits
+    "Task": "workbench.tasks:Task",
+    "Pairs": "workbench.tasks:Pairs",
+    "task": "workbench.datasets.catalogue:task",
+    "tasks": "workbench.datasets.catalogue:tasks",
+    "Circuit": "workbench.circuits:Circuit",
+    "circuit_graph": "workbench.circuits:circuit_graph",
+    # analyses
+    "sinks": "workbench.probes.sinks:sinks",
+    "retrieval_heads": "workbench.probes.retrieval:retrieval_heads",
+    "head_scores": "workbench.probes.heads:head_scores",
+    "find_circuit": "workbench.probes.circuits.find:find_circuit",
+    "methods": "workbench.probes.circuits.find:methods",
+    "faithfulness": "workbench.probes.circuits.faithfulness:faithfulness",
+    "auroc": "workbench.probes.circuits.judge:auroc",
+    # errors
+    "WorkbenchError": "workbench.errors:WorkbenchError",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mods":
+        return importlib.import_module("workbench.mods")
+    try:
+        module, attribute = _NAMES[name].split(":")
+    except KeyError:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has: {', '.join(sorted(_NAMES))}") from None
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_NAMES, "__version__", "mods"])

@@ -1,0 +1,3 @@
+from workbench.apps.cli import main
+
+main()

@@ -1,0 +1,106 @@
+"""What a task is: prompts in clean and corrupted pairs, answers, and where the words stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from workbench.errors import WorkbenchError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Clean and corrupted prompts of one length.
+
+    ``clean`` and ``corrupt`` are ids ``[B, T]``. ``answer`` and ``wrong`` are id sets ``[B, A]`` and ``[B, W]``, padded with
+    -1: the tokens that are right and wrong after ``position`` (``[B]``, usually T - 1). ``spans`` names word positions:
+    name -> ``[B, 2]`` half-open ranges, -1 where absent. ``labels`` holds anything else worth grouping by, one entry
+    per example. ``dropped`` counts examples that were generated and refused (unequal lengths).
+    """
+
+    clean: Tensor
+    corrupt: Tensor
+    answer: Tensor
+    wrong: Tensor
+    position: Tensor
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        if self.clean.shape != self.corrupt.shape:
+            raise WorkbenchError(
+                f"clean and corrupted prompts must have one length; got {list(self.clean.shape)} and {list(self.corrupt.shape)}"
+            )
+        n = len(self.clean)
+        for name in ("answer", "wrong"):
+            value = getattr(self, name)
+            if value.ndim != 2 or len(value) != n:
+                raise WorkbenchError(f"pairs.{name} is [B, tokens] with B={n}; got {list(value.shape)}")
+        if self.position.shape != (n,):
+            raise WorkbenchError(f"pairs.position is [B] with B={n}; got {list(self.position.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: slice) -> Pairs:
+        """A slice of the examples."""
+        return Pairs(
+            self.clean[index], self.corrupt[index], self.answer[index], self.wrong[index], self.position[index],
+            {name: span[index] for name, span in self.spans.items()},
+            {name: tuple(values[index]) for name, values in self.labels.items()},
+            tuple(self.texts[index]), self.dropped,
+        )
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A frozen config that builds pairs. ``tests/conformance/test_tasks.py`` is its suite."""
+
+    @property
+    def name(self) -> str: ...
+
+    def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
+        """``n`` examples; the same seed gives the same examples. ``split`` of the config keeps train and test disjoint."""
+        ...
+
+    def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Per example ``[B]``, from logits ``[B, T, V]``; larger means more of the clean behaviour."""
+        ...
+
+
+def at_answer(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Logits ``[B, V]`` at the answer position."""
+    return logits[torch.arange(len(pairs), device=logits.device), pairs.position.to(logits.device)]
+
+
+def logit_difference(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Mean logit of the answers minus mean logit of the wrong tokens, ``[B]``."""
+    last = at_answer(logits, pairs)
+    return _mean_over(last, pairs.answer) - _mean_over(last, pairs.wrong)
+
+
+def probability_difference(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Summed probability of the answers minus that of the wrong tokens, ``[B]``."""
+    p = at_answer(logits, pairs).softmax(-1)
+    return _sum_over(p, pairs.answer) - _sum_over(p, pairs.wrong)
+
+
+def accuracy(logits: Tensor, pairs: Pairs) -> Tensor:
+    """1 where the largest logit is one of the answers, ``[B]``."""
+    best = at_answer(logits, pairs).argmax(-1, keepdim=True)
+    return (best == pairs.answer.to(best.device)).any(-1).float()
+
+
+def _sum_over(values: Tensor, ids: Tensor) -> Tensor:
+    ids = ids.to(values.device)
+    return torch.where(ids >= 0, values.gather(1, ids.clamp(min=0)), 0).sum(-1)
+
+
+def _mean_over(values: Tensor, ids: Tensor) -> Tensor:
+    return _sum_over(values, ids) / (ids.to(values.device) >= 0).sum(-1).clamp(min=1)
