@@ -45,6 +45,36 @@ class Mask:
             if part is not None and part.ndim != 2:
                 raise ValueError(f"mask part {name!r} is [B, K]; got {list(part.shape)}")
 
+    def check(self, shape: tuple[int, int, int, int]) -> None:
+        """Raise ``ValueError`` naming the part that does not fit a map of shape ``(B, H, Q, K)``."""
+        b, h, q, k = shape
+        for name in ("documents", "keys"):
+            part = getattr(self, name)
+            if part is not None and (part.shape[0] not in (1, b) or part.shape[1] != k):
+                raise ValueError(f"mask.{name} is [B, K] = [{b}, {k}]; got {list(part.shape)}")
+        if self.documents is not None and self.offset + q > k:
+            raise ValueError(f"mask.documents numbers {k} keys, but queries stand at up to {self.offset + q - 1}")
+        if self.dense is not None:
+            got = tuple(self.dense.shape)
+            if got[0] not in (1, b) or got[1] not in (1, h) or got[2:] != (q, k):
+                raise ValueError(f"mask.dense broadcasts to [B, H, Q, K] = {[b, h, q, k]}; got {list(got)}")
+
+    def covers(self, queries: int, keys: int) -> bool:
+        """Whether every query is sure to see a key, judged without building the mask. False when in doubt."""
+        if self.dense is not None or keys == 0:
+            return False
+        if self.prefix and self.documents is None:
+            return self.keys is None or bool(self.keys[:, : self.prefix].any(1).all())
+        last = self.offset + queries - 1
+        reaches_self = last < keys if self.window is None or self.causal else last < keys
+        if self.keys is None:
+            if self.documents is not None:
+                return reaches_self
+            return self.window is None or last - self.window < keys - 1
+        if self.documents is not None or self.window is not None:
+            return bool(self.keys.all()) and reaches_self
+        return bool((self.keys[:, : self.offset + 1] if self.causal else self.keys).any(1).all())
+
     def span(self, lo: int, hi: int, keys: int) -> tuple[int, int]:
         """Smallest key range ``[first, last)`` outside of which no query row in ``[lo, hi)`` sees anything."""
         first, last = 0, keys
