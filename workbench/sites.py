@@ -52,7 +52,7 @@ class Site:
     the head axis and is refused where there is none. ``stack`` names the half of a two-stack model
     (``encoder``, ``decoder``, ``cross``, ``text``, ``vision``) and is empty otherwise.
 
-    Shapes: ``q k v z rot_* gate`` are ``[B, T, H or G, E]``; ``q_input k_input v_input result`` are ``[B, T, H, D]``;
+    Shapes: ``q k v z rot_*`` are ``[B, T, H or G, E]``; ``gate`` is ``[B, T, H]``; ``q_input k_input v_input result`` are ``[B, T, H, D]``;
     ``pattern attn_scores`` are ``[B, H, Q, K]``; ``lse entropy received`` are ``[B, H, T]``; the rest ``[B, T, D]``.
     """
 

@@ -1,0 +1,280 @@
+"""A small transformer built on TransformerLens hook points, which takes any sequence mixer.
+
+Every intermediate tensor has TransformerLens's name and passes a ``HookPoint``. Hook points that cost something
+(``hook_q_input``, ``hook_k_input``, ``hook_v_input``, ``hook_result``) are computed only while a hook is attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from workbench.errors import UnknownName, WorkbenchError
+from workbench.kernels.mask import Mask
+from workbench.maps import AttentionMap
+from workbench.models.native_mixers import MIXERS
+
+OnMap = Callable[[int, AttentionMap], None]
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """Sizes and choices of a ``NativeNet``; axis letters as everywhere (H heads, G kv heads, D width, E head width)."""
+
+    layers: int
+    heads: int
+    width: int
+    head_width: int
+    vocab: int
+    kv_heads: int | None = None
+    mlp_width: int = 0
+    mixer: str = "softmax"
+    positions: str = "rotary"
+    norm: str = "rms"
+    activation: str = "gelu"
+    context: int = 32768
+    causal: bool = True
+    scale: float | None = None
+    theta: float = 10000.0
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("mixer", tuple(MIXERS)),
+            ("positions", ("rotary", "learned", "none")),
+            ("norm", ("rms", "none")),
+            ("activation", ("gelu", "relu")),
+        ):
+            if getattr(self, name) not in known:
+                raise UnknownName(name, getattr(self, name), known)
+        if self.heads % (self.kv_heads or self.heads):
+            raise WorkbenchError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise WorkbenchError(f"rotary positions need an even head width; got {self.head_width}")
+
+    def dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class NativeCache:
+    """Rotated keys and values per layer, ``[B, G, K, E]``, and which of them are real, ``[B, K]``."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    mask: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.mask.shape[1]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(width))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+        return self.hook_normalized(x / scale * self.w)
+
+
+class NoNorm(nn.Module):
+    """Identity in the place of a norm, so that names stay."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hook_normalized(x)
+
+
+def _norm(config: NativeConfig) -> nn.Module:
+    return RMSNorm(config.width) if config.norm == "rms" else NoNorm(config.width)
+
+
+class Attention(nn.Module):
+    """Projections and rotary positions around a mixer. ``W_Q [H, D, E]``, ``W_K W_V [G, D, E]``, ``W_O [H, E, D]``."""
+
+    def __init__(self, config: NativeConfig, layer: int) -> None:
+        super().__init__()
+        h, g, d, e = config.heads, config.kv_heads or config.heads, config.width, config.head_width
+        self.config, self.layer = config, layer
+        self.W_Q = nn.Parameter(torch.randn(h, d, e) * d**-0.5)
+        self.W_K = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
+        self.W_V = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
+        self.W_O = nn.Parameter(torch.randn(h, e, d) * (h * e * 2 * config.layers) ** -0.5)
+        self.mixer = MIXERS[config.mixer](config)
+        for name in ("q", "k", "v", "rot_q", "rot_k", "z", "result"):
+            setattr(self, f"hook_{name}", HookPoint())
+
+    def forward(
+        self,
+        xq: Tensor,
+        xk: Tensor,
+        xv: Tensor,
+        mask: Mask,
+        rotary: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor] | None,
+        on_map: OnMap | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """``x*``: ``[B, T, D]``, or ``[B, T, H or G, D]`` where each head has an input of its own."""
+        q = self.hook_q(_project(xq, self.W_Q))
+        k = self.hook_k(_project(xk, self.W_K))
+        v = self.hook_v(_project(xv, self.W_V))
+        if rotary is not None:
+            q, k = self.hook_rot_q(_rotate(q, *rotary)), self.hook_rot_k(_rotate(k, *rotary))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        z, amap = self.mixer(xq, q, k, v, mask)
+        z = self.hook_z(z.transpose(1, 2))
+        if on_map is not None:
+            on_map(self.layer, amap)
+        if self.hook_result.fwd_hooks:
+            out = self.hook_result(torch.einsum("bthe,hed->bthd", z, self.W_O)).sum(2)
+        else:
+            out = z.flatten(2) @ self.W_O.flatten(0, 1)
+        return out, (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: NativeConfig) -> None:
+        super().__init__()
+        d, m = config.width, config.mlp_width
+        self.W_in = nn.Parameter(torch.randn(d, m) * d**-0.5)
+        self.b_in = nn.Parameter(torch.zeros(m))
+        self.W_out = nn.Parameter(torch.randn(m, d) * (m * 2 * config.layers) ** -0.5)
+        self.b_out = nn.Parameter(torch.zeros(d))
+        self.act = nn.GELU() if config.activation == "gelu" else nn.ReLU()
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hook_post(self.act(self.hook_pre(x @ self.W_in + self.b_in))) @ self.W_out + self.b_out
+
+
+class Block(nn.Module):
+    def __init__(self, config: NativeConfig, layer: int) -> None:
+        super().__init__()
+        self.ln1, self.attn = _norm(config), Attention(config, layer)
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        for name in ("resid_pre", "q_input", "k_input", "v_input", "attn_out", "resid_post"):
+            setattr(self, f"hook_{name}", HookPoint())
+        self.mlp: MLP | None = None
+        if config.mlp_width:
+            self.ln2, self.mlp = _norm(config), MLP(config)
+            self.hook_resid_mid, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        rotary: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor] | None,
+        on_map: OnMap | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x = self.hook_resid_pre(x)
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if any(point.fwd_hooks for point in points):
+            counts = (self.heads, self.kv_heads, self.kv_heads)
+            split = (point(x[:, :, None].expand(-1, -1, n, -1)) for point, n in zip(points, counts, strict=True))
+            inputs = [self.ln1(part) for part in split]
+        else:
+            inputs = [self.ln1(x)] * 3
+        out, kv = self.attn(*inputs, mask, rotary, past, on_map)
+        x = x + self.hook_attn_out(out)
+        if self.mlp is not None:
+            x = self.hook_resid_mid(x)
+            x = x + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(x))))
+        return self.hook_resid_post(x), kv
+
+
+class NativeNet(nn.Module):
+    """The network. ``net(ids)`` gives logits ``[B, T, V]``; parameters have TransformerLens's names.
+
+    ``W_E [V, D]``, ``W_pos [context, D]`` (learned positions), ``blocks.{l}.attn.W_*``, ``blocks.{l}.mlp.W_*``,
+    ``ln_final.w``, ``W_U [D, V]`` (``W_E`` transposed if ``tied``).
+    """
+
+    def __init__(self, config: NativeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.W_E = nn.Parameter(torch.randn(config.vocab, config.width) * config.width**-0.5)
+        self.W_pos = (
+            nn.Parameter(torch.randn(config.context, config.width) * 0.02) if config.positions == "learned" else None
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.ln_final = _norm(config)
+        self.W_U = None if config.tied else nn.Parameter(torch.randn(config.width, config.vocab) * config.width**-0.5)
+        self.hook_embed = HookPoint()
+        if self.W_pos is not None:
+            self.hook_pos_embed = HookPoint()
+        self.hook_dict: dict[str, HookPoint] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, HookPoint):
+                module.name = name
+                self.hook_dict[name] = module
+
+    @property
+    def unembed(self) -> Tensor:
+        """``W_U [D, V]``."""
+        return self.W_E.T if self.W_U is None else self.W_U
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cache: NativeCache | None = None,
+        on_map: OnMap | None = None,
+        hidden: bool = False,
+    ) -> Any:
+        """Logits ``[B, T, V]``; with ``hidden=True`` the pair (normalised last hidden state ``[B, T, D]``, new cache)."""
+        past = cache.length if cache is not None else 0
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        seen = real if cache is None else torch.cat([cache.mask, real], 1)
+        padded = not bool(seen.all())
+        spec = Mask(causal=self.config.causal, keys=seen if padded else None, offset=past)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, past:] if padded else torch.arange(past, past + ids.shape[1])[None]
+        positions = positions.to(ids.device)
+        x = self.hook_embed(self.W_E[ids])
+        if self.W_pos is not None:
+            x = x + self.hook_pos_embed(self.W_pos[positions].expand_as(x))
+        rotary = _angles(positions, self.config, x.dtype) if self.config.positions == "rotary" else None
+        new = []
+        for layer, block in enumerate(self.blocks):
+            x, kv = block(x, spec, rotary, cache.layers[layer] if cache is not None else None, on_map)
+            new.append(kv)
+        x = self.ln_final(x)
+        if hidden:
+            return x, NativeCache(tuple(new), seen)
+        return x @ self.unembed
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """``[B, T, D]`` or ``[B, T, N, D]`` with ``W [N, D, E]`` to ``[B, T, N, E]``."""
+    if x.ndim == 4:
+        return torch.einsum("btnd,nde->btne", x, weight)
+    n, d, e = weight.shape
+    return (x @ weight.transpose(0, 1).reshape(d, n * e)).unflatten(-1, (n, e))
+
+
+def _angles(positions: Tensor, config: NativeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[B, T, 1, E/2]`` of the rotary angles (arXiv 2104.09864, eq. 15)."""
+    half = config.head_width // 2
+    rates = config.theta ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
+    angles = positions[..., None].double() * rates
+    return angles.cos()[:, :, None].to(dtype), angles.sin()[:, :, None].to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+E/2}) of every head."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

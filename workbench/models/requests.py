@@ -1,0 +1,144 @@
+"""What every wrapper does with a request before and around the forward pass: prompts, reads, edits, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.models.protocol import Edit, Shape, Tokens
+from workbench.sites import Site
+
+if TYPE_CHECKING:
+    from workbench.capture import Capture
+    from workbench.maps import AttentionMap
+
+MAP_KINDS = ("pattern", "lse", "received", "entropy", "block_mass", "block_max")
+"""Site kinds that are read off the captured attention map rather than off the forward pass."""
+LOGITS_LIMIT = 2**33
+
+
+def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens:
+    """Ids, padding mask and labels of one or several texts, padded on the tokenizer's own side."""
+    if tokenizer is None:
+        raise WorkbenchError("this model has no tokenizer: pass token ids (a tensor [B, T]) instead of text")
+    batch = [texts] if isinstance(texts, str) else list(texts)
+    if not batch:
+        raise WorkbenchError("no prompt given: pass a text or a list of texts")
+    for i, text in enumerate(batch):
+        if not isinstance(text, str):
+            raise WorkbenchError(f"prompt {i} is a {type(text).__name__}, not a text")
+        if not text.strip():
+            raise WorkbenchError(f"prompt {i} is empty" if len(batch) > 1 else "the prompt is empty")
+    if len(batch) > 1 and tokenizer.pad_token_id is None:
+        rows = [tokenizer(text)["input_ids"] for text in batch]
+        if len({len(row) for row in rows}) > 1:
+            raise WorkbenchError(
+                "the tokenizer has no padding token, so texts of different lengths cannot share a batch; "
+                "set tokenizer.pad_token or run them one at a time"
+            )
+        ids, mask = torch.tensor(rows), torch.ones(len(rows), len(rows[0]), dtype=torch.bool)
+    else:
+        encoded = tokenizer(batch, return_tensors="pt", padding=len(batch) > 1)
+        ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
+    check_length(ids.shape[1], shape)
+    labels = tuple(tuple(map(str, tokenizer.convert_ids_to_tokens(row))) for row in ids.tolist())
+    return Tokens(ids, mask, labels)
+
+
+def check_length(length: int, shape: Shape) -> None:
+    """Refuse inputs that are empty or longer than the model's context."""
+    if length == 0:
+        raise WorkbenchError("the input has no tokens")
+    if shape.context is not None and length > shape.context:
+        raise WorkbenchError(
+            f"the input has {length} tokens, {length - shape.context} more than the model's context of {shape.context}; "
+            "shorten it"
+        )
+
+
+def check_ids(ids: Tensor, shape: Shape) -> None:
+    if shape.vocab is not None and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= shape.vocab):
+        raise WorkbenchError(
+            f"token ids lie in [0, {shape.vocab}) for this model; got {int(ids.min())} to {int(ids.max())}: "
+            "were they made with this model's tokenizer?"
+        )
+
+
+def check_logits(logits: str | None, batch: int, length: int, shape: Shape, bytes_each: int = 4) -> None:
+    """Refuse an unknown ``logits`` request, and one that would not fit, with the number."""
+    if logits not in ("all", "last", None):
+        raise UnknownName("logits request", logits, ("all", "last", None))
+    if logits == "all" and shape.vocab and batch * length * shape.vocab * bytes_each > LOGITS_LIMIT:
+        gigabytes = batch * length * shape.vocab * bytes_each / 1e9
+        raise Refused(
+            f"all logits of {batch} x {length} tokens over a vocabulary of {shape.vocab} are {gigabytes:.1f} GB; "
+            'ask for logits="last" or logits=None'
+        )
+
+
+def check_layers(request: Capture | None, known: Sequence[int | str]) -> tuple[int | str, ...]:
+    """The layers a capture asks for; unknown ones raise with the valid ones."""
+    if request is None:
+        return ()
+    if request.layers is None:
+        return tuple(known)
+    for layer in request.layers:
+        if layer not in known:
+            raise UnknownName("attention layer", layer, known)
+    return request.layers
+
+
+def parse_sites(keys: Iterable[Site | str], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]) -> list[Site]:
+    """Sites of a request; one that the model does not serve raises with those it does."""
+    sites = []
+    for key in [keys] if isinstance(keys, str | Site) else keys:
+        site = Site.parse(key)
+        if not served(site):
+            raise UnknownName("site of this model", site, names())
+        sites.append(site)
+    return sites
+
+
+def apply_edits(value: Tensor, site: Site, edits: Mapping[Site, Edit | Tensor]) -> Tensor:
+    """``value`` of the whole ``site`` after the edits of the site and of its single heads."""
+    for key, edit in edits.items():
+        if key.whole != site.whole:
+            continue
+        part = value if key.head is None else value.select(site.head_axis, key.head)
+        new = edit(part) if callable(edit) else edit
+        if not isinstance(new, Tensor):
+            raise WorkbenchError(f"the edit of {key} returned {type(new).__name__}; it must return the new tensor")
+        try:
+            new = new.to(part).expand_as(part) if new.ndim <= part.ndim else new
+        except RuntimeError:
+            pass
+        if new.shape != part.shape:
+            raise WorkbenchError(f"the edit of {key} gave {list(new.shape)}; the site has {list(part.shape)}")
+        if key.head is None:
+            value = new
+        else:
+            value = value.clone()
+            value.select(site.head_axis, key.head).copy_(new)
+    return value
+
+
+def site_from_map(amap: AttentionMap, site: Site, request: Capture | None) -> Tensor:
+    """The tensor of a site that is a property of the attention map (``MAP_KINDS``)."""
+    if site.kind == "pattern":
+        value = amap.dense()
+    elif site.kind == "lse":
+        raw: Any = getattr(amap, "raw", amap)
+        if not hasattr(raw, "lse"):
+            raise WorkbenchError(f"{site}: this attention has no log-sum-exp ({amap!r})")
+        value = raw.lse
+    elif site.kind in ("received", "entropy"):
+        value = getattr(amap, site.kind)()
+    else:
+        if request is None or request.blocks is None:
+            raise WorkbenchError(f"{site} needs a block size: pass maps=capture(blocks=64)")
+        value = amap.blocks(request.blocks, "sum" if site.kind == "block_mass" else "max")
+    return value if site.head is None else value.select(site.head_axis, site.head)
