@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.capture import Capture
+from workbench.captures import Capture
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.native_net import NativeCache, NativeConfig, NativeNet

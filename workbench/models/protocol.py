@@ -14,7 +14,7 @@ from workbench.errors import WorkbenchError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.capture import Capture
+    from workbench.captures import Capture
     from workbench.run import Run
     from workbench.sites import Site
 

@@ -13,7 +13,7 @@ from workbench.models.protocol import Edit, Shape, Tokens
 from workbench.sites import Site
 
 if TYPE_CHECKING:
-    from workbench.capture import Capture
+    from workbench.captures import Capture
     from workbench.maps import AttentionMap
 
 MAP_KINDS = ("pattern", "lse", "received", "entropy", "block_mass", "block_max")
