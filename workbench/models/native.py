@@ -163,7 +163,9 @@ class NativeModel:
         wanted = check_layers(maps, range(self.shape.layers))
         unfit = [s for s in edits if s.kind in MAP_KINDS and s.kind != "pattern"]
         if unfit:
-            raise WorkbenchError(f"{unfit[0]} is a statistic of the attention map and cannot be edited; edit pattern or z")
+            raise WorkbenchError(
+                f"{unfit[0]} is a statistic of the attention map and cannot be edited; edit pattern or z"
+            )
 
         acts: dict[Site, Tensor] = {}
         captured: dict[int | str, AttentionMap] = {}
@@ -231,7 +233,9 @@ class NativeModel:
     def _point(site: Site) -> str:
         """Module name of a site's hook point; the mixer owns its own."""
         kind = site.kind
-        return f"blocks.{site.layer}.attn.mixer.hook_{kind}" if kind in ("pattern", "attn_scores", "gate") else site.hook
+        return (
+            f"blocks.{site.layer}.attn.mixer.hook_{kind}" if kind in ("pattern", "attn_scores", "gate") else site.hook
+        )
 
     def _serves(self, site: Site) -> bool:
         if site.stack or (site.layer is not None and site.layer >= self.shape.layers):

@@ -242,7 +242,9 @@ class NativeNet(nn.Module):
         seen = real if cache is None else torch.cat([cache.mask, real], 1)
         padded = not bool(seen.all())
         spec = Mask(causal=self.config.causal, keys=seen if padded else None, offset=past)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, past:] if padded else torch.arange(past, past + ids.shape[1])[None]
+        positions = (
+            (seen.cumsum(1) - 1).clamp(min=0)[:, past:] if padded else torch.arange(past, past + ids.shape[1])[None]
+        )
         positions = positions.to(ids.device)
         x = self.hook_embed(self.W_E[ids])
         if self.W_pos is not None:

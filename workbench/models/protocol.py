@@ -54,14 +54,18 @@ class Tokens:
         if self.ids.ndim != 2 or self.ids.dtype not in (torch.int64, torch.int32):
             raise WorkbenchError(f"token ids are integers of shape [B, T]; got {self.ids.dtype} {list(self.ids.shape)}")
         if self.mask.shape != self.ids.shape or self.mask.dtype != torch.bool:
-            raise WorkbenchError(f"token mask is bool {list(self.ids.shape)}; got {self.mask.dtype} {list(self.mask.shape)}")
+            raise WorkbenchError(
+                f"token mask is bool {list(self.ids.shape)}; got {self.mask.dtype} {list(self.mask.shape)}"
+            )
 
     @classmethod
     def of(cls, ids: Tensor, tokenizer: Any = None) -> Tokens:
         """Tokens without padding; labels from ``tokenizer.convert_ids_to_tokens`` where there is one."""
         ids = torch.as_tensor(ids)
         ids = ids[None] if ids.ndim == 1 else ids
-        labels = tuple(tuple(map(str, tokenizer.convert_ids_to_tokens(row))) for row in ids.tolist()) if tokenizer else ()
+        labels = (
+            tuple(tuple(map(str, tokenizer.convert_ids_to_tokens(row))) for row in ids.tolist()) if tokenizer else ()
+        )
         return cls(ids, torch.ones_like(ids, dtype=torch.bool), labels)
 
 

@@ -92,7 +92,9 @@ def check_layers(request: Capture | None, known: Sequence[int | str]) -> tuple[i
     return request.layers
 
 
-def parse_sites(keys: Iterable[Site | str], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]) -> list[Site]:
+def parse_sites(
+    keys: Iterable[Site | str], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]
+) -> list[Site]:
     """Sites of a request; one that the model does not serve raises with those it does."""
     sites = []
     for key in [keys] if isinstance(keys, str | Site) else keys:

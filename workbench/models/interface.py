@@ -1,0 +1,173 @@
+"""Capture through transformers' attention interface: an attention and a mask function under a key of our own.
+
+For the length of one run the model's configs carry a ``Key`` that stands for the implementation they had. Model code that
+branches on the implementation's name still takes its own branch (the key compares equal to that name), while lookups in
+the interface find ``attend`` and ``build_mask`` here. Both call exactly the function that the model would have called with
+exactly its arguments, so that outputs are bit-identical; what they add is a look at the arguments.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.models.layers import kernel_before
+from workbench.models.session import Session
+
+_SUFFIX = "+workbench"
+_SESSION: ContextVar[Session | None] = ContextVar("workbench_capture_session", default=None)
+_REGISTERED: set[str] = set()
+_REGISTER = threading.Lock()
+
+# What the attention functions of transformers are passed beside q, k, v and the mask, and what each means for the map.
+_IN_THE_MAP = ("scaling", "softcap", "s_aux", "position_bias", "is_causal", "sliding_window")
+_HARMLESS = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "position_embeddings",
+    "deterministic",
+    "target_dtype",
+    "implementation",
+    "is_training",
+)
+
+
+class Key(str):
+    """Name of our function standing for implementation ``base``: looked up as itself, compared as ``base``."""
+
+    base: str | None
+
+    def __new__(cls, base: str | None) -> Key:
+        key = super().__new__(cls, f"{base or 'eager'}{_SUFFIX}")
+        key.base = base
+        return key
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == (self.base or "eager")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+    def __deepcopy__(self, memo: Any) -> Key:
+        return self
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every config that modules of ``model`` look at, sub-configs and per-module copies included."""
+    found: dict[int, Any] = {}
+    queue = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
+    while queue:
+        config = queue.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            subs = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+            queue += [sub for sub in subs if hasattr(sub, "_attn_implementation_internal")]
+    return list(found.values())
+
+
+@contextmanager
+def capturing(model: nn.Module, session: Session, *, switch: bool) -> Iterator[None]:
+    """Make ``session`` the one that attention calls report to; with ``switch``, point the model's configs at us.
+
+    Everything is as before on exit, also after an exception.
+    """
+    before = [(config, config._attn_implementation_internal) for config in configs(model)] if switch else []
+    token = _SESSION.set(session)
+    try:
+        for config, implementation in before:
+            base = implementation.base if isinstance(implementation, Key) else implementation
+            key = Key(base)
+            _register(key)
+            config._attn_implementation_internal = key
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        _SESSION.reset(token)
+
+
+def _register(key: Key) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    with _REGISTER:
+        if str.__str__(key) not in _REGISTERED:
+            AttentionInterface.register(key, attend)
+            AttentionMaskInterface.register(key, build_mask)
+            _REGISTERED.add(str.__str__(key))
+
+
+def build_mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask that the model's own implementation builds, remembered together with the rule it was built from."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    config = kwargs.get("config")
+    key = getattr(config, "_attn_implementation_internal", None)
+    if not isinstance(key, Key):
+        raise WorkbenchError("a mask was asked for under the capture key outside of a capture; this is a bug")
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[key.base or "eager"](*args, **kwargs)
+    session = _SESSION.get()
+    if session is not None and mask is not None:
+        session.masks.remember(mask, kwargs)
+    return mask
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    """The attention function the model had, with the session looking on."""
+    session = _SESSION.get()
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+    base = (implementation.base if isinstance(implementation, Key) else implementation) or "eager"
+    kernel = kernel_before(module, base)
+    layer = None if session is None else session.layer_of(module)
+    if session is None or layer is None or not session.wants(layer):
+        return kernel(module, query, key, value, attention_mask, *args, **kwargs)
+    options = _allowed(session, layer, args, kwargs)
+    query, key, value = session.on_inputs(layer, query, key, value)
+    output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
+    if session.wants_map(layer):
+        bias = options.get("position_bias")
+        mask, extra = session.masks.resolve(layer, attention_mask, query, key, base, options)
+        if extra is not None:
+            bias = extra if bias is None else bias + extra
+        session.on_map(
+            layer, query, key, mask, scale=options.get("scaling"), softcap=options.get("softcap"),
+            sink=options.get("s_aux"), bias=bias,
+        )  # fmt: skip
+    output = session.on_pattern(layer, weights if base == "eager" else None, value, output, base)
+    return session.on_output(layer, output), weights
+
+
+def _allowed(session: Session, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The options that shape the map; an argument whose meaning we do not know is refused."""
+    family = session.family
+    if args:
+        raise Refused(f"layer {layer.key} of {family}: {layer.name} passes {len(args)} unnamed attention arguments")
+    if kwargs.get("dropout"):
+        raise Refused(f"layer {layer.key} of {family}: attention dropout {kwargs['dropout']} is on; call .eval()")
+    for name, given in kwargs.items():
+        if given is None or given is False or name in _IN_THE_MAP or name in _HARMLESS or name == "dropout":
+            continue
+        raise Refused(
+            f"layer {layer.key} of {family}: {layer.name} passes the attention argument {name!r}, whose effect on the "
+            "pattern is not modelled; leave the layer out with maps=capture(layers=[...])"
+        )
+    return {name: kwargs.get(name) for name in _IN_THE_MAP}

@@ -1,0 +1,168 @@
+"""Which attention layers a Hugging Face model has, and by which route each can be captured."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from workbench.models.protocol import LayerRecord
+
+RECORDED = ("FalconAttention", "BloomAttention", "MptAttention")
+"""Attention classes outside of transformers' attention interface that ``recorders`` knows."""
+_LOOKS_LIKE_MIXER = re.compile(
+    r"Attention|Attn|Mixer|DeltaNet|Mamba|SSM|Retention|TimeMix|RecurrentBlock|Hyena|ShortConv|FourierTransform"
+)
+_INTERFACE_CALL = re.compile(r"(?:get_interface\(\s*[^,]+,\s*|ALL_ATTENTION_FUNCTIONS\.get\(\s*[^,]+,\s*)(\w+)")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """One attention module: its key in ``Run.maps``, its stack and number, and how it is reached."""
+
+    stack: str
+    index: int
+    key: int | str
+    path: str
+    module: nn.Module
+    block: str
+    """Path of the block (an entry of a ``ModuleList``) it lives in."""
+    route: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} ({type(self.module).__name__})"
+
+
+@lru_cache(maxsize=512)
+def interface_function(cls: type) -> str | None:
+    """Name of the eager function that a module class hands to the attention interface; None if it never asks it."""
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return None
+    if "ALL_ATTENTION_FUNCTIONS" not in source:
+        return None
+    match = _INTERFACE_CALL.search(source)
+    return match[1] if match else None
+
+
+def kernel_before(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function that ``module`` calls under ``implementation``: its own eager one, or the registered one."""
+    names = inspect.unwrap(type(module).forward).__globals__
+    eager = names[interface_function(type(module))]
+    return names["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, eager)
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """All attention layers in order of their modules, those without a route included (``route="none"``)."""
+    found: list[tuple[str, int, str, nn.Module, str, str]] = []
+    for block_path, block in _blocks(model):
+        routed = []
+        candidate: tuple[str, nn.Module] | None = None
+        for name, module in block.named_modules():
+            path = f"{block_path}.{name}" if name else block_path
+            route = _route(module)
+            if route != "none":
+                routed.append((path, module, route))
+            elif name and candidate is None and _LOOKS_LIKE_MIXER.search(type(module).__name__):
+                candidate = (path, module)
+        if not routed and candidate is not None:
+            routed = [(*candidate, "none")]
+        number = int(block_path.rsplit(".", 1)[1])
+        found += [(_stack(path), number, path, module, block_path, route) for path, module, route in routed]
+    stacks = list(dict.fromkeys(stack for stack, *_ in found))
+    if stacks in (["encoder"], ["decoder"], ["text"], ["vision"]):
+        found = [("", *rest) for _, *rest in found]
+    layers = []
+    for stack in dict.fromkeys(stack for stack, *_ in found):
+        members = [entry for entry in found if entry[0] == stack]
+        numbers = [entry[1] for entry in members]
+        if len(set(numbers)) != len(numbers):
+            numbers = list(range(len(members)))
+        for number, (_, _, path, module, block_path, route) in zip(numbers, members, strict=True):
+            key: int | str = f"{stack}.{number}" if stack else number
+            layers.append(AttentionLayer(stack, number, key, path, module, block_path, route))
+    return layers
+
+
+def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
+    """The manifest's line about one layer."""
+    if layer.route == "none":
+        what = type(layer.module).__name__
+        missing = f"{what} does not go through transformers' attention interface and no recorder knows it"
+        return LayerRecord(layer.key, what, "none", "none", missing)
+    missing = ""
+    if "flash" in implementation or "flex" in implementation:
+        missing = f"editing pattern ({implementation} never builds it)"
+    elif layer.route == "recorder" or implementation != "eager":
+        missing = "editing pattern (load with attn_implementation='eager' where the family allows it)"
+    return LayerRecord(layer.key, _mixer(layer.module), layer.route, "exact", missing)
+
+
+def _mixer(module: nn.Module) -> str:
+    """``softmax`` with what the module adds to it, as far as its attributes tell."""
+    parts = ["softmax"]
+    window = getattr(module, "sliding_window", None)
+    if window is None and getattr(module, "is_sliding", True):
+        config = getattr(module, "config", None)
+        kinds = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None) if kinds is None else None
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+    if isinstance(window, int):
+        parts.append(f"window {window}")
+    cap = getattr(module, "attn_logit_softcapping", None)
+    if cap is not None:
+        parts.append(f"softcap {cap:g}")
+    if getattr(module, "sinks", None) is not None:
+        parts.append("sink")
+    if getattr(module, "relative_position_bias", None) is not None or hasattr(module, "has_relative_attention_bias"):
+        parts.append("position bias")
+    if type(module).__name__ in ("BloomAttention", "MptAttention"):
+        parts.append("alibi")
+    return " + ".join(parts)
+
+
+def _route(module: nn.Module) -> str:
+    if interface_function(type(module)) is not None:
+        return "attention interface"
+    if any(cls.__name__ in RECORDED for cls in type(module).__mro__):
+        return "recorder"
+    return "none"
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of every block: the entries of the innermost ``ModuleList`` whose entries are of one class and
+    mix tokens (a stage of Swin holds blocks; a block of T5 holds unlike sublayers), or of an outer mixed list."""
+    mixing = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and _mixes(m)}
+    alike = {path for path, entries in mixing.items() if len({type(entry) for entry in entries}) == 1}
+    for path, entries in mixing.items():
+        if path in alike:
+            skip = any(other.startswith(f"{path}.") for other in alike)
+        else:
+            skip = any(other.startswith(f"{path}.") or path.startswith(f"{other}.") for other in alike)
+            skip = skip or any(path.startswith(f"{other}.") for other in mixing)
+        if not skip:
+            for i, block in enumerate(entries):
+                yield f"{path}.{i}", block
+
+
+def _mixes(entries: nn.Module) -> bool:
+    return any(_route(m) != "none" or _LOOKS_LIKE_MIXER.search(type(m).__name__) for m in entries.modules())
+
+
+def _stack(path: str) -> str:
+    """The half of a two-stack model that an attention module belongs to, read off its path."""
+    if re.search(r"EncDecAttention|encoder_attn|crossattention|cross_attn", path):
+        return "cross"
+    for word, stack in (("vision", "vision"), ("visual", "vision"), ("text", "text"), ("language", "text")):
+        if re.search(rf"(^|\.){word}", path):
+            return stack
+    match = re.search(r"(?:^|\.)(encoder|decoder)\.", path)
+    return match[1] if match else ""
