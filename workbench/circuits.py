@@ -1,0 +1,274 @@
+"""Circuits: named nodes or edges of a model's graph with scores and a kept set. Operations return new circuits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.graph import CHANNELS, Graph, circuit_graph, edge_name, edge_parts
+from workbench.results import axis
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+__all__ = ["CHANNELS", "Circuit", "Graph", "circuit_graph", "edge_name", "edge_parts"]
+
+LEVELS = ("node", "edge")
+_FORMAT = 1
+_DRAWN = 200
+_NODE = re.compile(r"^(?:a(?P<layer>\d+)\.[hg](?P<head>\d+)|m(?P<mlp>\d+))$")
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Scored nodes or edges and which of them are kept.
+
+    ``level`` is ``"node"`` or ``"edge"``. ``names`` are node names (``a3.h5``, ``m2``) or edge names
+    (``a0.h1->a1.h0<k>``, ``input->logits``). ``scores`` ``[N]``: positive means that the part supports the clean behaviour;
+    the unit is the method's and stands in ``provenance``. ``kept`` ``[N]`` bool is the circuit proper. ``columns`` holds
+    further numbers per name (nulls, baselines), shown side by side in ``frame()``. NaN is allowed in ``columns`` and means
+    undefined; scores are finite.
+    """
+
+    level: str
+    names: tuple[str, ...]
+    scores: Tensor
+    kept: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise UnknownName("circuit level", self.level, LEVELS)
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "scores", torch.as_tensor(self.scores).detach().double().cpu())
+        object.__setattr__(self, "kept", torch.as_tensor(self.kept).cpu())
+        columns = {name: torch.as_tensor(values).detach().cpu() for name, values in self.columns.items()}
+        object.__setattr__(self, "columns", columns)
+        n = len(self.names)
+        if len(set(self.names)) != n:
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise WorkbenchError(f"names of a circuit are unique; {twice!r} occurs more than once")
+        for name, values in (("scores", self.scores), ("kept", self.kept), *columns.items()):
+            if tuple(values.shape) != (n,):
+                raise WorkbenchError(f"circuit {name} is [N] with N={n} names; got {list(values.shape)}")
+        if self.kept.dtype != torch.bool:
+            raise WorkbenchError(f"circuit kept is bool; got {self.kept.dtype}")
+        if not torch.isfinite(self.scores).all():
+            worst = self.names[int((~torch.isfinite(self.scores)).nonzero()[0])]
+            raise WorkbenchError(f"circuit scores are finite; {worst!r} is not")
+        if self.level == "edge":
+            for name in self.names:
+                edge_parts(name)
+
+    @classmethod
+    def of(cls, level: str, names: Iterable[str], kept: Iterable[str], **provenance: Any) -> Circuit:
+        """A circuit without scores of its own: score 1 for the ``kept`` names, 0 for the others."""
+        names, wanted = tuple(names), set(kept)
+        for name in wanted - set(names):
+            raise UnknownName(level, name, names)
+        flags = torch.tensor([name in wanted for name in names], dtype=torch.bool)
+        return cls(level, names, flags.double(), flags, provenance)
+
+    def __len__(self) -> int:
+        """Number of kept nodes or edges."""
+        return int(self.kept.sum())
+
+    @property
+    def edges(self) -> tuple[tuple[str, str, str], ...]:
+        """Kept edges as (source, target, channel); refused for node circuits."""
+        if self.level != "edge":
+            raise Refused("a node circuit has no edges; find one with find_circuit(..., level='edge')")
+        return tuple(edge_parts(name) for name, kept in zip(self.names, self.kept.tolist(), strict=True) if kept)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Kept nodes, or the ends of the kept edges, in the order of ``names``."""
+        if self.level == "node":
+            return tuple(name for name, kept in zip(self.names, self.kept.tolist(), strict=True) if kept)
+        ends = {end for source, target, _ in self.edges for end in (source, target)}
+        known = dict.fromkeys(end for name in self.names for end in edge_parts(name)[:2])
+        return tuple(sorted((end for end in known if end in ends), key=_depth))
+
+    def top(self, n: int, signed: bool = False) -> Circuit:
+        """Keep the ``n`` largest by absolute score, or by ``signed`` score. Ties go to the earlier name."""
+        if not 0 <= n <= len(self.names):
+            raise WorkbenchError(f"top wants 0 <= n <= {len(self.names)} {self.level}s; got {n}")
+        key = self.scores if signed else self.scores.abs()
+        kept = torch.zeros(len(self.names), dtype=torch.bool)
+        kept[key.argsort(descending=True, stable=True)[:n]] = True
+        return replace(self, kept=kept)
+
+    def threshold(self, t: float, signed: bool = False) -> Circuit:
+        """Keep what scores at least ``t`` in absolute value, or ``signed``."""
+        return replace(self, kept=(self.scores if signed else self.scores.abs()) >= t)
+
+    def rescored(self, scores: Tensor) -> Circuit:
+        """The same names and kept set with other scores; ``columns`` are dropped."""
+        return replace(self, scores=scores, columns={})
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Kept in both."""
+        return self._combine(other, torch.logical_and)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Kept in either."""
+        return self._combine(other, torch.logical_or)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        """Kept here and not in ``other``."""
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def _combine(self, other: Circuit, rule: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        if self.level != other.level:
+            raise WorkbenchError(f"cannot combine a circuit of {self.level}s with one of {other.level}s")
+        mine = dict(zip(self.names, zip(self.scores.tolist(), self.kept.tolist(), strict=True), strict=True))
+        theirs = dict(zip(other.names, zip(other.scores.tolist(), other.kept.tolist(), strict=True), strict=True))
+        names = tuple(dict.fromkeys((*self.names, *other.names)))
+        absent = (0.0, False)
+        kept = rule(
+            torch.tensor([mine.get(name, absent)[1] for name in names], dtype=torch.bool),
+            torch.tensor([theirs.get(name, absent)[1] for name in names], dtype=torch.bool),
+        )
+        scores = torch.tensor([(mine.get(name) or theirs[name])[0] for name in names], dtype=torch.float64)
+        columns = self.columns if names == self.names else {}
+        return Circuit(self.level, names, scores, kept, self.provenance, columns)
+
+    def frame(self) -> pd.DataFrame:
+        """Columns ``source target channel score kept`` (edges) or ``node score kept`` (nodes), then ``columns``."""
+        import pandas as pd
+
+        if self.level == "edge":
+            parts = [edge_parts(name) for name in self.names]
+            labels = {key: [part[i] for part in parts] for i, key in enumerate(("source", "target", "channel"))}
+        else:
+            labels = {"node": list(self.names)}
+        extra = {name: values.numpy() for name, values in self.columns.items()}
+        return pd.DataFrame({**labels, "score": self.scores.numpy(), "kept": self.kept.numpy(), **extra})
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Node scores as a layer by head picture, or the kept edges between nodes (at most the 200 strongest)."""
+        from workbench.circuit_plot import draw_edges, draw_nodes
+
+        return draw_nodes(self, axis(ax)) if self.level == "node" else draw_edges(self, axis(ax, 7, 5), _DRAWN)
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``circuit.parquet`` and ``circuit.json`` into the new folder ``path`` (temporary name, then rename)."""
+        path = Path(path)
+        if path.exists():
+            raise WorkbenchError(f"{path} exists already; choose another name or remove it")
+        part = path.with_name(path.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+        table = self.frame()
+        table.insert(0, "name", list(self.names))
+        table.to_parquet(part / "circuit.parquet")
+        record = {"format": _FORMAT, "level": self.level, "rows": len(self.names), "columns": list(self.columns)}
+        record["provenance"] = dict(self.provenance)
+        (part / "circuit.json").write_text(json.dumps(record, indent=1, default=str))
+        part.rename(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """The circuit saved in the folder ``path``; a missing, half-written or damaged one is refused."""
+        import pandas as pd
+
+        path = Path(path)
+        if not path.is_dir():
+            raise WorkbenchError(f"no circuit folder at {path}")
+        for name in ("circuit.json", "circuit.parquet"):
+            if not (path / name).is_file():
+                raise WorkbenchError(f"{path} is no complete circuit: {name} is missing; save it again")
+        try:
+            record = json.loads((path / "circuit.json").read_text())
+            table = pd.read_parquet(path / "circuit.parquet")
+            if record["format"] != _FORMAT:
+                raise WorkbenchError(f"{path} has circuit format {record['format']}; this version reads {_FORMAT}")
+            if len(table) != record["rows"]:
+                raise WorkbenchError(f"{path} is damaged: {len(table)} rows, {record['rows']} announced; save it again")
+            return cls(
+                record["level"],
+                tuple(table["name"]),
+                torch.tensor(table["score"].to_numpy(copy=True)),
+                torch.tensor(table["kept"].to_numpy(copy=True)),
+                record["provenance"],
+                {name: torch.tensor(table[name].to_numpy(copy=True)) for name in record["columns"]},
+            )
+        except WorkbenchError:
+            raise
+        except Exception as error:
+            raise WorkbenchError(f"{path} is damaged: {error}; save it again") from error
+
+    def to_eap_json(self, path: str | Path, width: int) -> Path:
+        """Write the JSON graph that EAP-IG's ``Graph.from_json`` reads. ``width`` is the model's D.
+
+        The circuit must score every edge of a model without grouped key-value heads.
+        """
+        if self.level != "edge":
+            raise Refused("the EAP-IG format holds edge circuits; find one with find_circuit(..., level='edge')")
+        graph = self._graph()
+        kept = dict(zip(self.names, self.kept.tolist(), strict=True))
+        score = dict(zip(self.names, self.scores.tolist(), strict=True))
+        nodes = set(self.nodes)
+        record = {
+            "cfg": {"n_layers": graph.layers, "n_heads": graph.heads, "parallel_attn_mlp": False, "d_model": width},
+            "nodes": {name: {"in_graph": name in nodes} for name in graph.nodes},
+            "edges": {name: {"score": score[name], "in_graph": kept[name]} for name in graph.edges},
+        }
+        path = Path(path)
+        path.write_text(json.dumps(record, indent=1))
+        return path
+
+    def _graph(self) -> Graph:
+        """The graph whose edges these are."""
+        heads = [m for end in {end for name in self.names for end in edge_parts(name)[:2]} if (m := _NODE.match(end))]
+        layers = 1 + max((int(m["layer"] or m["mlp"]) for m in heads), default=-1)
+        count = 1 + max((int(m["head"]) for m in heads if m["head"]), default=-1)
+        if layers and count:
+            graph = circuit_graph(layers, count, mlp=any(m["mlp"] for m in heads))
+            if set(graph.edges) == set(self.names):
+                return graph
+        raise Refused(
+            "this circuit does not list all edges of a sequential model with one key-value head per query head"
+        )
+
+    def _repr_html_(self) -> str:
+        table = self.frame()
+        order = table["score"].abs().sort_values(ascending=False, kind="stable").index[:60]
+        head = f"<p>{len(self):,} of {len(self.names):,} {self.level}s kept</p>"
+        return head + table.loc[order].to_html(escape=True, index=False, float_format=lambda x: f"{x:.4g}")
+
+    def __repr__(self) -> str:
+        method = self.provenance.get("method")
+        return f"Circuit({len(self):,} of {len(self.names):,} {self.level}s kept" + (f", {method})" if method else ")")
+
+
+def place(node: str) -> tuple[float, float]:
+    """Where a node is drawn: (head index or the column left of the heads, height)."""
+    match = _NODE.match(node)
+    if match and match["mlp"] is not None:
+        return -1.0, int(match["mlp"]) + 0.5
+    if match:
+        return float(match["head"]), float(match["layer"])
+    return -1.0, -1.0 if node == "input" else float("inf")
+
+
+def _depth(node: str) -> tuple[float, float]:
+    x, y = place(node)
+    return y, x
