@@ -1,11 +1,20 @@
-"""What every analysis returns: numbers and labels, drawn later."""
+"""What every analysis returns: numbers and labels, drawn later.
+
+A saved result is a folder of three files: ``table.parquet`` (the frame), ``tensors.safetensors`` (every tensor,
+named by its field) and ``result.json`` (everything else). ``load_result`` reads it back as plain data, without
+importing the analysis.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +26,9 @@ from workbench.errors import WorkbenchError
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+FILES = ("table.parquet", "tensors.safetensors", "result.json")
+_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -35,45 +47,77 @@ class Result(ABC):
         """Write ``table.parquet``, ``tensors.safetensors`` and ``result.json`` into the new folder ``path``.
 
         The folder is written under a temporary name and renamed, so a half-written result never has the final name.
+        Refuses an existing path, a folder that cannot be written, and a field that is neither numbers nor labels.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
-        if path.exists():
+        if path.exists() or path.is_symlink():
             raise WorkbenchError(f"{path} exists already; choose another name or remove it")
-        part = path.with_name(path.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
+        tensors: dict[str, torch.Tensor] = {}
+        labels = {field.name: _plain(getattr(self, field.name), field.name, tensors) for field in fields(self)}
+        text = json.dumps({"type": type(self).__name__, **labels}, indent=1, allow_nan=False)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
+            shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            _write(part, _uniform_columns(self.frame()), tensors, text)
+            part.rename(path)
         except OSError as error:
             raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
-        self.frame().to_parquet(part / "table.parquet")
-        tensors, labels = {}, {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                tensors[field.name] = value.detach().contiguous().cpu()
-            else:
-                labels[field.name] = _jsonable(value)
-        save_file(tensors, part / "tensors.safetensors")
-        (part / "result.json").write_text(json.dumps({"type": type(self).__name__, **labels}, indent=1, default=str))
-        part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return path
 
     def _repr_html_(self) -> str:
-        return self.frame().head(60).to_html(escape=True, float_format=lambda x: f"{x:.4g}")
+        return table_html(self.frame(), type(self).__name__)
 
 
-def _jsonable(value: Any) -> Any:
-    if hasattr(value, "dict") and callable(value.dict):
-        return value.dict()
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+@dataclass(frozen=True)
+class SavedResult:
+    """A result read back from its folder: the table, the tensors by name, and the labels. It knows no model."""
+
+    type: str
+    table: pd.DataFrame
+    tensors: Mapping[str, torch.Tensor]
+    labels: Mapping[str, Any]
+
+    def frame(self) -> pd.DataFrame:
+        """The table as it was saved."""
+        return self.table.copy()
+
+    def _repr_html_(self) -> str:
+        return table_html(self.table, self.type)
+
+
+def load_result(path: str | Path) -> SavedResult:
+    """Read a folder written by ``Result.save``. A missing, half-written or damaged folder raises and names the file."""
+    import pandas as pd
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_dir():
+        raise WorkbenchError(f"no result folder {path}")
+    missing = [name for name in FILES if not (path / name).is_file()]
+    if missing:
+        raise WorkbenchError(f"{path} is not a complete result: {', '.join(missing)} missing")
+    name = ""
+    try:
+        name = "result.json"
+        labels = json.loads((path / name).read_text())
+        kind = labels.pop("type")
+        name = "tensors.safetensors"
+        tensors = load_file(path / name)
+        name = "table.parquet"
+        table = pd.read_parquet(path / name)
+    except Exception as error:
+        raise WorkbenchError(f"{path / name} is damaged: {type(error).__name__}: {error}") from error
+    return SavedResult(kind, table, tensors, labels)
+
+
+def table_html(frame: pd.DataFrame, title: str, rows: int = _SHOWN) -> str:
+    """A table as escaped HTML: the first ``rows`` rows, and a line that says how many there are."""
+    body = frame.head(rows).to_html(escape=True, index=False, border=0, na_rep="undefined", float_format=_number)
+    more = f", first {rows} shown" if len(frame) > rows else ""
+    return f"<div><p><b>{escape(title)}</b>: {len(frame):,} rows{more}</p>{body}</div>"
 
 
 def axis(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
@@ -83,3 +127,78 @@ def axis(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def head_map(
+    ax: Axes | None,
+    values: Sequence[torch.Tensor],
+    layers: Sequence[int | str],
+    *,
+    title: str,
+    unit: str,
+    limits: tuple[float | None, float | None] = (0.0, None),
+) -> Axes:
+    """Heat map of one number per head: ``values[i]`` ``[H]`` belongs to ``layers[i]``; undefined heads are left
+    blank."""
+    heads = max((len(row) for row in values), default=0)
+    if not heads:
+        raise WorkbenchError("a head map needs at least one layer with one head")
+    grid = np.full((len(values), heads), np.nan)
+    for i, row in enumerate(values):
+        grid[i, : len(row)] = row.detach().double().cpu().numpy()
+    ax = axis(ax, 2.5 + 0.32 * heads, 1.8 + 0.32 * len(values))
+    image = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    step = max(1, len(values) // 16)
+    ax.set_yticks(range(0, len(values), step), [str(layer) for layer in list(layers)[::step]])
+    ax.set_xticks(range(0, heads, max(1, heads // 16)))
+    ax.set(xlabel="head", ylabel="layer", title=title)
+    ax.get_figure().colorbar(image, ax=ax, label=unit)  # type: ignore[union-attr]
+    return ax
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _write(folder: Path, frame: pd.DataFrame, tensors: dict[str, torch.Tensor], text: str) -> None:
+    from safetensors.torch import save_file
+
+    frame.to_parquet(folder / "table.parquet")
+    save_file(tensors, folder / "tensors.safetensors")
+    (folder / "result.json").write_text(text)
+
+
+def _uniform_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns of mixed Python types as text: Parquet columns have one type (layers are ``0`` or ``"encoder.0"``)."""
+    frame = frame.copy()
+    for name in frame.columns:
+        if frame[name].dtype == object and frame[name].map(type).nunique() > 1:
+            frame[name] = frame[name].astype(str)
+    return frame
+
+
+def _plain(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """``value`` as JSON; tensors move into ``tensors`` and leave ``{"tensor": name}`` behind. NaN becomes null."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        tensors[name] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{name}.{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return [_plain(v, f"{name}.{i}", tensors) for i, v in enumerate(sorted(value, key=str))]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    raise WorkbenchError(
+        f"field {name!r} of a result holds a {type(value).__name__}; results hold tensors, numbers, texts, "
+        "lists and mappings"
+    )
