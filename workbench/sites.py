@@ -39,6 +39,7 @@ _KINDS: dict[str, tuple[str, bool]] = {
     "resid_post": ("blocks.{l}.hook_resid_post", False),
     "final_norm": ("ln_final.hook_normalized", False),
 }
+# Kinds whose head axis is not axis 2.
 _HEAD_AXIS = {"pattern": 1, "attn_scores": 1, "lse": 1, "block_mass": 1, "block_max": 1, "received": 1, "entropy": 1}
 _BY_TEMPLATE = {template: kind for kind, (template, _) in _KINDS.items()}
 _TEXT = re.compile(r"^(?:(?P<stack>encoder|decoder|cross|text|vision)\.)?(?P<body>[^\[\]]+)(?:\[(?P<head>\d+)\])?$")
@@ -52,8 +53,10 @@ class Site:
     the head axis and is refused where there is none. ``stack`` names the half of a two-stack model
     (``encoder``, ``decoder``, ``cross``, ``text``, ``vision``) and is empty otherwise.
 
-    Shapes: ``q k v z rot_*`` are ``[B, T, H or G, E]``; ``gate`` is ``[B, T, H]``; ``q_input k_input v_input result`` are ``[B, T, H, D]``;
-    ``pattern attn_scores`` are ``[B, H, Q, K]``; ``lse entropy received`` are ``[B, H, T]``; the rest ``[B, T, D]``.
+    Shapes: ``q k v z rot_*`` are ``[B, T, H or G, E]``; ``gate`` is ``[B, T, H]``;
+    ``q_input k_input v_input result`` are ``[B, T, H or G, D]``; ``pattern attn_scores`` are ``[B, H, Q, K]``;
+    ``block_mass block_max`` are ``[B, H, blocks, blocks]``; ``lse entropy received`` are ``[B, H, T]``; the rest
+    ``[B, T, D]``.
     """
 
     kind: str

@@ -114,10 +114,8 @@ def apply_edits(value: Tensor, site: Site, edits: Mapping[Site, Edit | Tensor]) 
         new = edit(part) if callable(edit) else edit
         if not isinstance(new, Tensor):
             raise WorkbenchError(f"the edit of {key} returned {type(new).__name__}; it must return the new tensor")
-        try:
-            new = new.to(part).expand_as(part) if new.ndim <= part.ndim else new
-        except RuntimeError:
-            pass
+        if new.ndim == 0:
+            new = new.to(part).expand_as(part)
         if new.shape != part.shape:
             raise WorkbenchError(f"the edit of {key} gave {list(new.shape)}; the site has {list(part.shape)}")
         if key.head is None:
