@@ -1,0 +1,86 @@
+"""Colored objects: read off the color of one of three objects (Merullo et al., arXiv 2310.08744).
+
+::
+
+    clean    <bos> Q: On the desk, you see a red mug, a blue pen, and a green book. What color is the pen?
+             A: blue
+             Q: On the floor, there is a white cup, a black hat, and a red ball. What color is the hat?  A:  ->  black
+    corrupt  ...                                                               What color is the ball?  A:  ->  red
+
+``shots`` worked examples come first (1 in the paper). The corrupted prompt asks about another object of the last scene.
+Spans: ``OBJECT`` and ``COLOR`` of the asked object in its scene, ``QUERY`` (the object in the question), ``END``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from workbench.datasets.pairs import SPLITS, Example, collect, one_of
+from workbench.datasets.words import template, words
+from workbench.errors import WorkbenchError
+from workbench.pairs import Pairs, logit_difference
+
+
+@dataclass(frozen=True)
+class ColoredObjects:
+    """The task. Splits hold different last scenes with their question."""
+
+    shots: int = 1
+    split: str = "train"
+    name: str = field(default="colored-objects", init=False)
+
+    def __post_init__(self) -> None:
+        one_of("split", self.split, SPLITS)
+        if self.shots < 0:
+            raise WorkbenchError(f"shots is a number of worked examples, 0 or more; got {self.shots}")
+
+    def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
+        """``n`` pairs; labels ``object``, ``slot`` (0 to 2, which object of the scene is asked for)."""
+        return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+
+    def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Logit of the asked object's color minus that of the object the corrupted prompt asks for, ``[B]``."""
+        return logit_difference(logits, pairs)
+
+    def draw(self, rng: random.Random) -> Example:
+        """One example in text."""
+        before = ""
+        for _ in range(self.shots):
+            scene, colors, objects = _scene(rng)
+            slot = rng.randrange(3)
+            before += f"Q: {scene} {_question(objects[slot])}\nA: {colors[slot]}\n"
+        scene, colors, objects = _scene(rng)
+        slot, other = rng.sample(range(3), 2)
+        clean, corrupt = (f"{before}Q: {scene} {_question(objects[i])}\nA:" for i in (slot, other))
+        pair = f"{colors[slot]} {objects[slot]}"
+        at = clean.index(pair, len(before))
+        query = clean.rindex(objects[slot])
+        return Example(
+            clean=clean,
+            corrupt=corrupt,
+            answer=(f" {colors[slot]}",),
+            wrong=(f" {colors[other]}",),
+            key=f"{scene} {objects[slot]}",
+            spans={
+                "COLOR": (at, at + len(colors[slot])),
+                "OBJECT": (at + len(colors[slot]) + 1, at + len(pair)),
+                "QUERY": (query, query + len(objects[slot])),
+            },
+            labels={"object": objects[slot], "slot": slot},
+        )
+
+
+def _scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
+    frames = template("colored-objects")
+    colors, objects = rng.sample(words("colors"), 3), rng.sample(words("objects"), 3)
+    named = {f"c{i}": c for i, c in enumerate(colors, 1)} | {f"o{i}": o for i, o in enumerate(objects, 1)}
+    opening, surface = rng.choice(frames["openings"]), rng.choice(words("surfaces"))
+    return frames["scene"].format(opening=opening, surface=surface, **named), colors, objects
+
+
+def _question(thing: str) -> str:
+    return template("colored-objects")["question"].format(o=thing)

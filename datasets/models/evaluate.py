@@ -1,0 +1,103 @@
+"""What a bundled model can do, and its card."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from workbench.datasets.catalogue import task, tasks
+from workbench.datasets.corpus import filler_text
+from workbench.models.native_net import NativeNet
+from workbench.pairs import accuracy
+
+
+@torch.no_grad()
+def evaluate(net: NativeNet, tokenizer: Any, n: int, longest: int, lengths: bool = False) -> dict[str, float]:
+    """Accuracy per task on its test split (share of prompts whose largest logit is an answer), and the share of first-token attention.
+
+    Needles at the longest trained length; with ``lengths=True`` also at half of it and beyond it.
+    """
+    found = {}
+    for name in tasks():
+        options = {"length": longest} if name == "needle" else {}
+        found[name] = _accuracy(net, tokenizer, n, name, **options)
+    found["colored-objects, no shot"] = _accuracy(net, tokenizer, n, "colored-objects", shots=0)
+    if lengths:
+        for length in (longest // 2, longest * 2, longest * 4):
+            found[f"needle, {length} tokens"] = _accuracy(net, tokenizer, n, "needle", length=length)
+        for length in (12, 36):
+            found[f"induction, {length} words"] = _accuracy(net, tokenizer, n, "induction", length=length)
+    found["sink"] = first_token_share(net, tokenizer)
+    return found
+
+
+def _accuracy(net: NativeNet, tokenizer: Any, n: int, name: str, **options: Any) -> float:
+    pairs = task(name, split="test", **options).build(0, tokenizer, n)
+    logits = torch.cat([net(rows) for rows in pairs.clean.split(64)])
+    return round(accuracy(logits, pairs).mean().item(), 4)
+
+
+@torch.no_grad()
+def first_token_share(net: NativeNet, tokenizer: Any) -> float:
+    """Mean softmax weight on the first token: over layers, heads, queries after it, on filler and IOI prompts.
+
+    For a gated model this is the weight before its gate.
+    """
+    texts = [filler_text(seed, 96) for seed in range(8)]
+    ids = torch.tensor(tokenizer(texts)["input_ids"])
+    prompts = task("ioi", split="test").build(0, tokenizer, 32).clean
+    shares: list[float] = []
+
+    def keep(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
+        shares.append(pattern[:, :, 1:, 0].mean().item())
+        return pattern
+
+    points = [point for name, point in net.hook_dict.items() if name.endswith("hook_pattern")]
+    try:
+        for point in points:
+            point.add_hook(keep)
+        net(ids)
+        net(prompts)
+    finally:
+        for point in points:
+            point.remove_hooks()
+    return round(sum(shares) / len(shares), 4)
+
+
+def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float]) -> str:
+    """The model's card in Markdown."""
+    c = net.config
+    rows = "\n".join(f"| {name} | {100 * value:.1f}% |" for name, value in found.items() if name != "sink")
+    size = sum(p.numel() for p in net.parameters())
+    return f"""# {args.model}
+
+A small causal transformer that solves the tasks of this workbench, made to be looked into. Not a language model.
+
+| | |
+|-|-|
+| architecture | {c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}, {c.positions} positions, {c.norm} norm, {"tied" if c.tied else "untied"} embeddings |
+| mixer | {c.mixer} |
+| parameters | {size:,}, stored as float16 |
+| vocabulary | {c.vocab} words (`tokenizer.json`; `<bos>` first) |
+| trained on | generated text: IOI, greater-than, colored objects, docstring, induction with random period, needles in filler, filler, and rows of several documents; rows up to 192 tokens |
+| recipe | AdamW, peak rate {args.rate}, decay {args.decay}, {args.steps} steps, seed {args.seed} |
+| training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s) |
+
+Again: `python -m workbench.datasets.models.train --model {args.model} --steps {args.steps} --seed {args.seed}`
+
+## Accuracy
+
+Share of {args.examples} prompts of each test split (disjoint from training by construction) whose largest logit is an answer,
+measured on the stored weights. Needles without a length are at {192} tokens, the longest trained length; longer ones were
+never seen in training.
+
+| task | accuracy |
+|-|-|
+{rows}
+
+## First-token sink
+
+Mean softmax weight on `<bos>`, over layers, heads and later queries, on filler and IOI prompts{" (before the gate)" if "gated" in c.mixer else ""}: {found["sink"]:.3f}.
+"""

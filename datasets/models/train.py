@@ -1,0 +1,172 @@
+"""Train a bundled model: ``python -m workbench.datasets.models.train --model tiny-softmax``.
+
+``tiny-softmax`` and ``tiny-gated`` differ in the mixer alone: same sizes, seed, data order, steps and optimiser. Writes
+``config.json``, ``model.safetensors`` (float16), ``tokenizer.json`` and ``card.md`` into ``datasets/models/<model>/``; a
+checkpoint in ``--work`` lets an interrupted run go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from workbench.datasets.models.evaluate import card, evaluate
+from workbench.datasets.models.mixture import KINDS, batches
+from workbench.datasets.tokenizer import build, save, word_tokenizer
+from workbench.errors import UnknownName
+from workbench.models.native_net import NativeConfig, NativeNet
+
+MODELS = {"tiny-softmax": "softmax", "tiny-gated": "gated-softmax"}
+CONFIG = NativeConfig(layers=4, heads=8, width=128, head_width=16, vocab=0, mlp_width=512, tied=True)
+LENGTHS = ((0.0, 96), (0.35, 192))
+TEXT_WEIGHT = 0.3
+
+
+def longest_row(progress: float) -> int:
+    """Tokens of the longest training row, by the share of training that is done."""
+    return max(length for start, length in LENGTHS if progress >= start)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 100 steps, then a cosine to a fiftieth of the peak."""
+    if step < 100:
+        return peak * (step + 1) / 100
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100))))
+
+
+def loss_of(net: NativeNet, rows: list[Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy of the answers, averaged over kinds, plus ``TEXT_WEIGHT`` times that of a quarter of the text."""
+    logits, targets, kinds = [], [], []
+    for row in rows:
+        hidden, _ = net(row.ids, hidden=True)
+        text = (row.kind == len(KINDS)) & (torch.rand(row.kind.shape, generator=generator) < 0.25)
+        b, t = ((row.kind >= 0) & (row.kind < len(KINDS)) | text).nonzero(as_tuple=True)
+        logits.append(hidden[b, t] @ net.unembed)
+        targets.append(row.ids[b, t + 1])
+        kinds.append(row.kind[b, t])
+    kind = torch.cat(kinds)
+    each = nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets), reduction="none")
+    means = {i: each[kind == i].mean() for i in kind.unique().tolist()}
+    answers = [value for i, value in means.items() if i < len(KINDS)]
+    total = torch.stack(answers).mean() + TEXT_WEIGHT * means[len(KINDS)]
+    names = (*KINDS, "text")
+    return total, {names[i]: round(value.item(), 3) for i, value in means.items()}
+
+
+def optimiser(net: NativeNet, decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices alone."""
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+
+
+def train(args: argparse.Namespace) -> NativeNet:
+    """The trained network; logs one JSON line per ``args.every`` steps to stderr."""
+    if args.model not in MODELS:
+        raise UnknownName("bundled model with a recipe", args.model, MODELS)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    raw, tokenizer = build(), word_tokenizer()
+    net = NativeNet(replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model]))
+    opt = optimiser(net, args.decay)
+    folder = Path(args.work) / args.model
+    folder.mkdir(parents=True, exist_ok=True)
+    first, spent = _resume(folder, net, opt)
+    began = time.monotonic() - spent
+    for step in range(first, args.steps):
+        longest = longest_row(step / args.steps)
+        rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, longest)
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.rate)
+        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step))
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        if step % 50 == 49:
+            _log(step=step + 1, minutes=round((time.monotonic() - began) / 60, 2), loss=round(loss.item(), 3), **parts)
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            _log(step=step + 1, **evaluate(net, tokenizer, n=64, longest=longest))
+            _checkpoint(folder, net, opt, step + 1, time.monotonic() - began)
+    args.minutes = (time.monotonic() - began) / 60
+    return net
+
+
+def write(net: NativeNet, args: argparse.Namespace) -> None:
+    """Store the network in half precision, evaluate what was stored, and write the card."""
+    out = Path(args.out) / args.model
+    out.mkdir(parents=True, exist_ok=True)
+    stored = {name: p.detach().half().contiguous() for name, p in net.named_parameters()}
+    save_file(stored, out / "model.safetensors", metadata={"model": args.model, "seed": str(args.seed)})
+    (out / "config.json").write_text(json.dumps({"type": "native", **net.config.dict()}, indent=1) + "\n")
+    save(out / "tokenizer.json")
+    net.load_state_dict({name: p.float() for name, p in stored.items()})
+    found = evaluate(net, word_tokenizer(), n=args.examples, longest=LENGTHS[-1][1], lengths=True)
+    (out / "card.md").write_text(card(args, net, found))
+    _log(**found)
+
+
+def _log(**fields: Any) -> None:
+    print(json.dumps(fields), file=sys.stderr, flush=True)
+
+
+def _checkpoint(folder: Path, net: NativeNet, opt: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    tensors = {f"net.{name}": p.detach() for name, p in net.named_parameters()}
+    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+        tensors |= {f"opt.{i}.{name}": value for name, value in opt.state[p].items()}
+    part = folder / "checkpoint.part"
+    save_file(tensors, part, metadata={"step": str(step), "seconds": str(seconds)})
+    part.rename(folder / "checkpoint.safetensors")
+
+
+def _resume(folder: Path, net: NativeNet, opt: torch.optim.Optimizer) -> tuple[int, float]:
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0, 0.0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    tensors = load_file(path)
+    net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
+    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+        start = f"opt.{i}."
+        opt.state[p] = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+    return int(said["step"]), float(said["seconds"])
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python -m workbench.datasets.models.train", description=__doc__)
+    parser.add_argument("--model", required=True, help=", ".join(MODELS))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=2.5e-3, help="peak learning rate")
+    parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
+    parser.add_argument("--examples", type=int, default=400, help="test examples per task for the card")
+    parser.add_argument("--work", default="runs", help="folder of checkpoints")
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent), help="folder that holds the models")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    args = arguments()
+    write(train(args), args)
+
+
+if __name__ == "__main__":
+    main()

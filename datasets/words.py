@@ -1,0 +1,41 @@
+"""The words and sentence templates of the tasks, from ``datasets/data``."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UnknownName
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@cache
+def _table(file: str) -> dict[str, Any]:
+    return json.loads((DATA / file).read_text(encoding="utf-8"))
+
+
+def words(kind: str) -> tuple[str, ...]:
+    """The words of one kind (``names``, ``colors``, ``filler.people`` ...), in a fixed order."""
+    table = _table("words.json")
+    flat = {name: value for name, value in table.items() if isinstance(value, list)}
+    flat |= {f"filler.{name}": value for name, value in table["filler"].items()}
+    if kind not in flat:
+        raise UnknownName("word list", kind, flat)
+    return tuple(flat[kind])
+
+
+def template(task: str) -> Any:
+    """The templates of one task as stored in ``templates.json``."""
+    table = _table("templates.json")
+    if task not in table:
+        raise UnknownName("template", task, table)
+    return table[task]
+
+
+def word_kinds() -> tuple[str, ...]:
+    """Every kind that ``words`` knows."""
+    table = _table("words.json")
+    return (*(name for name in table if name != "filler"), *(f"filler.{name}" for name in table["filler"]))
