@@ -1,0 +1,30 @@
+"""The command line, ``workbench``. Commands live in ``apps/commands``; nothing slow is imported before one runs."""
+
+from __future__ import annotations
+
+import typer
+
+from workbench.apps.commands import attention
+from workbench.apps.terminal import Commands
+
+app = typer.Typer(
+    name="workbench",
+    cls=Commands,
+    help="See and explain what attention does inside neural networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (attention.capture, attention.sinks):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the console script and of ``python -m workbench``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""``capture``, ``sinks``, ``heads``, ``retrieval``: what the heads of a model do with a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.apps import inputs
+from workbench.apps.inputs import FileOption, JsonOption, LayerOption, ModelArgument, TextOption
+from workbench.apps.terminal import answer, log, table, working
+from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from workbench.probes.sinks import SinkResult
+
+_SHOWN = 12
+OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
+
+
+def capture(
+    model: ModelArgument,
+    text: TextOption = None,
+    file: FileOption = None,
+    blocks: Annotated[int, typer.Option("--blocks", help="Side of a block of the block maps, in tokens.")] = 64,
+    layer: LayerOption = None,
+    check: Annotated[bool, typer.Option("--check", help="Run again without capture and report max |delta logits|.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Capture attention: block maps and per-head statistics of one text."""
+    words, target = inputs.prompt(text, file), inputs.fresh(out)
+    with working(f"{model}: capturing"):
+        import workbench as wb
+        from workbench.probes.atlas import atlas
+
+        request = wb.capture(
+            layers=inputs.layers(layer), blocks=blocks, reduce=("sum", "max"), stats=("received", "entropy", "distance")
+        )
+        wrapped, run = inputs.run(model, words, request)
+        result = atlas(run, blocks)
+        parity = _parity(wrapped, run, request) if check else None
+        if target is not None:
+            result.save(target)
+    frame = result.frame()
+    payload = {
+        "command": "capture",
+        "model": run.provenance.model,
+        "tokens": result.tokens,
+        "blocks": {"size": blocks, "shape": {k: list(v.shape) for k, v in result.blocks.items()}},
+        "rows": frame,
+        "parity": parity,
+        "saved": target,
+        "provenance": run.provenance,
+    }
+
+    def show(console: Console) -> None:
+        rows = [[r["layer"], r["head"], r["entropy"], r["distance"], r["token"], r["key"], r["share"]] for r in records(frame)]
+        columns = ["layer", "head", "entropy (nats)", "distance (tokens)", "largest share to", "at", "share"]
+        console.print(table(f"{model}: {len(result.tokens)} tokens", dict.fromkeys(columns, "right"), rows))
+        if parity is not None:
+            console.print(f"max |delta logits| with capture on and off: {parity:g}")
+        size = next(iter(result.blocks.values())).shape[-1]
+        console.print(f"block maps: {size} x {size} blocks of {blocks} tokens per head")
+        if target is not None:
+            console.print(f"saved in {target}")
+
+    if target is None:
+        log("the block maps are not saved; give --out DIR to keep them")
+    answer(as_json, payload, show)
+
+
+def sinks(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="A model; two of them with --compare.")],
+    text: TextOption = None,
+    file: FileOption = None,
+    layer: LayerOption = None,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="A first token with a larger share counts as a sink.")] = 0.3,
+    raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show two models on the same text side by side.")] = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Attention sinks: which tokens collect attention whatever the query asks for."""
+    if len(models) != (2 if compare else 1):
+        wanted = "two models: sinks --compare A B" if compare else "one model (two with --compare)"
+        raise WorkbenchError(f"sinks wants {wanted}; got {' '.join(models)}")
+    if compare and out is not None:
+        raise WorkbenchError("--out saves one result; run sinks on each model by itself to save it")
+    words, target = inputs.prompt(text, file), inputs.fresh(out)
+    results = []
+    for model in models:
+        with working(f"{model}: sinks"):
+            results.append(_sinks(model, words, layer, epsilon, raw))
+            if target is not None:
+                results[0].save(target)
+    payloads = [_sink_payload(model, result) for model, result in zip(models, results, strict=True)]
+    if not compare:
+        answer(as_json, {"command": "sinks", **payloads[0], "saved": target}, lambda c: _show_sinks(c, models[0], results[0]))
+        return
+
+    from workbench.apps.sentences import compared, compared_lines
+
+    difference = compared(*results)
+
+    def show(console: Console) -> None:
+        rows = [list(row.values()) for row in records(difference)]
+        columns = ["layer", "head", models[0], models[1], "difference"]
+        console.print(table("share of the first token", dict.fromkeys(columns, "right"), rows))
+        for line in compared_lines((models[0], models[1]), *results):
+            console.print(line)
+
+    answer(as_json, {"command": "sinks", "compare": payloads, "difference": difference}, show)
+
+
+def _sinks(model: str, words: str, layer: list[str] | None, epsilon: float, raw: bool) -> SinkResult:
+    import workbench as wb
+
+    request = wb.capture(layers=inputs.layers(layer), stats=("received",))
+    return wb.sinks(inputs.run(model, words, request)[1], epsilon=epsilon, raw=raw)
+
+
+def _sink_payload(model: str, result: SinkResult) -> dict[str, Any]:
+    return {
+        "model": model,
+        "tokens": next(iter(result.tokens.values()), ()),
+        "epsilon": result.epsilon,
+        "sink_score": result.sink_score,
+        "f_attn": result.f_attn,
+        "strongest": [sink._asdict() for sink in result.strongest()],
+        "rows": result.frame(),
+        "undefined": result.undefined,
+        "provenance": result.provenance,
+    }
+
+
+def _show_sinks(console: Console, model: str, result: SinkResult) -> None:
+    from workbench.apps.sentences import sink_lines
+
+    strongest = result.strongest()
+    rows = [[s.layer, s.head, s.token, s.key, s.share, s.uniform] for s in strongest[:_SHOWN]]
+    columns = dict.fromkeys(["layer", "head", "token", "at", "share", "even attention"], "right")
+    more = f", the {_SHOWN} strongest of {len(strongest)} heads" if len(strongest) > _SHOWN else ""
+    console.print(table(f"{model}: favourite key of each head{more}", columns, rows))
+    for line in sink_lines(result):
+        console.print(line)
+    for name, reason in result.undefined.items():
+        console.print(f"layer {name} left out of the scores: {reason}")
+
+
+def _parity(model: Any, run: Any, request: Any) -> float:
+    """Largest absolute difference of the logits (or outputs) with capture on and off."""
+    import torch
+
+    with torch.no_grad():
+        on, off = (model.run(run.tokens, maps=maps) for maps in (request, None))
+    pair = (on.logits, off.logits) if on.logits is not None else (on.output, off.output)
+    return float((pair[0] - pair[1]).abs().max())
+
+
+def records(frame: Any) -> list[dict[str, Any]]:
+    return frame.to_dict("records")

@@ -1,0 +1,114 @@
+"""What a person types, checked before anything slow starts: prompts, models, layers, folders, lists of numbers."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.captures import Capture
+    from workbench.models.protocol import Model
+    from workbench.run import Run
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled name, a local folder, or a hub id.")]
+TextOption = Annotated[str | None, typer.Option("--text", "-t", help="The prompt.")]
+FileOption = Annotated[
+    str | None,
+    typer.Option("--file", "-f", help="A UTF-8 text file with the prompt, or - for stdin; one newline at its end is dropped."),
+]
+LayerOption = Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+
+
+def prompt(text: str | None, file: str | None) -> str:
+    """The prompt from ``--text`` or ``--file``; refuses none, both, and what is empty or not text."""
+    if (text is None) == (file is None):
+        raise WorkbenchError("give the prompt with either --text or --file" + ("; got both" if text is not None else ""))
+    if text is not None:
+        if not text.strip():
+            raise WorkbenchError("the prompt is empty: --text holds no words")
+        return text
+    assert file is not None
+    raw, name = _read(file)
+    try:
+        decoded = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise WorkbenchError(f"{name} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}") from None
+    if "\0" in decoded:
+        raise WorkbenchError(f"{name} is not text: it holds zero bytes")
+    decoded = decoded.replace("\r\n", "\n").removesuffix("\n")
+    if not decoded.strip():
+        raise WorkbenchError(f"the prompt is empty: {name} holds no words")
+    return decoded
+
+
+def _read(file: str) -> tuple[bytes, str]:
+    if file == "-":
+        return sys.stdin.buffer.read(), "stdin"
+    path = Path(file)
+    if path.is_dir():
+        raise WorkbenchError(f"{path} is a folder; --file wants a text file")
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise WorkbenchError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def layers(given: Sequence[str] | None) -> list[int | str] | None:
+    """Layer names as typed: whole numbers are layer numbers, others names such as ``encoder.0``."""
+    return [int(name) if name.isascii() and name.isdigit() else name for name in given] if given else None
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole positive numbers separated by commas."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise WorkbenchError(f"{option} wants whole numbers separated by commas, such as 512,2048; got {text!r}") from None
+    if any(number < 1 for number in found):
+        raise WorkbenchError(f"{option} wants numbers of at least 1; got {text!r}")
+    return found
+
+
+def fresh(folder: Path | None) -> Path | None:
+    """An output folder that does not exist yet and can be made; checked by writing beside it, so before the long work."""
+    if folder is None:
+        return None
+    if folder.exists() or folder.is_symlink():
+        raise WorkbenchError(f"{folder} exists already; choose another --out or remove it")
+    writable(folder.parent)
+    return folder
+
+
+def writable(folder: Path) -> None:
+    """Raise unless files can be written in ``folder``, or in the nearest parent that exists if it has yet to be made."""
+    at = folder.absolute()
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    try:
+        with tempfile.TemporaryFile(dir=at):
+            pass
+    except OSError as error:
+        raise WorkbenchError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def load(name: str) -> Model:
+    import workbench as wb
+
+    return wb.load(name)
+
+
+def run(name: str, text: str, request: Capture) -> tuple[Model, Run]:
+    """One forward pass over ``text`` that records what ``request`` asks for; only the last logits are kept."""
+    import torch
+
+    model = load(name)
+    with torch.no_grad():
+        return model, model.run(text, maps=request, logits=None)

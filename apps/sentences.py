@@ -1,0 +1,75 @@
+"""Findings in words: which head does what to which token. The command line, the demo and the report say the same."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from workbench.apps.terminal import percent, visible
+
+if TYPE_CHECKING:
+    from workbench.probes.sinks import Sink, SinkResult
+
+
+def head_name(layer: int | str, head: int) -> str:
+    """``2.5`` for head 5 of layer 2, ``encoder.2.5`` in a stack."""
+    return f"{layer}.{head}"
+
+
+def sink_line(sink: Sink) -> str:
+    """One head's favourite key, against what even attention would give it."""
+    null = "" if math.isnan(sink.uniform) else f" (even attention would give {percent(sink.uniform)})"
+    return (
+        f"head {head_name(sink.layer, sink.head)} gives {percent(sink.share)} of its weight to "
+        f"{visible(sink.token)} at position {sink.key}{null}"
+    )
+
+
+def sink_lines(result: SinkResult, top: int = 3) -> list[str]:
+    """The strongest sinks and the two summary numbers of a text."""
+    strongest = result.strongest()
+    over = sum(sink.share > result.epsilon for sink in strongest)
+    lines = [sink_line(sink) for sink in strongest[:top] if sink.share > result.epsilon]
+    if not lines:
+        best = f"; the largest: {sink_line(strongest[0])}" if strongest else ""
+        lines = [f"no head gives more than {percent(result.epsilon)} of its weight to one token{best}"]
+    elif over > top:
+        lines.append(f"{over} of {len(strongest)} heads give more than {percent(result.epsilon)} of their weight to one token")
+    lines.append(
+        f"attention to the first token: {percent(result.f_attn)} on average; "
+        f"sink score {result.sink_score:.2f} (part of the heads whose first token gets more than {percent(result.epsilon)})"
+    )
+    return lines
+
+
+def compared(first: SinkResult, second: SinkResult) -> pd.DataFrame:
+    """Share of the first token per head in two models: ``layer, head, first, second, difference`` (second minus first).
+
+    Heads that only one of the models has are undefined in the other.
+    """
+    tables = []
+    for result in (first, second):
+        rows = result.frame()
+        tables.append(rows[rows["key"] == 0].set_index(["layer", "head"])["share"])
+    frame = pd.concat(tables, axis=1, keys=["first", "second"]).reset_index()
+    frame["difference"] = frame["second"] - frame["first"]
+    return frame
+
+
+def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult) -> list[str]:
+    """The same text in two models, in words."""
+    frame = compared(first, second)
+    lines = [
+        f"attention to the first token: {percent(first.f_attn)} in {names[0]}, {percent(second.f_attn)} in {names[1]}",
+        f"sink score: {first.sink_score:.2f} in {names[0]}, {second.sink_score:.2f} in {names[1]}",
+    ]
+    both = frame.dropna(subset=["difference"])
+    if len(both):
+        row = both.loc[both["difference"].abs().idxmax()]
+        lines.append(
+            f"largest difference: head {head_name(row['layer'], int(row['head']))} gives the first token "
+            f"{percent(row['first'])} in {names[0]} and {percent(row['second'])} in {names[1]}"
+        )
+    return lines

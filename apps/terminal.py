@@ -1,0 +1,195 @@
+"""How every command talks: the answer alone on stdout, progress and complaints on stderr, mistakes in one line.
+
+Exit codes: 0 for an answer, 1 for something of ours that should work and does not, 2 for the user's mistake, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from workbench.errors import WorkbenchError
+
+_PIPED_WIDTH = 160
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class Commands(TyperGroup):
+    """A command group that turns every mistake of the user into one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        sys.exit(guarded(lambda: super(Commands, self).main(*args, standalone_mode=False, **extra)))
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Run ``work`` and give its exit code: errors a user can cause become one line on stderr; others keep their traceback."""
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        message = error.format_message()  # type: ignore[attr-defined]
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message, file=sys.stderr)
+            return 2
+        return complain(f"{message.rstrip('.')}{hint}")
+    except (typer.Abort, KeyboardInterrupt):
+        complain("interrupted")
+        return 130
+    except WorkbenchError as error:
+        return complain(str(error))
+    except BrokenPipeError:
+        # The reader has gone (``| head``): what it wanted it has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return 0
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(f"{where}{error.strerror or error}")
+
+
+def complain(message: str) -> int:
+    """One line on stderr; returns exit code 2."""
+    print(f"workbench: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def stdout() -> Console:
+    """The console for answers. Not a terminal: wide, so that nothing is cut."""
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PIPED_WIDTH))
+    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    return Console(file=sys.stderr, stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def log(message: str) -> None:
+    """A remark for the person, on stderr."""
+    stderr().print(message, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Everything slow happens in here: a spinner on stderr, other packages' chatter silenced, their prints kept off stdout."""
+    with quiet(), contextlib.redirect_stdout(sys.stderr), progress() as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
+def progress() -> Progress:
+    """A progress bar on stderr; nothing is drawn where stderr is not a terminal."""
+    console = stderr()
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Third-party warnings and log lines are silenced, ours are not; ``-W`` and ``PYTHONWARNINGS`` win."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("transformers", "transformer_lens", "huggingface_hub", "matplotlib", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"workbench(\.|$)")
+        yield
+
+
+def answer(as_json: bool, payload: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+    """The answer of a command on stdout: ``payload`` as JSON, or ``show`` for people."""
+    if as_json:
+        sys.stdout.write(to_json(payload) + "\n")
+    else:
+        show(stdout())
+
+
+def to_json(payload: Any) -> str:
+    """Valid JSON: NaN is null, infinities are texts, tensors are lists, data frames lists of records."""
+    return json.dumps(plain(payload), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as what JSON knows."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        return [plain(row) for row in value.to_dict("records")]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Path) or type(value).__module__ == "torch":
+        return str(value)
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def table(title: str, columns: Mapping[str, str] | list[str], rows: list[list[Any]]) -> Table:
+    """A rich table. ``columns`` maps names to ``left`` or ``right``; cells are shown literally, floats with three decimals."""
+    aligned = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "left")
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for name, side in aligned.items():
+        out.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*(Text(cell(value)) for value in row))
+    return out
+
+
+def cell(value: Any) -> str:
+    """One number or text for people: NaN and None are ``undefined``."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "undefined"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def percent(share: float) -> str:
+    return "undefined" if math.isnan(share) else f"{100 * share:.0f}%"
+
+
+def visible(token: str) -> str:
+    """A token as a quoted text: white space and control characters are shown escaped."""
+    return repr(token.replace("Ġ", " ").replace("Ċ", "\n"))

@@ -1,0 +1,109 @@
+"""What does every head look at, at a glance?
+
+One row per head: how spread out a query's attention is (entropy, in nats), how far back it looks (mean distance, in
+tokens), and which key it gives the largest share to. With a block size, one small picture per head too: cell (i, j)
+is the mean over the queries of block i of the weight that they give to the keys of block j, so the cells of a row
+sum to the row's mass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.probes.sinks import sinks
+from workbench.results import Result, axis
+from workbench.run import Provenance, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Atlas(Result):
+    """``entropy`` and ``distance`` layer -> ``[H]``, means over queries, NaN where undefined. ``received``
+    layer -> ``[H, K]``: column sums. ``blocks`` layer -> ``[H, ceil(Q/size), ceil(K/size)]``: mean mass per
+    query (see the module), empty without a block size. ``peaks``: the same blocks' largest single weight, if
+    the run captured ``reduce="max"``."""
+
+    entropy: Mapping[int | str, Tensor]
+    distance: Mapping[int | str, Tensor]
+    received: Mapping[int | str, Tensor]
+    blocks: Mapping[int | str, Tensor]
+    peaks: Mapping[int | str, Tensor]
+    strongest: tuple[tuple[int | str, int, int, str, float], ...]
+    """Per head ``(layer, head, key, token, share)``, as in ``sinks(run).strongest()``."""
+    tokens: tuple[str, ...]
+    size: int | None = None
+    provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per head: ``layer, head, entropy, distance, key, token, share``."""
+        import pandas as pd
+
+        best = {(layer, head): rest for layer, head, *rest in self.strongest}
+        rows: list[dict[str, Any]] = []
+        for layer, entropy in self.entropy.items():
+            for head in range(len(entropy)):
+                key, token, share = best.get((layer, head), (None, "", float("nan")))
+                numbers = {"entropy": float(entropy[head]), "distance": float(self.distance[layer][head])}
+                rows.append({"layer": layer, "head": head, **numbers, "key": key, "token": token, "share": share})
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The wall: one block map per head, layers downwards, heads to the right, each on a square-root scale
+        of its own."""
+        if not self.blocks:
+            raise WorkbenchError("this atlas has no block maps; capture with blocks=64 to draw them")
+        heads = max(len(maps) for maps in self.blocks.values())
+        ax = axis(ax, 1.2 * heads + 0.6, 1.2 * len(self.blocks) + 0.6)
+        for row, maps in enumerate(self.blocks.values()):
+            for head, picture in enumerate(maps):
+                spot = (head + 0.04, head + 0.96, row + 0.96, row + 0.04)
+                shown = picture.float().clamp(min=0).sqrt().numpy()
+                ax.imshow(shown, extent=spot, cmap="magma", aspect="auto", interpolation="nearest", vmin=0)
+        ax.set(xlim=(0, heads), ylim=(len(self.blocks), 0), xlabel="head", ylabel="layer")
+        ax.set_xticks([h + 0.5 for h in range(heads)], [str(h) for h in range(heads)])
+        ax.set_yticks([i + 0.5 for i in range(len(self.blocks))], [str(layer) for layer in self.blocks])
+        ax.tick_params(length=0)
+        ax.set_title(f"Attention by blocks of {self.size} tokens: {self.provenance.model}")
+        return ax
+
+
+def atlas(run: Run, blocks: int | None = None) -> Atlas:
+    """The atlas of a run of one sequence. ``blocks`` is the side of a block in tokens; none, no block maps.
+
+    Statistics that the run captured are taken as they are; others are computed now, which needs maps that kept q and k.
+    """
+    if not run.maps:
+        raise WorkbenchError("this run captured no attention; run it again with maps=wb.capture(blocks=64)")
+    parts: dict[str, dict[int | str, Tensor]] = {n: {} for n in ("entropy", "distance", "received", "blocks", "peaks")}
+    for layer, amap in run.maps.items():
+        batch, _, queries, _ = amap.shape
+        if batch != 1 or not bool(run.tokens.mask.all()):
+            raise Refused(
+                f"an atlas shows one sequence without padding; this run has a batch of {batch}: run texts one by one"
+            )
+        parts["received"][layer] = amap.received()[0].detach().cpu()
+        for name in ("entropy", "distance"):
+            parts[name][layer] = _mean(amap, name)
+        if blocks is not None:
+            rows = torch.tensor([min(blocks, queries - lo) for lo in range(0, queries, blocks)])
+            parts["blocks"][layer] = amap.blocks(blocks, "sum")[0].detach().cpu() / rows[:, None]
+            parts["peaks"][layer] = amap.blocks(blocks, "max")[0].detach().cpu()
+    strongest = tuple((s.layer, s.head, s.key, s.token, s.share) for s in sinks(run).strongest())
+    labels = run.tokens.labels[0] if run.tokens.labels else ()
+    return Atlas(**parts, strongest=strongest, tokens=labels, size=blocks, provenance=run.provenance)
+
+
+def _mean(amap: Any, name: str) -> Tensor:
+    try:
+        return getattr(amap, name)()[0].double().mean(-1).detach().cpu()
+    except Refused:
+        return torch.full((amap.shape[1],), float("nan"), dtype=torch.float64)
