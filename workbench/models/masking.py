@@ -40,52 +40,62 @@ class Masks:
         if causal is None:
             causal = bool(getattr(layer.module, "is_causal", True))
         if mask is None:
-            return self._without(layer, base, bool(causal), queries, keys, options.get("sliding_window")), None
+            return self._without(base, bool(causal), queries, keys, options.get("sliding_window")), None
         if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in base:
-            plain = self._without(layer, base, bool(causal), queries, keys, options.get("sliding_window"))
+            plain = self._without(base, bool(causal), queries, keys, options.get("sliding_window"))
             return Mask(plain.causal, plain.window, keys=mask.bool(), offset=plain.offset), None
         if not isinstance(mask, Tensor):
             described = self._rules.get(id(mask))
             if described is None:
-                raise Refused(f"layer {layer.key} of {self.family}: cannot describe a mask of type {type(mask).__name__}")
+                raise Refused(
+                    f"layer {layer.key} of {self.family}: cannot describe a mask of type {type(mask).__name__}"
+                )
             return described, None
         if mask.ndim != 4:
-            raise Refused(f"layer {layer.key} of {self.family}: its mask has shape {list(mask.shape)}, not [B, H, Q, K]")
+            raise Refused(
+                f"layer {layer.key} of {self.family}: its mask has shape {list(mask.shape)}, not [B, H, Q, K]"
+            )
         memo = (id(mask), queries, keys, options.get("sliding_window"))
         if memo not in self._found:
             self._alive.append(mask)
-            self._found[memo] = self._describe(layer, mask[..., :keys], queries, keys, options, self._rules.get(id(mask)))
+            self._found[memo] = self._describe(
+                layer, mask[..., :keys], bool(causal), options, self._rules.get(id(mask))
+            )
         return self._found[memo]
 
     @staticmethod
-    def _without(layer: AttentionLayer, base: str, causal: bool, queries: int, keys: int, window: int | None) -> Mask:
+    def _without(base: str, causal: bool, queries: int, keys: int, window: int | None) -> Mask:
         """What no mask means to an implementation."""
-        cross = layer.stack == "cross"
+        offset = max(0, keys - queries) if causal else 0
         if "flash" in base:
-            offset = 0 if cross else keys - queries
             return Mask(causal, window if causal else None, offset=offset)
         if base != "eager" and causal and queries > 1:
             return Mask(True)
-        if causal and queries == 1 and not cross:
-            return Mask(True, offset=keys - 1)
-        return Mask(offset=0 if cross else keys - queries)
+        return Mask(causal and queries == 1, offset=offset)
 
     def _describe(
-        self, layer: AttentionLayer, mask: Tensor, queries: int, keys: int, options: Mapping[str, Any], known: Mask | None
+        self, layer: AttentionLayer, mask: Tensor, causal: bool, options: Mapping[str, Any], known: Mask | None
     ) -> tuple[Mask, Tensor | None]:
+        queries, keys = mask.shape[2:]
+        offset = max(0, keys - queries) if causal else 0
         if mask.is_floating_point() and _adds(mask):
-            return Mask(offset=max(0, keys - queries) if layer.stack != "cross" else 0), mask
+            return Mask(offset=offset), mask
         seen = _any_row(mask)
         padding = None if bool(seen.all()) else seen
-        windows = {options.get("sliding_window"), getattr(getattr(layer.module, "config", None), "sliding_window", None)}
+        windows = {
+            options.get("sliding_window"),
+            getattr(getattr(layer.module, "config", None), "sliding_window", None),
+        }
         candidates = [] if known is None else [known]
-        candidates += [Mask(True, keys=padding, offset=keys - queries), Mask(keys=padding, offset=max(0, keys - queries))]
-        candidates += [Mask(True, w, keys=padding, offset=keys - queries) for w in windows if isinstance(w, int) and w > 0]
+        candidates += [Mask(True, keys=padding, offset=max(0, keys - queries)), Mask(keys=padding, offset=offset)]
+        candidates += [
+            Mask(True, w, keys=padding, offset=max(0, keys - queries)) for w in windows if isinstance(w, int) and w > 0
+        ]
         for candidate in candidates:
             if _agrees(candidate, mask):
                 return candidate, None
         if mask.numel() <= DENSE_MASK_LIMIT:
-            return Mask(dense=allowed(mask), offset=max(0, keys - queries)), None
+            return Mask(dense=allowed(mask), offset=offset), None
         raise Refused(
             f"layer {layer.key} of {self.family}: its mask over {queries} x {keys} positions is neither causal, windowed, "
             f"by documents nor padding, and too large to keep; capture at most {int(DENSE_MASK_LIMIT**0.5)} tokens"

@@ -1,0 +1,328 @@
+"""Hugging Face models as a ``Model``: run as they always run, with a look at their attention and residual stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.captures import Capture
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.models import requests
+from workbench.models.inputs import forward_arguments, full_mask, cache_length, given_tokens
+from workbench.models.interface import Key, capturing, configs
+from workbench.models.layers import AttentionLayer, attention_layers, describe
+from workbench.models.protocol import Edit, Manifest, Shape, Tokens
+from workbench.models.requests import MAP_KINDS, check_layers, check_logits
+from workbench.models.session import Session
+from workbench.models.taps import Globals, Place, Taps, places, w_o
+from workbench.run import EMPTY, Activations, Maps, Provenance, Run, versions
+from workbench.sites import Site
+
+
+class HFModel:
+    """A ``PreTrainedModel`` with its tokenizer, behind the ``Model`` protocol.
+
+    The wrapped model is never changed: hooks, edits and the capture key live for one ``run``. Sites are read after edits.
+    Maps come from the query and key tensors of the model's own kernel call. Rows of padded queries
+    are zero in the map, whatever the kernel computed for them: padding gives no mass to anything. ``logits="last"`` is the last real token of every row. With
+    padding on the left, positions count from the first real token where the model takes ``position_ids``.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str = "") -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        self.revision = revision
+        self._layers = attention_layers(model)
+        self._places = places(model, self._layers)
+        self._globals = Globals(model, self._layers)
+        self._lock = threading.RLock()
+        self.shape = _shape(model, self._places)
+
+    @property
+    def family(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation that computes the output."""
+        found = dict.fromkeys(_name(config._attn_implementation_internal) for config in configs(self.model))
+        return " + ".join(found)
+
+    def tokens(self, texts: str | Sequence[str]) -> Tokens:
+        return requests.tokenize(self.tokenizer, texts, self.shape)
+
+    def layers(self) -> list[int | str]:
+        """Keys of the attention layers, as in ``Run.maps``."""
+        return [layer.key for layer in self._layers]
+
+    def sites(self) -> list[Site]:
+        """Every site that can be read, heads left out."""
+        found = [Site(kind, stack=stack) for kind, stack in self._globals.modules if kind == "embed"]
+        order = Site.kinds()
+        for place in self._places:
+            kinds = sorted(place.kinds, key=order.index)
+            found += [Site(kind, place.layer.index, stack=place.layer.stack) for kind in kinds]
+        return found + [Site(kind, stack=stack) for kind, stack in self._globals.modules if kind != "embed"]
+
+    def manifest(self) -> Manifest:
+        records = tuple(describe(layer, self._implementation(layer)) for layer in self._layers)
+        return Manifest(self.name, records, tuple(map(str, self.sites())))
+
+    def weight(self, name: str, layer: int | None = None) -> Tensor:
+        """A weight in TransformerLens's layout: ``W_O`` of a layer ``[H, E, D]``, ``W_U`` ``[D, V]``, ``W_E`` ``[V, D]``."""
+        head = self._head()
+        if name == "W_U" and head is not None:
+            return head.weight.T
+        if name == "W_E" and isinstance(self.model.get_input_embeddings(), nn.Embedding):
+            return self.model.get_input_embeddings().weight
+        if name == "W_O" and layer is not None:
+            for place in self._places:
+                if place.layer.key == layer and "result" in place.at_modules:
+                    assert place.wiring is not None
+                    return w_o(place.block.get_submodule(place.wiring.out), place.heads)
+            known = [place.layer.key for place in self._places if "result" in place.at_modules]
+            raise UnknownName("layer with W_O", layer, known)
+        known = [*(["W_U"] if head is not None else []), "W_E", "W_O of a layer"]
+        raise UnknownName("weight", name if layer is None else f"{name} of layer {layer}", known)
+
+    def run(
+        self,
+        tokens: str | Sequence[str] | Tensor | Tokens | Mapping[str, Tensor],
+        read: Iterable[Site | str] = (),
+        edit: Mapping[Site | str, Edit | Tensor] = EMPTY,
+        maps: Capture | None = None,
+        *,
+        logits: str | None = "all",
+        cache: Any = None,
+    ) -> Run:
+        with self._lock:
+            return self._run(tokens, read, edit, maps, logits, cache)
+
+    def _run(self, tokens: Any, read: Any, edit: Any, maps: Capture | None, logits: str | None, cache: Any) -> Run:
+        if any(module.training for module in self.model.modules()):
+            raise WorkbenchError(f"{self.name} is in training mode; call .eval() on the model first")
+        device = self._device()
+        given = given_tokens(self.model, tokens, self.tokenizer, self.shape)
+        past = None if cache is None or isinstance(cache, bool) else cache
+        cached = past is not None or cache is True
+        width = torch.finfo(next(self.model.parameters()).dtype).bits // 8
+        check_logits(logits, *given.ids.shape, self.shape, width)
+        reads = requests.parse_sites(read, self._serves, self._names)
+        edits = dict(zip(requests.parse_sites(edit, self._serves, self._names), edit.values(), strict=True))
+        wanted = check_layers(maps, self.layers())
+        session = self._session(reads, edits, maps, wanted, cached, given)
+        arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
+        taps = Taps(self._places, self._globals, session)
+        switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
+        head = _Head(self._head(), logits, full_mask(given, past, cache_length(past)), given.ids.shape[1])
+        with (
+            taps.installed(),
+            head.installed(),
+            self._recording(session),
+            capturing(self.model, session, switch=switch),
+        ):
+            outputs = self.model(**arguments)
+        session.finish(self._layers)
+        new = getattr(outputs, "past_key_values", None) if cached else None
+        if new is not None and given.ids.shape[1]:
+            new._workbench_mask = full_mask(given, past, cache_length(past))
+        return Run(
+            tokens=given,
+            logits=head.logits(outputs),
+            output=getattr(outputs, "last_hidden_state", None),
+            acts=Activations(session.acts),
+            maps=Maps({key: found for key, found in session.maps.items() if key in wanted}),
+            provenance=self._provenance(session),
+            cache=new,
+        )
+
+    # ---------------------------------------------------------------- helpers
+
+    def _session(
+        self, reads: Any, edits: Any, maps: Capture | None, wanted: Any, cached: bool, given: Tokens
+    ) -> Session:
+        by_key = {layer.key: layer for layer in self._layers}
+        for key in wanted:
+            if by_key[key].route == "none":
+                fine = [layer.key for layer in self._layers if layer.route != "none"]
+                raise Refused(
+                    f"layer {key} of {self.family}: {by_key[key].name} does not go through transformers' attention "
+                    f"interface and no recorder knows it; layers that can be captured: {fine or 'none'}"
+                )
+        for site in edits:
+            if site.kind in MAP_KINDS and site.kind != "pattern":
+                raise WorkbenchError(
+                    f"{site} is a statistic of the attention map and cannot be edited; edit z or pattern"
+                )
+            layer = next((x for x in self._layers if (x.stack, x.index) == (site.stack, site.layer)), None)
+            if site.kind == "pattern" and layer is not None:
+                base = self._implementation(layer)
+                if layer.route == "recorder" or base != "eager":
+                    raise Refused(
+                        f"{site} cannot be edited: {'the recorder' if layer.route == 'recorder' else f'attention {base!r}'} "
+                        f"of {self.family} does not build the pattern; edit hook_z, or load a model that goes through the "
+                        "attention interface with attn_implementation='eager'"
+                    )
+        served = {(place.layer.stack, place.layer.index): place.at_function for place in self._places}
+        return Session(
+            self.family,
+            self._layers,
+            request=maps,
+            wanted=wanted,
+            reads=reads,
+            edits=edits,
+            served=served,
+            cached=cached,
+            real=None if bool(given.mask.all()) else given.mask,
+        )
+
+    @contextmanager
+    def _recording(self, session: Session) -> Any:
+        from workbench.models.recorders import recording
+
+        layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
+        with recording(layers, session):
+            yield
+
+    def _serves(self, site: Site) -> bool:
+        if site.layer is None:
+            return (site.kind, site.stack) in self._globals.modules
+        for place in self._places:
+            if (place.layer.stack, place.layer.index) == (site.stack, site.layer):
+                grouped = site.kind in ("k", "v", "rot_k")
+                heads = place.kv_heads if grouped else place.heads
+                return site.kind in place.kinds and (site.head is None or not heads or site.head < heads)
+        return False
+
+    def _names(self) -> list[str]:
+        """Served sites with layers as ranges, for messages."""
+        spans: dict[str, list[int]] = {}
+        for site in self.sites():
+            template = str(site) if site.layer is None else str(site).replace(f"blocks.{site.layer}.", "blocks.{}.")
+            spans.setdefault(template, []).append(site.layer or 0)
+        names = [t.replace("{}", f"{min(at)}-{max(at)}" if len(at) > 1 else str(at[0])) for t, at in spans.items()]
+        return [*names, f"(heads 0-{self.shape.heads - 1}, kv heads 0-{self.shape.kv_heads - 1})"]
+
+    def _implementation(self, layer: AttentionLayer) -> str:
+        config = getattr(layer.module, "config", self.model.config)
+        return _name(getattr(config, "_attn_implementation_internal", None))
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _head(self) -> Any:
+        """The module that makes logits of hidden states, if the model has one."""
+        try:
+            return self.model.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+
+    def _provenance(self, session: Session) -> Provenance:
+        kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in session.maps.values())
+        parameter = next(self.model.parameters())
+        return Provenance(
+            model=self.name,
+            revision=self.revision,
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            attention=self.attention,
+            kernel=", ".join(sorted(filter(None, kernels))),
+            versions=versions(),
+        )
+
+    def __repr__(self) -> str:
+        return f"HFModel({self.name!r}, {self.family}, {len(self._layers)} attention layers, {self.attention})"
+
+
+class _Head:
+    """Cuts the hidden states before the unembedding, so that logits nobody asked for are never computed."""
+
+    def __init__(self, module: nn.Module | None, which: str | None, mask: Tensor, length: int) -> None:
+        self.module, self.which, self.length = module, which, length
+        self._last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1) if mask.numel() else None
+        self._last = None if self._last is None else (self._last - (mask.shape[1] - length)).clamp(min=0)
+        self._cut = False
+
+    @contextmanager
+    def installed(self) -> Any:
+        if self.module is None or self.which == "all":
+            yield
+            return
+        handle = self.module.register_forward_pre_hook(self._before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        if hidden.ndim != 3:
+            return None
+        self._cut = True
+        return (self._take(hidden), *args[1:])
+
+    def _take(self, hidden: Tensor) -> Tensor:
+        if self.which is None:
+            return hidden[:, :0]
+        if self._last is None or hidden.shape[1] != self.length:
+            return hidden[:, -1:]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, self._last.to(hidden.device)][:, None]
+
+    def logits(self, outputs: Any) -> Tensor | None:
+        found = getattr(outputs, "logits", None)
+        if found is None:
+            found = getattr(outputs, "logits_per_image", None)
+        if found is None or self.which is None:
+            return None
+        return self._take(found) if self.which == "last" and not self._cut and found.ndim == 3 else found
+
+
+def _name(implementation: Any) -> str:
+    base = implementation.base if isinstance(implementation, Key) else implementation
+    return str(base or "eager")
+
+
+def _shape(model: Any, found: Sequence[Place]) -> Shape:
+    """Sizes as the config tells them; of the text half where there are two, of the decoder where there is one."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    own = [place for place in found if place.layer.stack in ("", "decoder", "text")] or list(found)
+    first = own[0] if own else None
+    width = getattr(config, "hidden_size", 0)
+    return Shape(
+        layers=len(own),
+        heads=first.heads if first else 0,
+        kv_heads=first.kv_heads if first else 0,
+        width=width if isinstance(width, int) else width[0],
+        head_width=first.width if first else 0,
+        vocab=getattr(config, "vocab_size", None),
+        context=_context(model, config),
+        causal=_causal(first),
+    )
+
+
+def _causal(place: Place | None) -> bool:
+    if place is None:
+        return True
+    return bool(getattr(place.layer.module, "is_causal", place.layer.route == "recorder"))
+
+
+def _context(model: Any, config: Any) -> int | None:
+    """Longest input: the number of positions a model has or was made for; None where positions are unbounded."""
+    kind = getattr(config, "model_type", "")
+    if kind in ("t5", "mt5", "bloom") or getattr(config, "alibi", False):
+        return None
+    if kind == "mpt":
+        return config.max_seq_len
+    if kind == "whisper":
+        return config.max_target_positions
+    limit = getattr(config, "max_position_embeddings", None)
+    if kind in ("roberta", "xlm-roberta", "camembert") and limit is not None:
+        return limit - (config.pad_token_id or 0) - 1
+    return limit if isinstance(limit, int) else None

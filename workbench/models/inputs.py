@@ -1,0 +1,144 @@
+"""From what a user passes to the keyword arguments of a Hugging Face forward, and the checks on the way."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.models.protocol import Shape, Tokens
+from workbench.models.requests import check_ids, check_length, tokenize
+
+_IDS = ("input_ids", "attention_mask")
+
+
+def given_tokens(model: Any, tokens: Any, tokenizer: Any, shape: Shape) -> Tokens:
+    """``Tokens`` of a text, texts, ids, pixels, features, or a mapping of forward arguments."""
+    if isinstance(tokens, Tokens):
+        return tokens
+    if isinstance(tokens, str) or (
+        isinstance(tokens, Sequence) and len(tokens) > 0 and all(isinstance(text, str) for text in tokens)
+    ):
+        return tokenize(tokenizer, tokens, shape)
+    if isinstance(tokens, Mapping):
+        return _from_mapping(model, tokens, tokenizer)
+    if not isinstance(tokens, Tensor):
+        tokens = torch.as_tensor(tokens)
+    if tokens.is_floating_point():
+        name = model.main_input_name
+        if name == "input_ids":
+            raise WorkbenchError(
+                f"{type(model).__name__} takes token ids (integers); got {tokens.dtype} {list(tokens.shape)}"
+            )
+        return Tokens(
+            torch.zeros(len(tokens), 0, dtype=torch.int64),
+            torch.zeros(len(tokens), 0, dtype=torch.bool),
+            (),
+            {name: tokens},
+        )
+    return Tokens.of(tokens, tokenizer)
+
+
+def _from_mapping(model: Any, given: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    accepted = forward_names(model)
+    for name, value in given.items():
+        if accepted is not None and name not in accepted:
+            raise WorkbenchError(
+                f"{type(model).__name__} takes no input {name!r}; it takes {', '.join(sorted(accepted))}"
+            )
+        if not isinstance(value, Tensor):
+            raise WorkbenchError(f"input {name!r} is a tensor; got {type(value).__name__}")
+    rest = {name: value for name, value in given.items() if name not in _IDS}
+    if "input_ids" not in given:
+        batch = len(next(iter(given.values()))) if given else 0
+        if "attention_mask" in given:
+            rest["attention_mask"] = given["attention_mask"]
+        return Tokens(torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool), (), rest)
+    plain = Tokens.of(given["input_ids"], tokenizer)
+    mask = given.get("attention_mask")
+    if mask is None:
+        return Tokens(plain.ids, plain.mask, plain.labels, rest)
+    if mask.ndim != 2:
+        return Tokens(plain.ids, plain.mask, plain.labels, {**rest, "attention_mask": mask})
+    return Tokens(plain.ids, mask.bool(), plain.labels, rest)
+
+
+def forward_names(model: nn.Module) -> set[str] | None:
+    """Names of the arguments of a model's forward; None if it takes any."""
+    names = {n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    return names or None
+
+
+def forward_arguments(
+    model: Any, given: Tokens, shape: Shape, past: Any, device: torch.device, *, cached: bool
+) -> dict[str, Any]:
+    """Arguments of one forward pass: ids, mask only where there is padding, positions that skip left padding, cache."""
+    seen = cache_length(past)
+    arguments: dict[str, Any] = {name: value.to(device) for name, value in given.inputs.items()}
+    names = forward_names(model) or set()
+    if given.ids.shape[1]:
+        check_length(seen + given.ids.shape[1], shape)
+        check_ids(given.ids, shape)
+        arguments["input_ids"] = given.ids.to(device)
+        mask = full_mask(given, past, seen)
+        if not bool(mask.all()) and "attention_mask" not in arguments:
+            if not bool(mask.any(1).all()):
+                raise WorkbenchError("a row of the batch is nothing but padding")
+            arguments["attention_mask"] = mask.long().to(device)
+            if not bool(mask[:, 0].all()) and "position_ids" in names and "position_ids" not in arguments:
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+                arguments["position_ids"] = positions[:, seen:].to(device)
+    elif not given.inputs:
+        raise WorkbenchError("the input is empty")
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        if "decoder_input_ids" not in arguments and "decoder_inputs_embeds" not in arguments:
+            start = getattr(model.config, "decoder_start_token_id", None)
+            if start is None:
+                raise WorkbenchError(f"{type(model).__name__} needs decoder_input_ids: pass a mapping of its inputs")
+            batch = len(next(iter(arguments.values())))
+            arguments["decoder_input_ids"] = torch.full((batch, 1), start, dtype=torch.int64, device=device)
+    if "use_cache" in names:
+        arguments["use_cache"] = cached
+    elif cached and "past_key_values" not in names:
+        raise Refused(f"{type(model).__name__} keeps no key-value cache")
+    if past is not None:
+        arguments["past_key_values"] = fork(past)
+    return arguments
+
+
+def cache_length(past: Any) -> int:
+    """Positions in a key-value cache."""
+    return 0 if past is None else int(past.get_seq_length())
+
+
+def full_mask(given: Tokens, past: Any, seen: int) -> Tensor:
+    """Mask of the cached and the new positions, ``[B, seen + T]``; a cache that did not come from us has no padding."""
+    before = getattr(past, "_workbench_mask", None)
+    if before is None:
+        before = torch.ones(len(given.mask), seen, dtype=torch.bool)
+    if before.shape != (len(given.mask), seen):
+        raise WorkbenchError(
+            f"the cache holds {list(before.shape)} positions; the new tokens are a batch of {len(given.mask)}"
+        )
+    return torch.cat([before, given.mask.cpu()], dim=1)
+
+
+def fork(past: Any) -> Any:
+    """A cache that can be continued without changing ``past``: growing layers replace their tensors and are shared."""
+    name = type(past).__name__
+    if name == "EncoderDecoderCache":
+        new = copy.copy(past)
+        new.self_attention_cache = fork(past.self_attention_cache)
+        new.cross_attention_cache = fork(past.cross_attention_cache)
+        new.is_updated = dict(past.is_updated)
+        return new
+    if name == "DynamicCache":
+        new = copy.copy(past)
+        new.layers = [copy.copy(layer) for layer in past.layers]
+        return new
+    return copy.deepcopy(past)

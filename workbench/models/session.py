@@ -1,0 +1,189 @@
+"""What one run of a Hugging Face model is asked to look at, and what it has seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.captures import Capture
+from workbench.errors import Refused, WorkbenchError
+from workbench.kernels.mask import Mask
+from workbench.maps import AttentionMap
+from workbench.mixers.softmax import SoftmaxMap
+from workbench.models.layers import AttentionLayer
+from workbench.models.masking import Masks
+from workbench.models.protocol import Edit
+from workbench.models.requests import MAP_KINDS, apply_edits, site_from_map
+from workbench.sites import Site
+
+INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")
+
+
+class Session:
+    """State of one run. The attention function and the module hooks report here; edits are applied here."""
+
+    def __init__(
+        self,
+        family: str,
+        layers: Sequence[AttentionLayer],
+        *,
+        request: Capture | None,
+        wanted: Sequence[int | str],
+        reads: Sequence[Site],
+        edits: Mapping[Site, Edit | Tensor],
+        served: Mapping[tuple[str, int], frozenset[str]],
+        cached: bool,
+        real: Tensor | None = None,
+    ) -> None:
+        self.family = family
+        self.request = request
+        self.reads, self.edits = list(reads), dict(edits)
+        self.acts: dict[Site, Tensor] = {}
+        self.maps: dict[int | str, AttentionMap] = {}
+        self.masks = Masks(family)
+        self._fresh = cached
+        self._real = real
+        self._layers = {id(layer.module): layer for layer in layers}
+        self._served = served
+        self._edited: set[Site] = set()
+        self._visited: set[Site] = set()
+        touched = {site.whole for site in [*self.reads, *self.edits]}
+        self._sites = {(s.stack, s.layer, s.kind) for s in touched}
+        self._from_maps = [s for s in self.reads if s.kind in MAP_KINDS]
+        self._wanted = set(wanted)
+        self._mapped = {layer.key for layer in layers if self._in_reads(layer)} | self._wanted
+
+    def _in_reads(self, layer: AttentionLayer) -> bool:
+        return any((s.stack, s.layer) == (layer.stack, layer.index) for s in self._from_maps)
+
+    def layer_of(self, module: nn.Module) -> AttentionLayer | None:
+        return self._layers.get(id(module))
+
+    def touches(self, layer: AttentionLayer, kind: str) -> bool:
+        """Whether a site of this kind in this layer is read or edited, and is served at the attention function."""
+        here = (layer.stack, layer.index)
+        return kind in self._served[here] and (*here, kind) in self._sites
+
+    def wants(self, layer: AttentionLayer) -> bool:
+        return self.wants_map(layer) or any(self.touches(layer, kind) for kind in (*INPUT_KINDS, "z", "pattern"))
+
+    def wants_map(self, layer: AttentionLayer) -> bool:
+        return layer.key in self._mapped
+
+    # ------------------------------------------------------------- any site
+
+    def visit(self, site: Site, value: Tensor) -> Tensor:
+        """Edit and record the tensor of a whole site; returns what the model goes on with."""
+        if site in self._visited:
+            raise Refused(f"{site} fired twice in one run of {self.family}; modules that run repeatedly are not served")
+        self._visited.add(site)
+        edited = apply_edits(value, site, self.edits)
+        self.mark(key for key in self.edits if key.whole == site)
+        self.record(site, edited)
+        return edited
+
+    def record(self, site: Site, value: Tensor) -> None:
+        """Keep the tensor of a whole site for those reads that ask for it or for one of its heads."""
+        for key in self.reads:
+            if key.whole == site:
+                self.acts[key] = value if key.head is None else value.select(key.head_axis, key.head)
+
+    def mark(self, edits: Iterable[Site]) -> None:
+        """Note that these edits took place."""
+        self._edited |= set(edits)
+
+    # ------------------------------------------------- the attention function
+
+    def on_inputs(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, H, Q, E]``, keys and values ``[B, G, K, E]`` on their way into the attention function."""
+        tensors = {"q": q, "k": k, "v": v}
+        for kind in INPUT_KINDS:
+            if not self.touches(layer, kind):
+                continue
+            name = kind.removeprefix("rot_")
+            site = Site(kind, layer.index, stack=layer.stack)
+            if name != "q" and self._fresh and any(key.whole == site for key in self.edits):
+                raise Refused(
+                    f"editing {site} in a run with a cache would leave the unedited tensor in the cache; "
+                    "edit without cache, or edit resid_pre"
+                )
+            tensors[name] = self.visit(site, tensors[name].transpose(1, 2)).transpose(1, 2)
+        return tensors["q"], tensors["k"], tensors["v"]
+
+    def on_map(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        mask: Mask,
+        *,
+        scale: float | None,
+        softcap: float | None = None,
+        sink: Tensor | None = None,
+        bias: Any = None,
+    ) -> None:
+        """Build the layer's map, compute what was asked for, keep it."""
+        if layer.key in self.maps:
+            raise Refused(f"layer {layer.key} of {self.family}: {layer.name} ran twice in one run; its maps would mix")
+        with torch.no_grad():
+            q, k = q.detach(), k.detach()
+            real = self._real
+            if real is not None and real.shape == (q.shape[0], q.shape[2]) and layer.stack in ("", "encoder", "text"):
+                mask = replace(mask, queries=real.to(q.device))
+            if self._fresh:
+                k = k.clone()
+            found = SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias)
+            if layer.key in self._wanted and self.request is not None:
+                found.precompute(self.request)
+            self.maps[layer.key] = found
+            for site in self._from_maps:
+                if (site.stack, site.layer) == (layer.stack, layer.index):
+                    self.acts[site] = site_from_map(found, site, self.request)
+
+    def on_pattern(self, layer: AttentionLayer, weights: Tensor | None, v: Tensor, output: Tensor, base: str) -> Tensor:
+        """The pattern of an eager layer ``[B, H, Q, K]``: read with its graph, and edited by recomputing the output."""
+        site = Site("pattern", layer.index, stack=layer.stack)
+        edits = [key for key in self.edits if key.whole == site]
+        if weights is None:
+            if edits:
+                raise Refused(
+                    f"{site} cannot be edited: attention {base!r} of {self.family} never builds the pattern; load the "
+                    "model with attn_implementation='eager' to edit it, or edit hook_z"
+                )
+            return output
+        if not self.touches(layer, "pattern"):
+            return output
+        new = apply_edits(weights, site, self.edits)
+        self.record(site, new)
+        if not edits:
+            return output
+        self.mark(edits)
+        values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
+        return (new.to(values.dtype) @ values).transpose(1, 2).contiguous()
+
+    def on_output(self, layer: AttentionLayer, output: Any) -> Any:
+        """Output of the attention function, ``[B, Q, H, E]``."""
+        if not self.touches(layer, "z"):
+            return output
+        return self.visit(Site("z", layer.index, stack=layer.stack), output)
+
+    # ------------------------------------------------------------- at the end
+
+    def finish(self, layers: Sequence[AttentionLayer]) -> None:
+        """Everything that was asked for must have happened."""
+        for layer in layers:
+            if layer.key in self._wanted and layer.key not in self.maps:
+                raise WorkbenchError(
+                    f"layer {layer.key} of {self.family} ({layer.name}) did not run its attention with this input; "
+                    "name the layers that do with maps=capture(layers=[...])"
+                )
+        for site in self.reads:
+            if site not in self.acts:
+                raise WorkbenchError(f"{site} was asked for and did not run in {self.family} with this input")
+        for site in self.edits:
+            if site not in self._edited:
+                raise WorkbenchError(f"the edit of {site} never ran in {self.family} with this input")
