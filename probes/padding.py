@@ -83,10 +83,7 @@ def padding(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> Paddi
         queries_real = query_side.mask.cpu()
     before = keys - key_side.ids.shape[1] if key_side is not None else 0
     fits = key_side is not None and len(key_side.ids) == b and before >= 0
-    if stack == "cross":
-        fits = fits and before == 0
-    else:
-        fits = fits and key_side is not None and key_side.ids.shape[1] == queries
+    fits = fits and (before == 0 if stack == "cross" else keys - before == queries)
     names: tuple[tuple[str, ...], ...] = ((),) * b
     if fits and key_side is not None and key_side.ids.shape[1]:
         told = torch.nn.functional.pad(key_side.mask.cpu(), (before, 0), value=True)

@@ -35,7 +35,7 @@ class Visibility:
             until = torch.nn.functional.pad(shown.cumsum(-1), (1, 0))
             count = torch.stack([until[:, hi] - until[:, lo] for lo, hi in runs]).sum(0)
             return (count * self.real)[:, None]
-        return torch.cat([tile.sum(-1, dtype=torch.float64) for _, _, tile in self._tiles()], dim=-1)
+        return torch.cat([tile.sum(-1, dtype=torch.float64) for _, _, tile in self.tiles()], dim=-1)
 
     def spread(self, weight: Tensor) -> Tensor:
         """Sum of ``weight`` ``[B|1, H|1, Q]`` over the real queries that may see each key, ``[B|1, H|1, K]``."""
@@ -43,14 +43,14 @@ class Visibility:
         runs = self._runs()
         if runs is not None:
             steps = weight.new_zeros(*weight.shape[:2], self.shape[1] + 1)
-            for lo, hi in runs:
-                steps.index_add_(-1, lo, weight)
-                steps.index_add_(-1, hi, -weight)
+            for begin, end in runs:
+                steps.index_add_(-1, begin, weight)
+                steps.index_add_(-1, end, -weight)
             return steps.cumsum(-1)[..., :-1] * self._shown()[:, None]
-        total = None
-        for lo, hi, tile in self._tiles():
-            part = (tile.double() * weight[..., lo:hi, None]).sum(-2)
-            total = part if total is None else total + part
+        total: Tensor | None = None
+        for lo, hi, tile in self.tiles():
+            mass = (tile.double() * weight[..., lo:hi, None]).sum(-2)
+            total = mass if total is None else total + mass
         assert total is not None
         return total
 
@@ -76,11 +76,10 @@ class Visibility:
             allowed = torch.ones(1, 1, hi - lo, self.shape[1], dtype=torch.bool)
         return allowed & self.real[:, None, lo:hi, None]
 
-    def _tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         queries, keys = self.shape
-        width = keys * max(
-            len(self.real), *(p.shape[0] for p in (self.mask.documents, self.mask.dense) if p is not None)
-        )
+        parts = [p.shape[0] for p in (self.mask.documents, self.mask.dense) if p is not None]
+        width = keys * max(len(self.real), *parts, 1)
         step = max(1, _CHUNK // max(1, width))
         for lo in range(0, queries, step):
             hi = min(queries, lo + step)

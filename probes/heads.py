@@ -1,0 +1,320 @@
+"""Which heads look at the previous token, at earlier copies of the token, or at what followed them?
+
+A score is the mean mass that a head puts on the keys a condition names, over the queries for which the condition
+names any key they may see:
+
+    previous    k = q - 1
+    duplicate   k < q with the query's token
+    induction   k <= q right after an earlier copy of the query's token (Olsson et al., arXiv 2209.11895)
+
+Nulls. On a model, duplicate and induction heads are measured on random tokens repeated after a random period, and
+the null is the same keys when the second half is other random tokens: a head that only likes a distance keeps its
+score. On a given text, the null shuffles the tokens' identities over the positions. For ``previous`` the key is
+drawn at random among the earlier ones. ``uniform`` is the score of attention spread evenly over what a query may
+see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from workbench import mods
+from workbench.captures import capture
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
+from workbench.models.protocol import Model, Tokens
+from workbench.mods import Mod
+from workbench.probes.bootstrap import interval
+from workbench.probes.padding import padding
+from workbench.probes.repeats import repeats
+from workbench.probes.shares import maps_of
+from workbench.probes.visibility import Visibility, visibility
+from workbench.results import Result, head_map
+from workbench.run import Provenance, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+KINDS: dict[str, Callable[[Tensor], Mod]] = {
+    "previous": lambda ids: mods.previous(),
+    "duplicate": mods.same_token,
+    "induction": mods.induction,
+}
+
+
+class Head(NamedTuple):
+    """One head's score."""
+
+    layer: int | str
+    head: int
+    value: float
+    null: float
+    z: float
+
+
+@dataclass(frozen=True)
+class HeadScores(Result):
+    """Scores per layer ``[C, H]``, C counting ``kinds``.
+
+    ``value``: mean over sequences; ``low high``: 95% bootstrap interval over sequences, NaN for a single one;
+    ``null``, ``uniform``: see the module; ``z``: (value - null) / standard deviation of the null. Everything is NaN
+    where no query has a key to look at, and ``undefined`` says so. ``skipped`` names layers that are no
+    self-attention over the tokens.
+    """
+
+    kinds: tuple[str, ...]
+    value: Mapping[int | str, Tensor]
+    null: Mapping[int | str, Tensor]
+    low: Mapping[int | str, Tensor]
+    high: Mapping[int | str, Tensor]
+    uniform: Mapping[int | str, Tensor]
+    z: Mapping[int | str, Tensor]
+    sequences: int
+    source: str
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer, head and kind: ``layer, head, kind, value, null, low, high, uniform, z``."""
+        import pandas as pd
+
+        parts = []
+        columns = ("value", "null", "low", "high", "uniform", "z")
+        for layer, value in self.value.items():
+            count, heads = value.shape
+            index = {
+                "layer": layer,
+                "head": torch.arange(heads).repeat(count).numpy(),
+                "kind": [kind for kind in self.kinds for _ in range(heads)],
+            }
+            parts.append(pd.DataFrame(index | {c: getattr(self, c)[layer].flatten().numpy() for c in columns}))
+        return pd.concat(parts, ignore_index=True)
+
+    def top(self, kind: str, n: int | None = None) -> list[Head]:
+        """Heads by falling score of one kind."""
+        at = self._index(kind)
+        found = [
+            Head(layer, head, *(float(part[layer][at, head]) for part in (self.value, self.null, self.z)))
+            for layer, value in self.value.items()
+            for head in range(value.shape[1])
+            if value[at, head].isfinite()
+        ]
+        return sorted(found, key=lambda h: -h.value)[:n]
+
+    def plot(self, ax: Axes | None = None, kind: str = "induction") -> Axes:
+        """Layer x head heat map of one kind."""
+        if kind not in self.kinds and kind == "induction":
+            kind = self.kinds[0]
+        at = self._index(kind)
+        title = f"{kind.capitalize()} score of each head: {self.provenance.model}"
+        rows = [value[at] for value in self.value.values()]
+        return head_map(ax, rows, list(self.value), title=title, unit="mean attention mass", limits=(0.0, 1.0))
+
+    def _index(self, kind: str) -> int:
+        if kind not in self.kinds:
+            raise UnknownName("head score", kind, self.kinds)
+        return self.kinds.index(kind)
+
+
+def head_scores(
+    source: Model | Run,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    batches: int = 4,
+    sequences: int = 8,
+    period: tuple[int, int] = (16, 48),
+    shuffles: int = 16,
+    layers: Sequence[int | str] | None = None,
+    raw: bool = False,
+    seed: int = 0,
+) -> HeadScores:
+    """Previous-token, duplicate-token and induction scores with their nulls.
+
+    ``source``: a model, which is run on ``batches`` batches of ``sequences`` random token rows, each batch repeated
+    after its own period drawn from ``period`` (cut to the model's context and vocabulary); or a run with captured
+    maps, whose tokens are shuffled ``shuffles`` times for the null. ``layers`` restricts what a model captures.
+    Gated maps count as they act; ``raw=True`` looks inside the gate. Masses are read in row chunks; nothing of size
+    Q x K is kept.
+    """
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UnknownName("head score", kind, KINDS)
+    if not kinds:
+        raise WorkbenchError(f"no score asked for; known: {', '.join(KINDS)}")
+    for name, number in (("batches", batches), ("sequences", sequences), ("shuffles", shuffles)):
+        if number < 1:
+            raise WorkbenchError(f"{name} is at least 1; got {number}")
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(source, Run):
+        tokens = source.tokens
+        maps, skipped = _token_maps(maps_of(source), tokens, raw)
+        measured = {
+            name: _measure(
+                kinds, amap, amap, tokens, _seen(name, amap, tokens), _shuffles(tokens.ids, shuffles, generator)
+            )
+            for name, amap in maps.items()
+        }
+        return _scores(kinds, [measured], "text", skipped, source.provenance)
+    if not isinstance(source, Model):
+        raise WorkbenchError(f"expected a model or a run; got {type(source).__name__}")
+    parts = []
+    for normal, control in repeats(source, batches, sequences, period, generator):
+        request = capture(layers=layers)
+        with torch.no_grad():
+            run = source.run(normal, maps=request, logits=None)
+            other = source.run(control, maps=request, logits=None)
+        maps, skipped = _token_maps(maps_of(run), run.tokens, raw)
+        controls, _ = _token_maps(maps_of(other), run.tokens, raw)
+        parts.append(
+            {
+                name: _measure(kinds, amap, controls[name], run.tokens, _seen(name, amap, run.tokens), None, generator)
+                for name, amap in maps.items()
+            }
+        )
+    return _scores(kinds, parts, "random repeats", skipped, run.provenance)
+
+
+class _Measured(NamedTuple):
+    """Of one batch: ``value uniform`` ``[B, C, H]``; ``null`` ``[draws, B, C, H]``."""
+
+    value: Tensor
+    uniform: Tensor
+    null: Tensor
+
+
+def _token_maps(
+    maps: Mapping[int | str, AttentionMap], tokens: Tokens, raw: bool
+) -> tuple[dict[int | str, AttentionMap], tuple[str, ...]]:
+    """Layers that are self-attention over the run's tokens, and the names of the others."""
+    rows, length = tokens.ids.shape
+    if not length:
+        raise WorkbenchError("these scores compare tokens; the model's input has no token ids")
+    kept: dict[int | str, AttentionMap] = {}
+    skipped = []
+    for name, amap in maps.items():
+        stack = name.split(".")[0] if isinstance(name, str) else ""
+        if stack in ("decoder", "cross", "vision") or amap.shape[0] != rows or amap.shape[2] != length:
+            skipped.append(str(name))
+        elif amap.shape[3] != length:
+            raise Refused(
+                f"layer {name!r} sees {amap.shape[3]} keys and the run holds {length} tokens: it continues a cache whose "
+                "tokens are not known here; run the whole text at once"
+            )
+        else:
+            kept[name] = getattr(amap, "raw", amap) if raw else amap
+    if not kept:
+        raise Refused(f"no captured layer is self-attention over the {length} tokens; captured: {', '.join(skipped)}")
+    return kept, tuple(skipped)
+
+
+def _seen(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
+    pad = padding(name, amap, tokens)
+    return visibility(amap, real=pad.queries, keys=pad.keys)
+
+
+def _shuffles(ids: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Token identities permuted over all positions but the first, the same way in every row."""
+    found = []
+    for _ in range(draws):
+        order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(ids.shape[1] - 1, generator=generator)])
+        found.append(ids.cpu()[:, order])
+    return found
+
+
+def _measure(
+    kinds: Sequence[str],
+    amap: AttentionMap,
+    control: AttentionMap,
+    tokens: Tokens,
+    seen: Visibility,
+    shuffled: list[Tensor] | None,
+    generator: torch.Generator | None = None,
+) -> _Measured:
+    """Scores of one layer. The null is ``control`` on the same keys, or the same map on the keys of
+    ``shuffled`` tokens."""
+    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    ids = tokens.ids.cpu()
+    draws = 1 if shuffled is None else len(shuffled)
+    values, evens, nulls = [], [], []
+    for kind in kinds:
+        mod = KINDS[kind](ids)
+        hits = _hits(seen, mod, len(ids))
+        values.append(_mean_mass(amap, mod, hits))
+        evens.append(_over(hits / seen.keys().clamp(min=1), hits > 0).expand(amap.shape[:2]))
+        if kind == "previous":
+            others = [_random_earlier(ids, generator) for _ in range(draws)]
+            nulls.append(torch.stack([_mean_mass(amap, other, _hits(seen, other, len(ids))) for other in others]))
+        elif shuffled is None:
+            nulls.append(_mean_mass(control, mod, hits)[None])
+        else:
+            others = [KINDS[kind](row) for row in shuffled]
+            nulls.append(torch.stack([_mean_mass(amap, other, _hits(seen, other, len(ids))) for other in others]))
+    return _Measured(torch.stack(values, 1), torch.stack(evens, 1), torch.stack(nulls, 2))
+
+
+def _hits(seen: Visibility, mod: Mod, batch: int) -> Tensor:
+    """How many keys of the condition each query may see, ``[B, 1|H, Q]``; rows are walked in chunks."""
+    keys = torch.arange(seen.shape[1])[None, None, None, :]
+    rows = torch.arange(batch)[:, None, None, None]
+    parts = []
+    for lo, hi, tile in seen.tiles():
+        at = torch.arange(lo, hi)[None, None, :, None] + seen.mask.offset
+        named = mod(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), at, keys)
+        parts.append((named & tile).sum(-1, dtype=torch.float64))
+    return torch.cat(parts, dim=-1)
+
+
+def _mean_mass(amap: AttentionMap, mod: Mod, hits: Tensor) -> Tensor:
+    """Mean mass under ``mod`` over the queries with hits, ``[B, H]``; NaN where there is none."""
+    return _over(amap.mass(mod).detach().cpu().double(), hits > 0)
+
+
+def _over(values: Tensor, keep: Tensor) -> Tensor:
+    keep = keep.expand_as(values)
+    count = keep.sum(-1)
+    return torch.where(count > 0, values.masked_fill(~keep, 0.0).sum(-1) / count.clamp(min=1), float("nan"))
+
+
+def _random_earlier(ids: Tensor, generator: torch.Generator) -> Mod:
+    """For every query one key drawn evenly among the earlier ones."""
+    rows, length = ids.shape
+    table = (torch.rand(rows, length, generator=generator) * torch.arange(length)).long()
+    return lambda b, h, q, k: (k == table.to(q.device)[b, q]) & (k < q)
+
+
+def _scores(
+    kinds: tuple[str, ...],
+    parts: Sequence[Mapping[int | str, _Measured]],
+    source: str,
+    skipped: tuple[str, ...],
+    provenance: Provenance,
+) -> HeadScores:
+    found: dict[str, dict[int | str, Tensor]] = {c: {} for c in ("value", "null", "low", "high", "uniform", "z")}
+    sequences = 0
+    for layer in parts[0]:
+        value = torch.cat([part[layer].value for part in parts])
+        sequences = len(value)
+        found["value"][layer] = value.nanmean(0)
+        found["low"][layer], found["high"][layer] = interval(value)
+        found["uniform"][layer] = torch.cat([part[layer].uniform for part in parts]).nanmean(0)
+        draws = torch.cat([part[layer].null for part in parts], dim=1)
+        found["null"][layer] = draws.nanmean((0, 1))
+        spread = draws.nanmean(1).std(0) if len(draws) > 1 else draws[0].std(0) / sequences**0.5
+        gap = found["value"][layer] - found["null"][layer]
+        found["z"][layer] = torch.where(gap == 0, gap, gap / spread)
+    undefined = {
+        kind: "no query has such a key: no token occurs twice" if kind != "previous" else "no query has an earlier key"
+        for i, kind in enumerate(kinds)
+        if all(value[i].isnan().all() for value in found["value"].values())
+    }
+    return HeadScores(
+        kinds, **found, sequences=sequences, source=source, undefined=undefined, skipped=skipped, provenance=provenance
+    )
