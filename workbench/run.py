@@ -49,14 +49,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Activations(Mapping[Site, Tensor]):
+class Activations(Mapping["Site | str", Tensor]):
     """Tensors by site. ``acts["blocks.1.attn.hook_z"]`` and ``acts[Site("z", 1)]`` are the same; ``acts["...[3]"]``
-    selects head 3 of a stored site."""
+    selects head 3 of a stored site. Hook names that are no site (a bridge has some) are keys as they are."""
 
-    def __init__(self, tensors: Mapping[Site, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[Site, Tensor] | Mapping[Site | str, Tensor]) -> None:
+        self._tensors: dict[Site | str, Tensor] = dict(tensors)
 
     def __getitem__(self, key: Site | str) -> Tensor:
+        if key in self._tensors:
+            return self._tensors[key]
         site = Site.parse(key)
         if site in self._tensors:
             return self._tensors[site]
@@ -64,7 +66,7 @@ class Activations(Mapping[Site, Tensor]):
             return self._tensors[site.whole].select(site.head_axis, site.head)
         raise UnknownName("activation", site, self._tensors) from None
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[Site | str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:

@@ -23,16 +23,7 @@ LOGITS_LIMIT = 2**33
 
 def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens:
     """Ids, padding mask and labels of one or several texts, padded on the tokenizer's own side."""
-    if tokenizer is None:
-        raise WorkbenchError("this model has no tokenizer: pass token ids (a tensor [B, T]) instead of text")
-    batch = [texts] if isinstance(texts, str) else list(texts)
-    if not batch:
-        raise WorkbenchError("no prompt given: pass a text or a list of texts")
-    for i, text in enumerate(batch):
-        if not isinstance(text, str):
-            raise WorkbenchError(f"prompt {i} is a {type(text).__name__}, not a text")
-        if not text.strip():
-            raise WorkbenchError(f"prompt {i} is empty" if len(batch) > 1 else "the prompt is empty")
+    batch = check_texts(tokenizer, texts)
     if len(batch) > 1 and tokenizer.pad_token_id is None:
         rows = [tokenizer(text)["input_ids"] for text in batch]
         if len({len(row) for row in rows}) > 1:
@@ -47,6 +38,21 @@ def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens
     check_length(ids.shape[1], shape)
     labels = tuple(tuple(map(str, tokenizer.convert_ids_to_tokens(row))) for row in ids.tolist())
     return Tokens(ids, mask, labels)
+
+
+def check_texts(tokenizer: Any, texts: str | Sequence[str]) -> list[str]:
+    """The prompts as a list; refuses none, empty ones, what is no text, and text without a tokenizer."""
+    if tokenizer is None:
+        raise WorkbenchError("this model has no tokenizer: pass token ids (a tensor [B, T]) instead of text")
+    batch = [texts] if isinstance(texts, str) else list(texts)
+    if not batch:
+        raise WorkbenchError("no prompt given: pass a text or a list of texts")
+    for i, text in enumerate(batch):
+        if not isinstance(text, str):
+            raise WorkbenchError(f"prompt {i} is a {type(text).__name__}, not a text")
+        if not text.strip():
+            raise WorkbenchError(f"prompt {i} is empty" if len(batch) > 1 else "the prompt is empty")
+    return batch
 
 
 def check_length(length: int, shape: Shape) -> None:
@@ -105,19 +111,37 @@ def parse_sites(
     return sites
 
 
+def parse_edits(
+    edits: Mapping[Site | str, Edit | Tensor], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]
+) -> dict[Site, Edit | Tensor]:
+    """Edits by site; a site named twice in two spellings raises."""
+    parsed: dict[Site, Edit | Tensor] = {}
+    for site, edit in zip(parse_sites(edits, served, names), edits.values(), strict=True):
+        if site in parsed:
+            raise WorkbenchError(f"{site} is edited twice in one run; combine the two edits into one function")
+        parsed[site] = edit
+    return parsed
+
+
+def edited(part: Tensor, key: Site | str, edit: Edit | Tensor) -> Tensor:
+    """What ``edit`` makes of ``part``: same shape, in the part's own type and place. The edit may write into its argument."""
+    new = edit(part.clone()) if callable(edit) else edit
+    if not isinstance(new, Tensor):
+        raise WorkbenchError(f"the edit of {key} returned {type(new).__name__}; it must return the new tensor")
+    if new.ndim == 0:
+        new = new.expand_as(part)
+    if new.shape != part.shape:
+        raise WorkbenchError(f"the edit of {key} gave {list(new.shape)}; the site has {list(part.shape)}")
+    return new.to(part)
+
+
 def apply_edits(value: Tensor, site: Site, edits: Mapping[Site, Edit | Tensor]) -> Tensor:
     """``value`` of the whole ``site`` after the edits of the site and of its single heads."""
     for key, edit in edits.items():
         if key.whole != site.whole:
             continue
         part = value if key.head is None else value.select(site.head_axis, key.head)
-        new = edit(part) if callable(edit) else edit
-        if not isinstance(new, Tensor):
-            raise WorkbenchError(f"the edit of {key} returned {type(new).__name__}; it must return the new tensor")
-        if new.ndim == 0:
-            new = new.to(part).expand_as(part)
-        if new.shape != part.shape:
-            raise WorkbenchError(f"the edit of {key} gave {list(new.shape)}; the site has {list(part.shape)}")
+        new = edited(part, key, edit)
         if key.head is None:
             value = new
         else:
@@ -129,10 +153,11 @@ def apply_edits(value: Tensor, site: Site, edits: Mapping[Site, Edit | Tensor]) 
 def site_from_map(amap: AttentionMap, site: Site, request: Capture | None) -> Tensor:
     """The tensor of a site that is a property of the attention map (``MAP_KINDS``)."""
     if site.kind == "pattern":
-        value = amap.dense()
+        # With a gate the site is the softmax pattern, as hook_pattern edits it; the map is what multiplies the values.
+        value = getattr(amap, "raw", amap).dense()
     elif site.kind == "lse":
         raw: Any = getattr(amap, "raw", amap)
-        if not hasattr(raw, "lse"):
+        if not (hasattr(type(raw), "lse") or "lse" in vars(raw)):
             raise WorkbenchError(f"{site}: this attention has no log-sum-exp ({amap!r})")
         value = raw.lse
     elif site.kind in ("received", "entropy"):

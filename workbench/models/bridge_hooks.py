@@ -1,0 +1,198 @@
+"""Reads, edits and maps of one run of a TransformerLens bridge, through the bridge's own hook points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from workbench.captures import Capture
+from workbench.errors import Refused, WorkbenchError
+from workbench.maps import AttentionMap
+from workbench.mixers.explicit import ExplicitMap
+from workbench.models.protocol import Edit
+from workbench.models.requests import MAP_KINDS, apply_edits, edited, site_from_map
+from workbench.sites import Site
+
+_GATES = {
+    "attn.hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+def settable(name: str) -> str | None:
+    """The bridge setting without which the hook ``name`` never fires; None if it needs none."""
+    return next((flag for ending, flag in _GATES.items() if name.endswith(ending)), None)
+
+
+def user_hooks(bridge: Any) -> list[str]:
+    """Names of hook points that carry hooks which the bridge did not put there itself."""
+    found = []
+    for name, point in bridge.hook_dict.items():
+        own = [
+            hook
+            for hook in point._forward_hooks.values()
+            if "_wire_symbolic_hooks" not in getattr(hook, "__name__", "")
+        ]
+        if own or point._backward_hooks:
+            found.append(name)
+    return found
+
+
+@contextmanager
+def attached(hooks: Iterable[tuple[HookPoint, Callable[..., Any]]]) -> Iterator[None]:
+    """Hooks ``f(tensor, hook)`` on their points, last in line; gone on exit, those of others untouched."""
+    placed: list[tuple[HookPoint, Any]] = []
+    try:
+        for point, function in hooks:
+            point.add_hook(function)
+            placed.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in placed:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
+class Hooks:
+    """What one run reads, edits and captures. ``acts`` and ``maps`` fill up while the bridge runs."""
+
+    def __init__(
+        self,
+        bridge: Any,
+        reads: Iterable[Site | str],
+        edits: Mapping[Site | str, Edit | Tensor],
+        request: Capture | None,
+        wanted: Iterable[int | str],
+        *,
+        kv_heads: int,
+        name: str,
+    ) -> None:
+        self.acts: dict[Site | str, Tensor] = {}
+        self.maps: dict[int | str, AttentionMap] = {}
+        self._bridge, self._request, self._wanted = bridge, request, set(wanted)
+        self._kv_heads, self._name = kv_heads, name
+        self._reads, self._edits = list(reads), dict(edits)
+        self._fired: set[Site | str] = set()
+        self._scores: dict[int | str, tuple[Tensor, Tensor]] = {}
+        self._done: set[int] = set()
+        for key in self._edits:
+            if isinstance(key, Site) and key.kind in MAP_KINDS and key.kind != "pattern":
+                raise WorkbenchError(
+                    f"{key} is a statistic of the attention map and cannot be edited; edit pattern or z"
+                )
+        statistics = {
+            s.layer for s in self._reads if isinstance(s, Site) and s.kind in MAP_KINDS and s.kind != "pattern"
+        }
+        self._mapped = sorted(self._wanted | {layer for layer in statistics if layer is not None}, key=str)
+
+    @property
+    def names(self) -> list[str]:
+        """Hook names of the run."""
+        return [key.hook if isinstance(key, Site) else key for key in [*self._reads, *self._edits]]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        points = self._bridge.hook_dict
+        tensors: dict[str, list[Site | str]] = {}
+        for key in [*self._reads, *self._edits]:
+            if isinstance(key, str) or key.kind not in MAP_KINDS or key.kind == "pattern":
+                tensors.setdefault(key.hook if isinstance(key, Site) else key, []).append(key)
+        placed: list[tuple[HookPoint, Any]] = []
+        edited_layers = {
+            key.layer for key in self._edits if isinstance(key, Site) and key.kind in ("pattern", "attn_scores")
+        }
+        for layer in edited_layers:
+            placed.append((points[f"blocks.{layer}.attn.hook_z"], self._after_attention(layer)))
+        for name, keys in tensors.items():
+            placed.append((points[name], self._tensor_hook(keys)))
+        for layer in self._mapped:
+            placed.append((points[f"blocks.{layer}.attn.hook_attn_scores"], self._see_scores(layer)))
+            placed.append((points[f"blocks.{layer}.attn.hook_pattern"], self._see_pattern(layer)))
+        with attached(placed):
+            yield
+
+    def finish(self) -> None:
+        """Everything that was asked for must have happened."""
+        for key in [*self._reads, *self._edits]:
+            if key not in self.acts and key not in self._fired:
+                raise WorkbenchError(f"{key} was asked for and did not fire in {self._name} with this input")
+        for layer in self._wanted:
+            if layer not in self.maps:
+                raise WorkbenchError(f"layer {layer} of {self._name} was asked for and showed no pattern")
+
+    def _tensor_hook(self, keys: list[Site | str]) -> Callable[..., Any]:
+        here = set(keys)
+        edits = {key: edit for key, edit in self._edits.items() if key in here}
+        reads = [key for key in self._reads if key in here]
+
+        def act(value: Tensor, hook: Any) -> Tensor | None:
+            if any(key in self.acts or key in self._fired for key in here):
+                raise Refused(
+                    f"{hook.name} fired twice in one run of {self._name}; points that run repeatedly are not served"
+                )
+            new = value
+            for key, edit in edits.items():
+                self._may_edit(key)
+                new = apply_edits(new, key, {key: edit}) if isinstance(key, Site) else edited(new, key, edit)
+                self._fired.add(key)
+            for key in reads:
+                head = key.head if isinstance(key, Site) else None
+                self.acts[key] = new if head is None else new.select(key.head_axis, head)  # type: ignore[union-attr]
+            return None if not edits else new
+
+        return act
+
+    def _may_edit(self, key: Site | str) -> None:
+        if isinstance(key, Site) and key.layer in self._done:
+            raise Refused(
+                f"{key} cannot be edited in {self._name}: this bridge shows it after the layer's attention was computed, the "
+                "edit would change nothing; edit z"
+            )
+
+    def _after_attention(self, layer: int | None) -> Callable[..., None]:
+        def act(value: Tensor, hook: Any) -> None:
+            assert layer is not None
+            self._done.add(layer)
+
+        return act
+
+    def _see_scores(self, layer: int | str) -> Callable[..., None]:
+        def act(value: Tensor, hook: Any) -> None:
+            top, at = value.detach().max(-1, keepdim=True)
+            self._scores[layer] = (top, at)
+
+        return act
+
+    def _see_pattern(self, layer: int | str) -> Callable[..., None]:
+        def act(value: Tensor, hook: Any) -> None:
+            with torch.no_grad():
+                self.maps[layer] = found = self._map(layer, value.detach())
+                for key in self._reads:
+                    if isinstance(key, Site) and key.layer == layer and key.kind in MAP_KINDS and key.kind != "pattern":
+                        self.acts[key] = site_from_map(found, key, self._request)
+                if layer in self._wanted and self._request is not None:
+                    found.precompute(self._request)
+
+        return act
+
+    def _map(self, layer: int | str, pattern: Tensor) -> AttentionMap:
+        queries, keys = pattern.shape[2:]
+        if layer not in self._scores:
+            return AttentionMap.from_dense(pattern, offset=keys - queries, kv_heads=self._kv_heads)
+        top, at = self._scores[layer]
+        weight = pattern.gather(-1, at)
+        lse = (top - weight.log()).squeeze(-1)
+        # A query that sees no key has nothing but the most negative number as scores.
+        blind = top.squeeze(-1) <= torch.finfo(top.dtype).min / 2
+        pattern = pattern.masked_fill(blind[..., None], 0.0)
+        return ExplicitMap(
+            pattern, lse.masked_fill(blind, float("-inf")), offset=keys - queries, kv_heads=self._kv_heads
+        )
