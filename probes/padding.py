@@ -89,7 +89,11 @@ def padding(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> Paddi
         told = torch.nn.functional.pad(key_side.mask.cpu(), (before, 0), value=True)
         keys_real = told if keys_real is None else keys_real & told
         rows = key_side.labels or tuple(tuple(f"#{i}" for i in row) for row in key_side.ids.tolist())
-        names = tuple(("",) * before + tuple(row) for row in rows)
+        real = told[:, before:].tolist()
+        names = tuple(
+            ("",) * before + tuple(text if is_real else "" for text, is_real in zip(row, on, strict=True))
+            for row, on in zip(rows, real, strict=True)
+        )
     return Padding(b, queries_real, keys_real, names)
 
 
