@@ -14,6 +14,7 @@ from workbench.captures import Capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.mixers.explicit import ExplicitMap
+from workbench.models.hookpoints import attached
 from workbench.models.protocol import Edit
 from workbench.models.requests import MAP_KINDS, apply_edits, edited, site_from_map
 from workbench.sites import Site
@@ -44,21 +45,6 @@ def user_hooks(bridge: Any) -> list[str]:
         if own or point._backward_hooks:
             found.append(name)
     return found
-
-
-@contextmanager
-def attached(hooks: Iterable[tuple[HookPoint, Callable[..., Any]]]) -> Iterator[None]:
-    """Hooks ``f(tensor, hook)`` on their points, last in line; gone on exit, those of others untouched."""
-    placed: list[tuple[HookPoint, Any]] = []
-    try:
-        for point, function in hooks:
-            point.add_hook(function)
-            placed.append((point, point.fwd_hooks[-1]))
-        yield
-    finally:
-        for point, handle in placed:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
 
 class Hooks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from workbench.captures import Capture
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
+from workbench.models.hookpoints import attached
 from workbench.models.native_net import NativeCache, NativeConfig, NativeNet
 from workbench.models.protocol import Edit, LayerRecord, Manifest, Shape, Tokens
 from workbench.models.requests import (
@@ -24,6 +26,7 @@ from workbench.models.requests import (
     check_layers,
     check_length,
     check_logits,
+    parse_edits,
     parse_sites,
     site_from_map,
     tokenize,
@@ -54,6 +57,7 @@ class NativeModel:
     ) -> None:
         self.net, self.tokenizer, self.name, self.revision = net, tokenizer, name, revision
         self.ground_truth = ground_truth
+        self._lock = threading.RLock()
         c = net.config
         self.shape = Shape(
             c.layers, c.heads, c.kv_heads or c.heads, c.width, c.head_width, c.vocab, c.context, c.causal
@@ -71,25 +75,33 @@ class NativeModel:
         try:
             written = json.loads((folder / "config.json").read_text())
             config = NativeConfig(**{k: v for k, v in written.items() if k != "model_type"})
-        except (TypeError, ValueError) as error:
-            raise WorkbenchError(f"{folder / 'config.json'} does not describe a native model: {error}") from error
-        net = NativeNet(config)
+            with torch.device("meta"):
+                net = NativeNet(config)
+        except (TypeError, ValueError, AttributeError) as error:
+            message = str(error).replace("NativeConfig.__init__() got an ", "")
+            raise WorkbenchError(f"{folder / 'config.json'} does not describe a native model: {message}") from error
         try:
-            weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
-            net.load_state_dict(weights)
+            stored = load_file(folder / "model.safetensors")
+            net.load_state_dict(
+                {k: v if v.dtype == torch.float64 else v.float() for k, v in stored.items()}, assign=True
+            )
         except Exception as error:
-            raise WorkbenchError(f"cannot read {folder / 'model.safetensors'}: {str(error).splitlines()[0]}") from error
+            message = " ".join(line.strip() for line in str(error).splitlines()[-1:])
+            raise WorkbenchError(f"cannot read {folder / 'model.safetensors'}: {message}") from error
         tokenizer = None
         if (folder / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
 
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_file=str(folder / "tokenizer.json"),
-                bos_token="<bos>",
-                pad_token="<pad>",
-                unk_token="<unk>",
-                padding_side="right",
-            )
+            try:
+                tokenizer = PreTrainedTokenizerFast(
+                    tokenizer_file=str(folder / "tokenizer.json"),
+                    bos_token="<bos>",
+                    pad_token="<pad>",
+                    unk_token="<unk>",
+                    padding_side="right",
+                )
+            except Exception as error:
+                raise WorkbenchError(f"cannot read {folder / 'tokenizer.json'}: {error}") from error
         truth = None
         if (folder / "ground_truth").is_dir():
             from workbench.circuits import Circuit
@@ -99,16 +111,22 @@ class NativeModel:
         return cls(net.eval(), tokenizer, name=name or folder.name, revision=digest, ground_truth=truth)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write what ``load`` reads."""
+        """Write what ``load`` reads; ``load`` gives float32 weights back, float64 where ``dtype`` is float64."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.net.state_dict().items()}
         written = {"model_type": "workbench-native", **self.net.config.dict()}
-        (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n")
-        save_file({k: v.to(dtype).contiguous() for k, v in self.net.state_dict().items()}, folder / "model.safetensors")
-        if self.tokenizer is not None:
-            self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(written, indent=1) + "\n")
+            save_file(weights, folder / "model.safetensors")
+            if self.tokenizer is not None:
+                self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        except OSError as error:
+            raise WorkbenchError(f"cannot write the model to {folder}: {error}") from error
+        if self.ground_truth is not None:
+            self.ground_truth.save(folder / "ground_truth")
         return folder
 
     def tokens(self, texts: str | Sequence[str]) -> Tokens:
@@ -151,15 +169,20 @@ class NativeModel:
         logits: str | None = "all",
         cache: Any = None,
     ) -> Run:
+        with self._lock:
+            return self._run(tokens, read, edit, maps, logits, cache)
+
+    def _run(self, tokens: Any, read: Any, edit: Any, maps: Capture | None, logits: str | None, cache: Any) -> Run:
         if self.net.training:
             raise WorkbenchError(f"{self.name} is in training mode; call .net.eval() first")
         given = self._given(tokens)
-        past = cache if isinstance(cache, NativeCache) else None
+        past = self._past(cache, given)
         check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
         check_ids(given.ids, self.shape)
-        check_logits(logits, *given.ids.shape, self.shape)
+        width = torch.finfo(self.net.W_E.dtype).bits // 8
+        check_logits(logits, *given.ids.shape, self.shape, width)
         reads = parse_sites(read, self._serves, self._names)
-        edits = dict(zip(parse_sites(edit, self._serves, self._names), edit.values(), strict=True))
+        edits = parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, range(self.shape.layers))
         unfit = [s for s in edits if s.kind in MAP_KINDS and s.kind != "pattern"]
         if unfit:
@@ -181,24 +204,17 @@ class NativeModel:
             if maps is not None and layer in wanted:
                 captured[layer] = amap.precompute(maps)
 
-        handles: list[Any] = []
-        try:
-            for site in {s.whole for s in [*reads, *edits] if s.kind not in MAP_KINDS or s in edits}:
-                point = self.net.hook_dict[self._point(site)]
-                handles.append(point.register_forward_hook(self._hook(site, reads, edits, acts)))
-                # TransformerLens keeps its own list; hook points that are computed only on demand look at it.
-                point.fwd_hooks.append(handles[-1])
-            hidden, new = self.net(
-                given.ids, given.mask if not given.mask.all() else None, cache=past, on_map=on_map, hidden=True
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-            for point in self.net.hook_dict.values():
-                point.fwd_hooks[:] = [h for h in point.fwd_hooks if not any(h is mine for mine in handles)]
-        for site in {s.whole for s in reads}:
-            if not any(stored.whole == site for stored in acts):
-                raise WorkbenchError(f"{site} was asked for and did not fire in {self.name}")
+        points = {s.whole for s in [*reads, *edits] if s.kind not in MAP_KINDS or s in edits}
+        fired: set[Site] = set()
+        hooks = [
+            (self.net.hook_dict[self._point(site)], self._hook(site, reads, edits, acts, fired)) for site in points
+        ]
+        device = self.net.W_E.device
+        mask = None if given.mask.all() else given.mask.to(device)
+        with attached(hooks):
+            hidden, new = self.net(given.ids.to(device), mask, cache=past, on_map=on_map, hidden=True)
+        for site in [*points - fired, *(s for s in reads if s not in acts)]:
+            raise WorkbenchError(f"{site} was asked for and did not fire in {self.name}")
         for layer in wanted:
             if layer not in captured:
                 raise WorkbenchError(f"layer {layer} of {self.name} was asked for and captured nothing")
@@ -209,21 +225,47 @@ class NativeModel:
             acts=Activations(acts),
             maps=Maps(captured),
             provenance=self._provenance(captured),
-            cache=new if cache is not None and cache is not False else None,
+            cache=new if past is not None or cache is True else None,
         )
 
     # ---------------------------------------------------------------- helpers
 
+    @staticmethod
+    def _past(cache: Any, given: Tokens) -> NativeCache | None:
+        if cache is None or isinstance(cache, bool):
+            return None
+        if not isinstance(cache, NativeCache):
+            raise WorkbenchError(f"cache is True, or the Run.cache of a native model; got {type(cache).__name__}")
+        if len(cache.mask) != len(given.ids):
+            raise WorkbenchError(f"the cache holds a batch of {len(cache.mask)}; the new tokens are {len(given.ids)}")
+        return cache
+
     def _given(self, tokens: Any) -> Tokens:
+        found = self._as_tokens(tokens)
+        if found.inputs:
+            raise WorkbenchError(f"a native model takes input_ids and attention_mask; got also {sorted(found.inputs)}")
+        if not len(found.ids):
+            raise WorkbenchError("the input is an empty batch")
+        if found.ids.shape[1] and not bool(found.mask.any(1).all()):
+            raise WorkbenchError("a row of the batch is nothing but padding")
+        return found
+
+    def _as_tokens(self, tokens: Any) -> Tokens:
         if isinstance(tokens, Tokens):
             return tokens
         if isinstance(tokens, Mapping):
             unknown = set(tokens) - {"input_ids", "attention_mask"}
             if unknown or "input_ids" not in tokens:
                 raise WorkbenchError(f"a native model takes input_ids and attention_mask; got {sorted(tokens)}")
-            plain = Tokens.of(tokens["input_ids"], self.tokenizer)
+            ids = torch.as_tensor(tokens["input_ids"])
+            check_ids(ids, self.shape)
+            plain = Tokens.of(ids, self.tokenizer)
             mask = tokens.get("attention_mask")
-            return plain if mask is None else Tokens(plain.ids, mask.bool(), plain.labels)
+            return (
+                plain
+                if mask is None
+                else Tokens(plain.ids, torch.as_tensor(mask).bool().view(plain.ids.shape), plain.labels)
+            )
         if isinstance(tokens, Tensor):
             check_ids(tokens, self.shape)
             return Tokens.of(tokens, self.tokenizer)
@@ -253,15 +295,18 @@ class NativeModel:
         return [*names, f"(heads 0-{self.shape.heads - 1})"]
 
     @staticmethod
-    def _hook(site: Site, reads: list[Site], edits: Mapping[Site, Any], acts: dict[Site, Tensor]) -> Any:
-        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            value = apply_edits(output, site, edits)
+    def _hook(
+        site: Site, reads: list[Site], edits: Mapping[Site, Any], acts: dict[Site, Tensor], fired: set[Site]
+    ) -> Any:
+        def act(tensor: Tensor, hook: Any) -> Tensor:
+            fired.add(site)
+            value = apply_edits(tensor, site, edits)
             for key in reads:
                 if key.whole == site and key.kind not in MAP_KINDS:
                     acts[key] = value if key.head is None else value.select(key.head_axis, key.head)
             return value
 
-        return hook
+        return act
 
     def _logits(self, hidden: Tensor, given: Tokens, which: str | None) -> Tensor | None:
         if which is None:

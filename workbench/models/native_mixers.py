@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from workbench.errors import Refused
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
+from workbench.mixers.explicit import ExplicitMap
 from workbench.mixers.softmax import SoftmaxMap
 
 if TYPE_CHECKING:
@@ -69,12 +70,15 @@ class SoftmaxMixer(nn.Module):
     def _explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, AttentionMap]:
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * self.scale
-        allowed = mask.tile(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device)
+        allowed = _rows_of_padding_hidden(mask).tile(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(-1).nan_to_num(0.0))
+        scores = self.hook_attn_scores(scores)
+        blind = scores.isneginf().all(-1, keepdim=True)
+        pattern = self.hook_pattern(scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0))
         z = pattern @ v.repeat_interleave(group, 1)
-        return z, AttentionMap.from_dense(pattern.detach(), offset=mask.offset, kv_heads=k.shape[1])
+        lse = scores.detach().logsumexp(-1)
+        return z, ExplicitMap(pattern, lse, offset=mask.offset, kv_heads=k.shape[1])
 
 
 class GatedSoftmaxMixer(SoftmaxMixer):

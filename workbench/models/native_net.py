@@ -44,6 +44,16 @@ class NativeConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
+        for name, least in (
+            ("layers", 1), ("heads", 1), ("width", 1), ("head_width", 1), ("context", 1), ("vocab", 0), ("mlp_width", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise WorkbenchError(f"{name} is a whole number of at least {least}; got {value!r}")
+        if self.kv_heads is not None and (not isinstance(self.kv_heads, int) or self.kv_heads < 1):
+            raise WorkbenchError(
+                f"kv_heads is a whole number of at least 1, or None for as many as heads; got {self.kv_heads!r}"
+            )
         for name, known in (
             ("mixer", tuple(MIXERS)),
             ("positions", ("rotary", "learned", "none")),
