@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from workbench.run import Run
 
 @dataclass(frozen=True)
 class Decoded:
-    """``tokens`` ``[B, S]`` generated greedily, ``alive`` ``[B, S]`` False after the end-of-text token, and ``keys``
+    """``tokens`` ``[B, S]`` generated greedily, ``alive`` ``[B, S]`` False from the end-of-text token on, and ``keys``
     ``[S, B, L, H]``: the key with the largest weight in the row that produced each token. ``last`` is the last run.
     """
 
@@ -38,21 +39,20 @@ def decode(model: Model, ids: Tensor, steps: int, *, cache: bool = True) -> Deco
     end = getattr(model.tokenizer, "eos_token_id", None)
     text, tokens, alive, keys = ids, [], [], []
     going = torch.ones(len(ids), dtype=torch.bool)
-    state = None
+    state: Any = True if cache else None
     if cache and ids.shape[1] > 1:
         state = model.run(ids[:, :-1], logits=None, cache=True).cache
         if state is None:
             raise Refused(f"{model.name} gave no key-value cache; call again with cache=False (slower, same numbers)")
     for _ in range(steps):
-        given = text[:, -1:] if cache and state is not None else text
-        run = model.run(given, maps=request, logits="last", cache=(state or True) if cache else None)
-        state = run.cache
+        run = model.run(text[:, -1:] if cache else text, maps=request, logits="last", cache=state)
+        state = run.cache if cache else None
         assert run.logits is not None
         new = run.logits[:, -1].argmax(-1).cpu()
         keys.append(_favourites(run))
         tokens.append(new)
-        alive.append(going)
         going = going & (new != end) if end is not None else going
+        alive.append(going)
         text = torch.cat([text, new[:, None].to(text)], 1)
         if not going.any():
             break

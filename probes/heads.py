@@ -307,7 +307,7 @@ def _scores(
         found["uniform"][layer] = torch.cat([part[layer].uniform for part in parts]).nanmean(0)
         draws = torch.cat([part[layer].null for part in parts], dim=1)
         found["null"][layer] = draws.nanmean((0, 1))
-        spread = draws.nanmean(1).std(0) if len(draws) > 1 else draws[0].std(0) / sequences**0.5
+        spread = _spread(draws.nanmean(1)) if len(draws) > 1 else _spread(draws[0]) / sequences**0.5
         gap = found["value"][layer] - found["null"][layer]
         found["z"][layer] = torch.where(gap == 0, gap, gap / spread)
     undefined = {
@@ -318,3 +318,8 @@ def _scores(
     return HeadScores(
         kinds, **found, sequences=sequences, source=source, undefined=undefined, skipped=skipped, provenance=provenance
     )
+
+
+def _spread(draws: Tensor) -> Tensor:
+    """Standard deviation over the first axis, undefined for a single draw."""
+    return draws.std(0) if len(draws) > 1 else torch.full_like(draws[0], float("nan"))

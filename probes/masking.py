@@ -70,7 +70,7 @@ class MaskingResult(Result):
         """Answer probability with nothing, the retrieval heads, and random heads removed."""
         table = self.frame().groupby("condition", sort=False)["probability"]
         mean = table.mean()
-        spread = [(mean - table.min()).to_numpy(), (table.max() - mean).to_numpy()]
+        spread = [(mean - table.min()).clip(lower=0).to_numpy(), (table.max() - mean).clip(lower=0).to_numpy()]
         ax = axis(ax)
         names = {"none": "nothing", "top": "retrieval heads", "random": "random heads"}
         ax.bar([names[name] for name in mean.index], mean.to_numpy(), yerr=spread, capsize=4, color="tab:blue")

@@ -374,8 +374,10 @@ def _copied(hits: Tensor, written: Tensor, size: int, form: str) -> Tensor:
     """Copy score ``[L, H]`` from the steps ``[S, L, H]`` that copied: repeats count in the published form only."""
     if form == "published":
         return hits.sum(0, dtype=torch.float64) / size
-    distinct = torch.stack([hits[written == token].any(0) for token in written.unique()])
-    return distinct.sum(0, dtype=torch.float64) / size
+    found = torch.zeros(hits.shape[1:], dtype=torch.float64)
+    for token in written.unique():
+        found += hits[written == token].any(0)
+    return found / size
 
 
 def _recall(decoded: Decoded, b: int, prompt: Tensor, span: list[int], answer: Tensor) -> float:

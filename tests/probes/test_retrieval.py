@@ -1,0 +1,352 @@
+import json
+import math
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
+from workbench.models.protocol import Manifest, Shape, Tokens
+from workbench.pairs import Pairs
+from workbench.probes.haystack import haystack_prompts
+from workbench.probes.masking import masking
+from workbench.probes.retrieval import retrieval_heads
+from workbench.results import load_result
+from workbench.run import Maps, Provenance, Run
+from workbench.sites import Site
+
+START, END, ASK, STOP, VOCAB = 40, 41, 42, 49, 50
+NEEDLE = (5, 6, 7)
+
+
+class Tokenizer:
+    eos_token_id = STOP
+
+
+class Copier:
+    """Writes the tokens between START and END after ASK, then STOP.
+
+    Head 1.0 looks at the token about to be written and carries the answer: with its output at zero, all logits are equal.
+    Head 1.1 looks one token further; 0.0 looks at the first token; 0.1 at the last query itself.
+    """
+
+    name = "copier"
+
+    def __init__(self, fails=lambda prompt: False, says=lambda needle: [*needle, STOP], context=None):
+        self.shape = Shape(2, 2, 2, 4, 1, VOCAB, context)
+        self.tokenizer = Tokenizer()
+        self.fails, self.says, self.captured = fails, says, []
+
+    def tokens(self, texts):
+        raise NotImplementedError
+
+    def manifest(self):
+        return Manifest(self.name, ())
+
+    def run(self, tokens, read=(), edit={}, maps=None, *, logits="all", cache=None):  # noqa: B006
+        ids = torch.cat([cache, tokens], 1) if torch.is_tensor(cache) else tokens
+        before = ids.shape[1] - tokens.shape[1]
+        rows = torch.zeros(2, len(ids), 2, tokens.shape[1], ids.shape[1])
+        scores = torch.zeros(len(ids), 1, VOCAB)
+        z = torch.ones(len(ids), tokens.shape[1], 2, 1)
+        for site, change in edit.items():
+            site = Site.parse(site)
+            assert site.kind == "z"
+            if site.layer == 1:
+                z[:, :, site.head] = change(z[:, :, site.head])
+        for b, line in enumerate(ids.tolist()):
+            needle = list(range(line.index(START) + 1, line.index(END)))
+            for q in range(tokens.shape[1]):
+                now = line[: before + q + 1]
+                step = len(now) - 1 - now.index(ASK) if ASK in now else 0
+                at = needle[step % len(needle)]
+                rows[0, b, 0, q, 0] = rows[0, b, 1, q, before + q] = 1
+                rows[1, b, 0, q, at], rows[1, b, 1, q, at + 1] = 1, 1
+            words = [0] * 9 if self.fails(line) else self.says([line[i] for i in needle])
+            scores[b, 0, words[step] if step < len(words) else STOP] = 20 * z[b, -1, 0, 0]
+        found = {}
+        if maps is not None:
+            assert maps.stats == ("top1",)
+            self.captured.append((cache is not None, tokens.shape[1]))
+            found = {layer: AttentionMap.from_dense(rows[layer], offset=before) for layer in range(2)}
+        assert logits in ("last", None)
+        return Run(
+            Tokens.of(tokens), scores if logits else None, maps=Maps(found), provenance=Provenance(self.name), cache=ids
+        )
+
+
+def prompts(needle=NEEDLE, n=2, **changes):
+    def build(length, depth, seed):
+        room = length - len(needle) - 3
+        at = round(depth * room)
+        generator = torch.Generator().manual_seed(seed)
+        hay = torch.randint(10, 30, (n, room), generator=generator)
+        fact = torch.tensor([START, *needle, END]).expand(n, -1)
+        clean = torch.cat([hay[:, :at], fact, hay[:, at:], torch.full((n, 1), ASK)], 1)
+        spans = torch.tensor([[at + 1, at + 1 + len(needle)]] * n)
+        answer = torch.tensor([sorted(set(needle))] * n)
+        return Pairs(
+            clean,
+            clean,
+            answer,
+            torch.full((n, 1), -1),
+            torch.full((n,), length - 1),
+            {changes.get("span", "NEEDLE"): spans},
+        )
+
+    return build
+
+
+def scores(result):
+    return {(row.layer, row.head): row for row in result.frame().itertuples()}
+
+
+def test_the_copying_head_scores_one_and_the_others_nothing():
+    result = wb.retrieval_heads(Copier(), lengths=(12, 20), depths=3, prompts=prompts())
+    found = scores(result)
+    assert {head: row.score for head, row in found.items()} == {(0, 0): 0, (0, 1): 0, (1, 0): 1, (1, 1): 0}
+    assert found[1, 0].trials == 2 * 3 * 2
+    assert (found[1, 0].low, found[1, 0].high) == (1, 1)
+    assert [head[:2] for head in result.heads()] == [(1, 0)]
+    assert result.frame()["retrieval"].tolist() == [False, False, True, False]
+    assert not result.reason
+
+
+def test_looking_is_not_copying():
+    result = retrieval_heads(Copier(), 12, (0.5,), prompts=prompts())
+    found = scores(result)
+    assert found[1, 0].looks == 1
+    assert found[1, 1].looks == pytest.approx(2 / 3)
+    assert found[1, 1].score == 0
+    assert found[0, 0].looks == 0
+    assert found[0, 0].looks_null == pytest.approx(3 / (12 - 3))
+    assert found[0, 1].looks_null == pytest.approx(1 / 3 * 3 / (12 - 3))  # later rows look at tokens it wrote itself
+    assert all(row.null == 0 for row in found.values())
+
+
+def test_the_null_sees_copies_from_elsewhere():
+    """Head 0.0 looks at the first token, which is what the model is made to write; no needle, all control."""
+
+    def build(length, depth, seed):
+        found = prompts(needle=(5,))(length, 1.0, seed)
+        clean = found.clean.clone()
+        clean[:, 0] = 5
+        return Pairs(clean, clean, found.answer, found.wrong, found.position, found.spans)
+
+    result = retrieval_heads(Copier(), 9, (1.0,), prompts=build, seed=2)
+    found = scores(result)
+    assert found[0, 0].score == 0
+    assert 0 < found[0, 0].null < 0.5
+    assert found[1, 0].score == 1
+    assert found[1, 0].null == 0
+
+
+def test_unique_and_published_forms_differ_where_tokens_repeat():
+    twice = Copier(says=lambda needle: [*needle, *needle, STOP])
+    assert scores(retrieval_heads(twice, 12, (0.5,), prompts=prompts()))[1, 0].score == 1.0
+    published = retrieval_heads(twice, 12, (0.5,), prompts=prompts(), form="published")
+    assert scores(published)[1, 0].score == 2.0
+    doubled = prompts(needle=(5, 5, 6))
+    assert scores(retrieval_heads(Copier(), 12, (0.5,), prompts=doubled))[1, 0].score == 1.0
+    assert scores(retrieval_heads(Copier(), 12, (0.5,), prompts=doubled, form="published"))[1, 0].score == 1.0
+
+
+def test_failed_trials_are_left_out():
+    result = retrieval_heads(Copier(fails=lambda line: len(line) >= 20), (12, 20), 2, prompts=prompts())
+    assert scores(result)[1, 0].score == 1.0
+    assert scores(result)[1, 0].trials == 4
+    grid = result.grid()
+    assert grid["recall"].tolist() == [1, 1, 0, 0]
+    assert grid["retrieved"].tolist() == [1, 1, 0, 0]
+    assert grid["trials"].tolist() == [2, 2, 2, 2]
+
+
+def test_the_gate_is_recall_above_one_half():
+    one, two = (Copier(says=lambda needle, n=n: [*needle[:n], STOP]) for n in (1, 2))
+    assert retrieval_heads(one, 12, 1, prompts=prompts()).reason
+    result = retrieval_heads(two, 12, 1, prompts=prompts())
+    assert result.recall.tolist() == pytest.approx([2 / 3] * 2)
+    assert scores(result)[1, 0].score == pytest.approx(2 / 3)
+    half = retrieval_heads(two, 12, 1, prompts=prompts(needle=(5, 6, 7, 8)))
+    assert half.recall.tolist() == [0.5, 0.5]
+    assert half.reason
+
+
+def test_a_model_that_never_retrieves_has_no_scores(tmp_path):
+    result = retrieval_heads(Copier(fails=lambda line: True), 12, 1, prompts=prompts())
+    assert result.score.isnan().all()
+    assert result.frame()["score"].isna().all()
+    assert result.frame()["trials"].tolist() == [0] * 4
+    assert "retrieved no needle in 2 trials" in result.reason
+    assert result.heads() == result.heads(0.0) == []
+    assert "undefined" in result.plot().get_title()
+    with pytest.raises(WorkbenchError, match="nothing to export"):
+        result.to_json(tmp_path / "scores.json")
+    with pytest.raises(Refused, match="no retrieval heads to remove"):
+        masking(Copier(), result, prompts=prompts())
+
+
+def test_one_token_answers_take_one_step():
+    model = Copier(says=lambda needle: [*needle, *needle, STOP])
+    result = retrieval_heads(model, 12, 1, prompts=prompts(needle=(9,), span="VALUE"))
+    assert scores(result)[1, 0].score == 1.0
+    assert model.captured == [(True, 1)]
+
+
+def test_only_one_row_is_captured_per_step_and_without_cache_nothing_changes():
+    cached, plain = Copier(), Copier()
+    first = retrieval_heads(cached, 12, (0.5,), prompts=prompts())
+    second = retrieval_heads(plain, 12, (0.5,), prompts=prompts(), cache=False)
+    assert cached.captured == [(True, 1)] * 4
+    assert plain.captured == [(False, 12), (False, 13), (False, 14), (False, 15)]
+    assert first.frame().equals(second.frame())
+
+
+def test_batched_prompts_are_scored_one_by_one():
+    together = retrieval_heads(Copier(), 12, 2, prompts=prompts(n=3))
+    assert together.copied.shape == (6, 2, 2)
+    assert together.length.tolist() == [12] * 6
+    assert together.depth.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_prompts_of_unequal_positions_are_run_apart():
+    def build(length, depth, seed):
+        a = prompts(n=2)(length, depth, seed)
+        clean = a.clean.clone()
+        clean[1, :-1] = a.clean[1, 1:]
+        spans = {"NEEDLE": a.spans["NEEDLE"] - torch.tensor([[0], [1]])}
+        return Pairs(clean, clean, a.answer, a.wrong, torch.tensor([length - 1, length - 2]), spans)
+
+    assert scores(retrieval_heads(Copier(), 12, (0.5,), prompts=build))[1, 0].score == 1.0
+
+
+def test_exported_scores_have_one_list_per_head(tmp_path):
+    result = retrieval_heads(Copier(fails=lambda line: len(line) >= 20), (12, 20), 2, prompts=prompts())
+    table = json.loads(result.to_json(tmp_path / "scores.json").read_text())
+    assert table == {"0-0": [0.0] * 4, "0-1": [0.0] * 4, "1-0": [1.0] * 4, "1-1": [0.0] * 4}
+    with pytest.raises(WorkbenchError, match="cannot write"):
+        result.to_json(tmp_path / "nowhere" / "scores.json")
+
+
+def test_progress_counts_cells():
+    seen = []
+    retrieval_heads(Copier(), (12, 14), 2, prompts=prompts(), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UnknownName, match="unique, published"):
+        retrieval_heads(Copier(), form="capped")
+    with pytest.raises(WorkbenchError, match="2000 is 1900 tokens more than the context"):
+        retrieval_heads(Copier(context=100), (50, 2000), prompts=prompts())
+    with pytest.raises(WorkbenchError, match="lengths are token counts"):
+        retrieval_heads(Copier(), (), prompts=prompts())
+    for depths in (0, (), (0.5, 1.5)):
+        with pytest.raises(WorkbenchError, match="depths"):
+            retrieval_heads(Copier(), 12, depths, prompts=prompts())
+    with pytest.raises(WorkbenchError, match="these have: OTHER"):
+        retrieval_heads(Copier(), 12, 1, prompts=prompts(span="OTHER"))
+    with pytest.raises(WorkbenchError, match="come together"):
+        retrieval_heads(Copier(), 12, 1, texts="hay")
+    with pytest.raises(WorkbenchError, match="max_new_tokens"):
+        retrieval_heads(Copier(), 12, 1, prompts=prompts(), max_new_tokens=0)
+
+
+def test_removing_the_copying_head_removes_the_answer():
+    result = retrieval_heads(Copier(), (12, 20), 2, prompts=prompts(needle=(9,)))
+    effect = masking(Copier(), result, top=1, random=3, prompts=prompts(needle=(9,)))
+    table = effect.frame()
+    assert table["condition"].tolist() == ["none", "top", "random", "random", "random"]
+    assert table["heads"].tolist() == ["", "1.0", "1.1", "1.1", "1.1"]
+    assert table["examples"].tolist() == [8] * 5
+    assert table["probability"][0] > 0.99
+    assert table["probability"][1] == pytest.approx(1 / VOCAB)
+    assert table["accuracy"].tolist() == [1, 0, 1, 1, 1]
+    assert effect.drop() == pytest.approx(table["probability"][0] - 1 / VOCAB)
+    assert effect.drop("random") == pytest.approx(0)
+    assert effect.plot().get_ylabel() == "probability of the answer"
+    with pytest.raises(WorkbenchError, match="no condition 'best'"):
+        effect.drop("best")
+
+
+def test_masking_takes_other_layers_only_when_it_must():
+    result = retrieval_heads(Copier(), 12, 1, prompts=prompts(needle=(9,)))
+    effect = masking(Copier(), result, top=2, random=4, prompts=prompts(needle=(9,)))
+    chosen = set(effect.heads[1])
+    assert (1, 0) in chosen
+    for heads in effect.heads[2:]:
+        assert len(set(heads)) == 2
+        assert not set(heads) & chosen
+    with pytest.raises(Refused, match="smaller top"):
+        masking(Copier(), result, top=3, prompts=prompts(needle=(9,)))
+    with pytest.raises(WorkbenchError, match="no length of"):
+        masking(Copier(), result, prompts=prompts(needle=(9,)), lengths=(99,))
+
+
+def test_results_are_drawn_shown_and_saved(tmp_path):
+    result = retrieval_heads(Copier(), (12, 20), 2, prompts=prompts())
+    assert result.plot().get_title() == "Retrieval heads: copier"
+    ax = result.plot_grid()
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["12", "20"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0%", "100%"]
+    assert load_result(result.save(tmp_path / "retrieval")).tensors["copied"].equal(result.copied)
+    effect = masking(Copier(), result, prompts=prompts())
+    assert load_result(effect.save(tmp_path / "masking")).labels["conditions"][0] == "none"
+
+
+@pytest.fixture
+def words():
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    text = "the cat sat on a mat . it slept code is blue green ? Based content of book , Question : Answer what"
+    vocab = {word: i for i, word in enumerate(["<unk>", "<bos>", *dict.fromkeys(text.split())])}
+    tokenizer = Words(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
+
+
+def test_needles_of_your_own_are_put_between_sentences(words):
+    model = Copier()
+    model.tokenizer = words
+    build = haystack_prompts(model, [("the code is blue .", "what is the code ?")], "the cat sat on a mat . it slept .")
+    for depth in (0.0, 0.3, 1.0):
+        pairs = build(50, depth, seed=1)
+        assert pairs.clean.shape == pairs.corrupt.shape == (1, 50)
+        (lo, hi), line = pairs.spans["NEEDLE"][0].tolist(), words.convert_ids_to_tokens(pairs.clean[0])
+        assert line[0] == "<bos>"
+        assert line[lo:hi] == ["the", "code", "is", "blue", "."]
+        assert line[-1] == ":"
+        assert line[lo - 1] in (".", "<bos>") or depth == 1.0
+        assert "code" not in words.convert_ids_to_tokens(pairs.corrupt[0])[: hi + 5]
+        assert {*pairs.answer[0].tolist()} == {*pairs.clean[0, lo:hi].tolist()}
+    assert build(50, 0.0, 1).spans["NEEDLE"][0, 0] == 1
+    deep = build(50, 1.0, 1)
+    assert (
+        deep.clean[0, int(deep.spans["NEEDLE"][0, 1]) :].tolist()
+        == deep.corrupt[0, int(deep.spans["NEEDLE"][0, 1]) :].tolist()
+    )
+
+
+def test_unfit_needles_are_refused(words):
+    model = Copier()
+    model.tokenizer = words
+    with pytest.raises(WorkbenchError, match="contains the needle already"):
+        haystack_prompts(model, [("the cat sat", "?")], "the cat sat on a mat .")
+    with pytest.raises(WorkbenchError, match="haystack is empty"):
+        haystack_prompts(model, [("the code is blue .", "?")], " ")
+    with pytest.raises(WorkbenchError, match="pairs"):
+        haystack_prompts(model, [], "the cat")
+    build = haystack_prompts(model, [("the code is blue .", "what is the code ?")], "the cat sat .")
+    with pytest.raises(WorkbenchError, match="leave no room"):
+        build(10, 0.5, 0)
+    model.tokenizer = None
+    with pytest.raises(WorkbenchError, match="no tokenizer"):
+        haystack_prompts(model, [("a", "b")], "c")
+
+
+def test_untrained_models_retrieve_nothing():
+    assert math.isnan(float(retrieval_heads(Copier(says=lambda needle: [STOP]), 12, 1, prompts=prompts()).score[0, 0]))
