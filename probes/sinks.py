@@ -28,6 +28,7 @@ from workbench.probes.bootstrap import interval, resampled_means
 from workbench.probes.shares import maps_of, shares
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance, Run
+from workbench.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -304,7 +305,9 @@ def compare_sinks(a: Run, b: Run, labels: tuple[str, str] = ("a", "b"), epsilon:
 def _largest(run: Run | None) -> float | None:
     if run is None:
         return None
-    found = [tensor.detach().abs().max().item() for site, tensor in run.acts.items() if site.kind in _RESIDUAL]
+    found = [
+        tensor.detach().abs().max().item() for site, tensor in run.acts.items() if Site.parse(site).kind in _RESIDUAL
+    ]
     return max(found, default=None)
 
 
