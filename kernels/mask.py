@@ -14,7 +14,7 @@ from torch import Tensor
 
 def in_window(q: Tensor, k: Tensor, window: int) -> Tensor:
     """Whether key k lies in query q's causal window of ``window`` tokens: ``0 <= q - k < window``. The only such line."""
-    return (q - k >= 0) & (q - k < window)
+    return (k <= q) & (q - window < k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +22,11 @@ class Mask:
     """Allowed (query, key) pairs: the conjunction of the parts that are set.
 
     ``causal``: ``k <= q``. ``window``: ``0 <= q - k < window`` (with ``causal=False``: ``|q - k| < window``).
-    ``prefix``: the first ``prefix`` keys are visible to every query, whatever ``causal`` and ``window`` say.
-    ``documents`` ``[B, K]`` int: query and key must carry the same number. ``keys`` ``[B, K]`` bool: False hides a key
-    (padding). ``dense`` ``[B or 1, H or 1, Q, K]`` bool: an explicit mask, for short inputs.
+    ``prefix``: the first ``prefix`` keys are visible to every query, whatever ``causal`` and ``window`` say (the other
+    parts still hide them). ``documents`` ``[B or 1, K]`` int: query and key must carry the same number; it needs every
+    query to stand on a key. ``keys`` ``[B or 1, K]`` bool: False hides a key (padding). ``queries`` ``[B or 1, Q]`` bool:
+    False empties a row, so that padding tokens give no mass to anything. ``dense`` ``[B or 1, H or 1, Q, K]`` bool: an
+    explicit mask, for short inputs.
     """
 
     causal: bool = False
@@ -34,61 +36,94 @@ class Mask:
     keys: Tensor | None = None
     dense: Tensor | None = None
     offset: int = 0
+    queries: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
-            raise ValueError(f"a window keeps at least one key; got window={self.window}")
+            raise ValueError(f"mask.window keeps at least one key; got {self.window}")
+        for name in ("prefix", "offset"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"mask.{name} is not negative; got {getattr(self, name)}")
         if self.dense is not None and (self.dense.ndim != 4 or self.dense.dtype != torch.bool):
-            raise ValueError(f"a dense mask is bool [B, H, Q, K]; got {self.dense.dtype} {list(self.dense.shape)}")
-        for name in ("documents", "keys"):
+            raise ValueError(f"mask.dense is bool [B, H, Q, K]; got {self.dense.dtype} {list(self.dense.shape)}")
+        for name, axes in (("documents", "[B, K]"), ("keys", "[B, K]"), ("queries", "[B, Q]")):
             part = getattr(self, name)
-            if part is not None and part.ndim != 2:
-                raise ValueError(f"mask part {name!r} is [B, K]; got {list(part.shape)}")
+            if part is None:
+                continue
+            if part.ndim != 2:
+                raise ValueError(f"mask.{name} is {axes}; got {list(part.shape)}")
+            if name == "documents" and (part.is_floating_point() or part.dtype == torch.bool):
+                raise ValueError(f"mask.documents holds integers; got {part.dtype}")
+            if name != "documents" and part.dtype != torch.bool:
+                raise ValueError(f"mask.{name} holds bools, False hides; got {part.dtype}")
 
     def check(self, shape: tuple[int, int, int, int]) -> None:
         """Raise ``ValueError`` naming the part that does not fit a map of shape ``(B, H, Q, K)``."""
         b, h, q, k = shape
-        for name in ("documents", "keys"):
+        for name, length in (("documents", k), ("keys", k), ("queries", q)):
             part = getattr(self, name)
-            if part is not None and (part.shape[0] not in (1, b) or part.shape[1] != k):
-                raise ValueError(f"mask.{name} is [B, K] = [{b}, {k}]; got {list(part.shape)}")
+            if part is not None and (part.shape[0] not in (1, b) or part.shape[1] != length):
+                raise ValueError(f"mask.{name} is {[b, length]} or {[1, length]} here; got {list(part.shape)}")
         if self.documents is not None and self.offset + q > k:
-            raise ValueError(f"mask.documents numbers {k} keys, but queries stand at up to {self.offset + q - 1}")
+            raise ValueError(f"mask.documents numbers {k} positions; the last query stands at {self.offset + q - 1}")
         if self.dense is not None:
             got = tuple(self.dense.shape)
             if got[0] not in (1, b) or got[1] not in (1, h) or got[2:] != (q, k):
                 raise ValueError(f"mask.dense broadcasts to [B, H, Q, K] = {[b, h, q, k]}; got {list(got)}")
 
     def covers(self, queries: int, keys: int) -> bool:
-        """Whether every query is sure to see a key, judged without building the mask. False when in doubt."""
-        if self.dense is not None or keys == 0:
+        """Whether every query is sure to see a key, judged without building the mask; False when in doubt."""
+        if self.dense is not None or self.queries is not None or not keys:
             return False
-        if self.prefix and self.documents is None:
-            return self.keys is None or bool(self.keys[:, : self.prefix].any(1).all())
         last = self.offset + queries - 1
-        reaches_self = last < keys if self.window is None or self.causal else last < keys
+        if last < keys and (self.keys is None or bool(self.keys[:, self.offset : last + 1].all())):
+            return True  # every query sees itself
+        if self.documents is not None:
+            return False
+        if self.prefix and (self.keys is None or bool(self.keys[:, : self.prefix].any(1).all())):
+            return True
+        if self.window is not None:
+            return self.keys is None and last - self.window < keys - 1
         if self.keys is None:
-            if self.documents is not None:
-                return reaches_self
-            return self.window is None or last - self.window < keys - 1
-        if self.documents is not None or self.window is not None:
-            return bool(self.keys.all()) and reaches_self
+            return True
         return bool((self.keys[:, : self.offset + 1] if self.causal else self.keys).any(1).all())
 
     def span(self, lo: int, hi: int, keys: int) -> tuple[int, int]:
-        """Smallest key range ``[first, last)`` outside of which no query row in ``[lo, hi)`` sees anything."""
+        """A key range ``[first, last)`` outside of which no query row in ``[lo, hi)`` sees anything."""
         first, last = 0, keys
         if self.causal:
-            last = min(keys, max(hi + self.offset, self.prefix))
-            if self.window is not None and not self.prefix:
-                first = max(0, lo + self.offset - self.window + 1)
-        elif self.window is not None and not self.prefix:
+            last = min(last, max(hi + self.offset, self.prefix))
+        elif self.window is not None:
+            last = min(last, max(hi + self.offset + self.window - 1, self.prefix))
+        if self.window is not None and not self.prefix:
             first = max(0, lo + self.offset - self.window + 1)
-            last = min(keys, hi + self.offset + self.window - 1)
+        if self.documents is not None:
+            here = self.documents[:, lo + self.offset : hi + self.offset]
+            seen = torch.stack([torch.isin(row, own) for row, own in zip(self.documents, here, strict=True)])
+            first, last = _narrow(seen, first, last)
+        if self.keys is not None:
+            first, last = _narrow(self.keys, first, last)
         return min(first, last), last
 
+    def open(self, lo: int, hi: int, first: int, last: int) -> tuple[int, int]:
+        """A key range inside ``[first, last)`` in which every query row in ``[lo, hi)`` sees every key; may be empty."""
+        if any(part is not None for part in (self.documents, self.keys, self.dense, self.queries)):
+            return first, first
+        low, high = lo + self.offset, hi - 1 + self.offset
+        start, stop = first, last
+        if self.window is not None:
+            start = max(start, high - self.window + 1)
+            stop = min(stop, low + 1 if self.causal else low + self.window)
+        elif self.causal:
+            stop = min(stop, max(low + 1, self.prefix))
+        return (start, stop) if start < stop else (first, first)
+
     def tile(self, q: slice, k: slice, device: torch.device | str | None = None) -> Tensor | None:
-        """Allowed pairs of a tile as bool, broadcastable to ``[B, H, rows, columns]``; None if all are allowed."""
+        """Allowed pairs of a tile as bool, broadcastable to ``[B, H, rows, columns]``; None if all are allowed.
+
+        ``q`` and ``k`` need explicit bounds and no step.
+        """
+        device = torch.device("cpu" if device is None else device)
         rows = torch.arange(q.start, q.stop, device=device)[:, None] + self.offset
         columns = torch.arange(k.start, k.stop, device=device)[None, :]
         allowed: Tensor | None = None
@@ -101,11 +136,17 @@ class Mask:
             allowed = allowed | (columns < self.prefix)
         parts = [] if allowed is None else [allowed[None, None]]
         if self.documents is not None:
-            documents = self.documents.to(device)
-            at = rows[:, 0].clamp(max=documents.shape[1] - 1)
-            parts.append((documents[:, at, None] == documents[:, None, k])[:, None])
+            numbers = self.documents.to(device)
+            if q.stop + self.offset > numbers.shape[1]:
+                raise ValueError(
+                    f"mask.documents numbers {numbers.shape[1]} positions; asked up to {q.stop + self.offset - 1}"
+                )
+            own = numbers[:, q.start + self.offset : q.stop + self.offset]
+            parts.append((own[:, :, None] == numbers[:, None, k])[:, None])
         if self.keys is not None:
             parts.append(self.keys.to(device)[:, None, None, k])
+        if self.queries is not None:
+            parts.append(self.queries.to(device)[:, None, q, None])
         if self.dense is not None:
             parts.append(self.dense.to(device)[:, :, q, k])
         if not parts:
@@ -118,3 +159,22 @@ class Mask:
     def at(self, offset: int) -> Mask:
         """The same mask with another query offset."""
         return replace(self, offset=offset)
+
+    def select(self, batch: slice = slice(None), heads: slice | Tensor = slice(None)) -> Mask:
+        """The mask of some examples and heads."""
+
+        def take(part: Tensor | None) -> Tensor | None:
+            return part if part is None or part.shape[0] == 1 else part[batch]
+
+        dense = take(self.dense)
+        if dense is not None and dense.shape[1] > 1:
+            dense = dense[:, heads]
+        return replace(
+            self, documents=take(self.documents), keys=take(self.keys), queries=take(self.queries), dense=dense
+        )
+
+
+def _narrow(seen: Tensor, first: int, last: int) -> tuple[int, int]:
+    """``[first, last)`` cut down to the columns that any row of ``seen`` ``[B, K]`` has."""
+    at = seen.any(0)[first:last].nonzero()
+    return (first + int(at[0]), first + int(at[-1]) + 1) if len(at) else (first, first)

@@ -17,7 +17,9 @@ from torch import Tensor
 from workbench.kernels.mask import Mask
 
 Bias = Tensor | Callable[[int, int], Tensor]
-"""Additive bias: a tensor that broadcasts to ``[B, H, Q, K]``, or a function (lo, hi) -> rows ``[B or 1, H or 1, hi - lo, K]``."""
+"""Additive bias: a tensor that broadcasts to ``[B, H, Q, K]``, or a function (lo, hi) -> rows ``[B or 1, H or 1, hi - lo, K]``.
+A value of -1e30 or less hides the key, as the mask does."""
+HIDDEN = -1e30
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,6 +58,8 @@ class Scores:
             raise ValueError(f"k: its {g} heads must divide the {h} heads of q")
         if k.dtype != q.dtype or k.device != q.device:
             raise ValueError(f"k must have q's dtype and device ({q.dtype}, {q.device}); got {k.dtype}, {k.device}")
+        if 0 in (*self.shape, e):
+            raise ValueError(f"q and k must not be empty; got q {list(q.shape)} and k {list(k.shape)}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap is a positive number; got {self.softcap}")
         if self.sink is not None and self.sink.shape != (h,):
@@ -65,6 +69,8 @@ class Scores:
         self.mask.check(self.shape)
         if isinstance(self.bias, Tensor):
             self._check_bias(self.bias, self.shape, "bias")
+        elif self.bias is not None and not callable(self.bias):
+            raise ValueError(f"bias is a tensor or a function (lo, hi) -> rows; got {type(self.bias).__name__}")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -87,28 +93,28 @@ class Scores:
         if self.softcap is not None:
             s = s.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.bias is not None:
-            s += self._bias(rows, columns)
+            bias = self.bias_tile(rows, columns)
+            s += bias.masked_fill(bias <= HIDDEN, float("-inf"))
         allowed = self.mask.tile(rows, columns, s.device)
         return s if allowed is None else s.masked_fill_(~allowed, float("-inf"))
 
-    def sink_logits(self) -> Tensor | None:
-        """``[1, H, 1]`` in the working type."""
-        return None if self.sink is None else self.sink.to(self.q.device, self.dtype)[None, :, None]
-
-    def _bias(self, rows: slice, columns: slice) -> Tensor:
+    def bias_tile(self, rows: slice, columns: slice, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
+        """Bias of a tile in the working type, broadcastable to ``[B, H, rows, columns]`` of these examples and heads."""
+        b, h, _, k = self.shape
         if isinstance(self.bias, Tensor):
-            full = self.bias[(None,) * (4 - self.bias.ndim)]
-            part = full[:, :, rows if full.shape[2] > 1 else slice(None), columns if full.shape[3] > 1 else slice(None)]
+            part = self.bias[(None,) * (4 - self.bias.ndim)]
+            part = part[:, :, rows] if part.shape[2] > 1 else part
         else:
             assert self.bias is not None
             part = self.bias(rows.start, rows.stop)
-            b, h, _, k = self.shape
             self._check_bias(part, (b, h, rows.stop - rows.start, k), f"bias({rows.start}, {rows.stop})")
             part = part[(None,) * (4 - part.ndim)]
-            part = part[..., columns] if part.shape[3] > 1 else part
+        part = part[..., columns] if part.shape[3] > 1 else part
+        part = part[batch] if part.shape[0] > 1 else part
+        part = part[:, heads] if part.shape[1] > 1 else part
         return part.to(self.q.device, self.dtype)
 
     @staticmethod
     def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], name: str) -> None:
         if bias.ndim > 4 or any(n not in (1, full) for n, full in zip(bias.shape[::-1], shape[::-1], strict=False)):
-            raise ValueError(f"{name} must broadcast to [B, H, Q, K] = {list(shape)}; got {list(bias.shape)}")
+            raise ValueError(f"{name} must broadcast to [B, H, rows, K] = {list(shape)}; got {list(bias.shape)}")
