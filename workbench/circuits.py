@@ -34,10 +34,10 @@ class Circuit:
     """Scored nodes or edges and which of them are kept.
 
     ``level`` is ``"node"`` or ``"edge"``. ``names`` are node names (``a3.h5``, ``m2``) or edge names
-    (``a0.h1->a1.h0<k>``, ``input->logits``). ``scores`` ``[N]``: positive means that the part supports the clean behaviour;
-    the unit is the method's and stands in ``provenance``. ``kept`` ``[N]`` bool is the circuit proper. ``columns`` holds
-    further numbers per name (nulls, baselines), shown side by side in ``frame()``. NaN is allowed in ``columns`` and means
-    undefined; scores are finite.
+    (``a0.h1->a1.h0<k>``, ``input->logits``). ``scores`` ``[N]``: positive means that the part supports the clean
+    behaviour; the unit is the method's and stands in ``provenance``. ``kept`` ``[N]`` bool is the circuit proper.
+    ``columns`` holds further numbers per name (nulls, baselines), shown side by side in ``frame()``. NaN is allowed
+    in ``columns`` and means undefined; scores are finite.
     """
 
     level: str

@@ -1,9 +1,9 @@
 """The residual-stream graph of a transformer: who writes, who reads, and every edge between them.
 
-Nodes that write: ``input`` (embeddings with positions), heads ``a{layer}.h{head}``, MLPs ``m{layer}``. Inputs that read: each
-head's query, key and value input, each MLP's input, and ``logits``. An edge leads from a writer to every input computed later.
-Layers are sequential (attention, then MLP). With fewer key-value heads than query heads, keys and values are read once per
-key-value head, and their reader is named ``a{layer}.g{kv head}``.
+Nodes that write: ``input`` (embeddings with positions), heads ``a{layer}.h{head}``, MLPs ``m{layer}``. Inputs that
+read: each head's query, key and value input, each MLP's input, and ``logits``. An edge leads from a writer to every
+input computed later. Layers are sequential (attention, then MLP). With fewer key-value heads than query heads, keys
+and values are read once per key-value head, and their reader is named ``a{layer}.g{kv head}``.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Slot:
 class Graph:
     """The graph of a model with the given sizes; build it with ``circuit_graph``.
 
-    ``nodes`` are the writers in the order of computation, then ``logits``; ``slots`` the inputs in the order of computation.
-    ``source``, ``target``, ``channel`` are ``[E]``: indices into ``nodes``, ``readers`` and ``CHANNELS``; edges are ordered by
-    slot, then by source. ``slot`` ``[E]`` indexes ``slots``.
+    ``nodes`` are the writers in the order of computation, then ``logits``; ``slots`` the inputs in the order of
+    computation. ``source``, ``target``, ``channel`` are ``[E]``: indices into ``nodes``, ``readers`` and
+    ``CHANNELS``; edges are ordered by slot, then by source. ``slot`` ``[E]`` indexes ``slots``.
     """
 
     layers: int

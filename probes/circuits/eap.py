@@ -1,0 +1,16 @@
+"""Edge attribution patching (arXiv 2310.10348, eq. 1): the gradient at the clean run predicts each edge's effect.
+
+Two forward passes and one backward pass per batch for all edges together. Where attention is saturated the gradient
+is zero and so is the score, whatever the true effect; ``eap-ig`` and ``patching`` do not share this weakness.
+"""
+
+from __future__ import annotations
+
+from workbench.circuits import Circuit
+from workbench.probes.circuits.attribution import attribute
+from workbench.probes.circuits.components import Setting
+
+
+def eap(setting: Setting, level: str) -> Circuit:
+    """(clean - replacement) . dm/dinput at the clean run, summed over positions, mean over examples."""
+    return attribute(setting, level, lambda clean, instead: [clean])
