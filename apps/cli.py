@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import attention
+from workbench.apps.commands import attention, circuits, models
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -17,7 +17,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (attention.capture, attention.sinks):
+app.command()(models.models)
+app.add_typer(circuits.tasks, name="tasks")
+for command in (
+    circuits.methods,
+    attention.capture,
+    attention.sinks,
+    attention.retrieval,
+    attention.heads,
+    circuits.circuit,
+    circuits.faithfulness,
+    models.report,
+    models.app,
+    models.doctor,
+):
     app.command()(command)
 
 

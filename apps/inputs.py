@@ -24,6 +24,7 @@ FileOption = Annotated[
     typer.Option("--file", "-f", help="A UTF-8 text file with the prompt, or - for stdin; one newline at its end is dropped."),
 ]
 LayerOption = Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 

@@ -10,6 +10,9 @@ import pandas as pd
 from workbench.apps.terminal import percent, visible
 
 if TYPE_CHECKING:
+    from workbench.probes.heads import HeadScores
+    from workbench.probes.masking import MaskingResult
+    from workbench.probes.retrieval import RetrievalResult
     from workbench.probes.sinks import Sink, SinkResult
 
 
@@ -73,3 +76,53 @@ def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult
             f"{percent(row['first'])} in {names[0]} and {percent(row['second'])} in {names[1]}"
         )
     return lines
+
+
+_DOES = {
+    "previous": "looks at the previous token",
+    "duplicate": "looks at earlier copies of the token",
+    "induction": "looks at what followed the token before",
+}
+
+
+def head_lines(result: HeadScores) -> list[str]:
+    """The strongest head of every kind with its null, or why there is none."""
+    lines = []
+    for kind in result.kinds:
+        if kind in result.undefined:
+            lines.append(f"{kind}: undefined, {result.undefined[kind]}")
+            continue
+        best = result.top(kind, 1)[0]
+        lines.append(
+            f"head {head_name(best.layer, best.head)} {_DOES.get(kind, kind)} with {percent(best.value)} of its weight "
+            f"(null {percent(best.null)})"
+        )
+    return lines
+
+
+def retrieval_lines(result: RetrievalResult) -> list[str]:
+    """The retrieval heads with their nulls, and where the model finds the needle."""
+    grid = result.grid()
+    found = f"the model retrieves {percent(float(result.used.double().mean()))} of {len(result.used)} needles"
+    worst = grid.loc[grid["recall"].idxmin()]
+    if float(worst["recall"]) < 1:
+        found += f", fewest at {int(worst['length']):,} tokens and depth {percent(float(worst['depth']))}"
+    if result.reason:
+        return [found, f"retrieval heads are undefined: {result.reason}"]
+    heads = result.heads()
+    if not heads:
+        return [found, f"no head has a copy score of {result.threshold:g} or more"]
+    named = [f"{head_name(h.layer, h.head)} (copies {percent(h.score)} of the needle, null {percent(h.null)})" for h in heads[:4]]
+    more = f" and {len(heads) - 4} more" if len(heads) > 4 else ""
+    return [found, f"{len(heads)} retrieval heads: {', '.join(named)}{more}"]
+
+
+def masking_lines(result: MaskingResult) -> list[str]:
+    """Accuracy without the best retrieval heads and without random ones."""
+    frame = result.frame()
+    mean = frame.groupby("condition")["accuracy"].mean()
+    top = frame[frame["condition"] == "top"]["heads"].iloc[0]
+    return [
+        f"needle accuracy {percent(mean['none'])}; without heads {top} {percent(mean['top'])}, "
+        f"without as many random heads {percent(mean['random'])}"
+    ]

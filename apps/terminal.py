@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -98,11 +98,13 @@ def log(message: str) -> None:
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-    """Everything slow happens in here: a spinner on stderr, other packages' chatter silenced, their prints kept off stdout."""
+def working(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Everything slow happens in here: a spinner on stderr, other packages' chatter silenced, their prints kept off stdout.
+
+    Gives ``tick(done, total)``, which turns the spinner into a bar."""
     with quiet(), contextlib.redirect_stdout(sys.stderr), progress() as bar:
-        bar.add_task(what, total=None)
-        yield
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def progress() -> Progress:
@@ -168,15 +170,18 @@ def plain(value: Any) -> Any:
     raise TypeError(f"no JSON form for {type(value).__name__}")
 
 
-def table(title: str, columns: Mapping[str, str] | list[str], rows: list[list[Any]]) -> Table:
-    """A rich table. ``columns`` maps names to ``left`` or ``right``; cells are shown literally, floats with three decimals."""
+def table(
+    title: str, columns: Mapping[str, str] | list[str], rows: list[list[Any]], styles: list[str] | None = None
+) -> Group:
+    """A title line and a rich table. ``columns`` maps names to ``left`` or ``right``; cells are shown literally, floats with
+    three decimals; ``styles`` gives one style per row."""
     aligned = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "left")
-    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    out = Table(header_style="bold")
     for name, side in aligned.items():
         out.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
-    for row in rows:
-        out.add_row(*(Text(cell(value)) for value in row))
-    return out
+    for i, row in enumerate(rows):
+        out.add_row(*(Text(cell(value)) for value in row), style=styles[i] if styles else None)
+    return Group(Text(title, style="bold"), out)
 
 
 def cell(value: Any) -> str:

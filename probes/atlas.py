@@ -8,14 +8,14 @@ sum to the row's mass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.probes.sinks import sinks
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -63,17 +63,8 @@ class Atlas(Result):
             raise WorkbenchError("this atlas has no block maps; capture with blocks=64 to draw them")
         heads = max(len(maps) for maps in self.blocks.values())
         ax = axis(ax, 1.2 * heads + 0.6, 1.2 * len(self.blocks) + 0.6)
-        for row, maps in enumerate(self.blocks.values()):
-            for head, picture in enumerate(maps):
-                spot = (head + 0.04, head + 0.96, row + 0.96, row + 0.04)
-                shown = picture.float().clamp(min=0).sqrt().numpy()
-                ax.imshow(shown, extent=spot, cmap="magma", aspect="auto", interpolation="nearest", vmin=0)
-        ax.set(xlim=(0, heads), ylim=(len(self.blocks), 0), xlabel="head", ylabel="layer")
-        ax.set_xticks([h + 0.5 for h in range(heads)], [str(h) for h in range(heads)])
-        ax.set_yticks([i + 0.5 for i in range(len(self.blocks))], [str(layer) for layer in self.blocks])
-        ax.tick_params(length=0)
         ax.set_title(f"Attention by blocks of {self.size} tokens: {self.provenance.model}")
-        return ax
+        return draw_wall(ax, self.blocks)
 
 
 def atlas(run: Run, blocks: int | None = None) -> Atlas:
@@ -107,3 +98,79 @@ def _mean(amap: Any, name: str) -> Tensor:
         return getattr(amap, name)()[0].double().mean(-1).detach().cpu()
     except Refused:
         return torch.full((amap.shape[1],), float("nan"), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Tile(Result):
+    """Exact weights of a part of one head's map: ``weights`` ``[queries, keys]``, counted from the two starts."""
+
+    layer: int | str
+    head: int
+    query_start: int
+    key_start: int
+    query_tokens: tuple[str, ...]
+    key_tokens: tuple[str, ...]
+    weights: Tensor
+    note: str = ""
+    provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per pair: ``query, key, query_token, key_token, weight``."""
+        import pandas as pd
+
+        rows, columns = self.weights.shape
+        return pd.DataFrame(
+            {
+                "query": [self.query_start + i for i in range(rows) for _ in range(columns)],
+                "key": [self.key_start + j for _ in range(rows) for j in range(columns)],
+                "query_token": [token for token in self.query_tokens for _ in range(columns)],
+                "key_token": list(self.key_tokens) * rows,
+                "weight": self.weights.flatten().double().numpy(),
+            }
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Heat map with the tokens on both axes."""
+        ax = axis(ax, 1.8 + 0.3 * self.weights.shape[1], 1.4 + 0.26 * self.weights.shape[0])
+        ax.set_title(f"head {self.layer}.{self.head}")
+        return draw_tile(ax, self.weights, self.query_tokens, self.key_tokens)
+
+
+def tile(run: Run, layer: int | str, head: int, queries: slice, keys: slice, note: str = "") -> Tile:
+    """Exact weights of ``queries`` on ``keys`` in one head of the first sequence, computed now from what the map kept."""
+    amap = run.maps[layer]
+    if not 0 <= head < amap.shape[1]:
+        raise UnknownName(f"head of layer {layer}", head, range(amap.shape[1]))
+    (q0, q1, _), (k0, k1, _) = queries.indices(amap.shape[2]), keys.indices(amap.shape[3])
+    if q0 >= q1 or k0 >= k1:
+        raise WorkbenchError(f"the tile is empty: queries {q0} to {q1}, keys {k0} to {k1} of a map {list(amap.shape[2:])}")
+    labels = run.tokens.labels[0] if run.tokens.labels else tuple(str(i) for i in range(amap.shape[3]))
+    weights = amap.tile(slice(q0, q1), slice(k0, k1))[0, head].detach().cpu()
+    shown = labels[amap.offset + q0 : amap.offset + q1], labels[k0:k1]
+    return Tile(layer, head, amap.offset + q0, k0, *shown, weights, note, run.provenance)
+
+
+def draw_wall(ax: Axes, maps: Mapping[int | str, Tensor]) -> Axes:
+    """Block maps ``[H, rows, columns]`` of every layer: layers downwards, heads to the right, brighter is more."""
+    heads = max(len(layer) for layer in maps.values())
+    for row, layer in enumerate(maps.values()):
+        for head, picture in enumerate(layer):
+            spot = (head + 0.03, head + 0.97, row + 0.97, row + 0.03)
+            shown = picture.float().clamp(min=0).sqrt().numpy()
+            ax.imshow(shown, extent=spot, cmap="magma", aspect="auto", interpolation="nearest", vmin=0)
+    ax.set(xlim=(0, heads), ylim=(len(maps), 0), xlabel="head", ylabel="layer")
+    ax.set_xticks([h + 0.5 for h in range(heads)], [str(h) for h in range(heads)])
+    ax.set_yticks([i + 0.5 for i in range(len(maps))], [str(layer) for layer in maps])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def draw_tile(ax: Axes, weights: Tensor, queries: Sequence[str], keys: Sequence[str]) -> Axes:
+    """Weights ``[queries, keys]`` with the tokens on both axes."""
+    image = ax.imshow(weights.float().numpy(), cmap="magma", vmin=0, aspect="auto", interpolation="nearest")
+    ax.set_xticks(range(len(keys)), list(keys), rotation=60, ha="right", fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(queries)), list(queries), fontsize=8, parse_math=False)
+    ax.spines[:].set_visible(False)
+    ax.get_figure().colorbar(image, ax=ax, label="weight")  # type: ignore[union-attr]
+    return ax

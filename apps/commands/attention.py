@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.apps import inputs
-from workbench.apps.inputs import FileOption, JsonOption, LayerOption, ModelArgument, TextOption
+from workbench.apps.inputs import FileOption, JsonOption, LayerOption, ModelArgument, OutOption, TextOption
 from workbench.apps.terminal import answer, log, table, working
 from workbench.errors import WorkbenchError
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from workbench.probes.sinks import SinkResult
 
 _SHOWN = 12
-OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
+_SAMPLE = 255
 
 
 def capture(
@@ -85,6 +84,11 @@ def sinks(
     as_json: JsonOption = False,
 ) -> None:
     """Attention sinks: which tokens collect attention whatever the query asks for."""
+    if compare and text is None and file is None:
+        from workbench.datasets.corpus import filler_text
+
+        text = filler_text(0, _SAMPLE)
+        log(f"no --text or --file: comparing on {_SAMPLE} tokens of generated text (seed 0)")
     if len(models) != (2 if compare else 1):
         wanted = "two models: sinks --compare A B" if compare else "one model (two with --compare)"
         raise WorkbenchError(f"sinks wants {wanted}; got {' '.join(models)}")
@@ -149,6 +153,100 @@ def _show_sinks(console: Console, model: str, result: SinkResult) -> None:
         console.print(line)
     for name, reason in result.undefined.items():
         console.print(f"layer {name} left out of the scores: {reason}")
+
+
+def heads(
+    model: ModelArgument,
+    text: TextOption = None,
+    file: FileOption = None,
+    layer: LayerOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens and of the nulls.")] = 0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Previous-token, duplicate-token and induction heads, on a text or, without one, on random tokens that repeat."""
+    words = inputs.prompt(text, file) if text is not None or file is not None else None
+    target = inputs.fresh(out)
+    with working(f"{model}: head scores"):
+        import workbench as wb
+
+        chosen = inputs.layers(layer)
+        source: Any = inputs.load(model) if words is None else inputs.run(model, words, wb.capture(layers=chosen))[1]
+        result = wb.head_scores(source, layers=chosen, raw=raw, seed=seed)
+        if target is not None:
+            result.save(target)
+    payload = {
+        "command": "heads",
+        "model": model,
+        "source": result.source,
+        "rows": result.frame(),
+        "undefined": result.undefined,
+        "skipped": result.skipped,
+        "saved": target,
+        "provenance": result.provenance,
+    }
+
+    def show(console: Console) -> None:
+        from workbench.apps.sentences import head_lines
+
+        columns = dict.fromkeys(["layer", "head", "score", "null", "z"], "right")
+        for kind in result.kinds:
+            rows = [list(head) for head in result.top(kind, 5)]
+            console.print(table(f"{model}: {kind}, {result.source}", columns, rows))
+        for line in head_lines(result):
+            console.print(line)
+        if target is not None:
+            console.print(f"saved in {target}")
+
+    answer(as_json, payload, show)
+
+
+def retrieval(
+    model: ModelArgument,
+    lengths: Annotated[str, typer.Option("--lengths", help="Lengths of the texts in tokens, separated by commas.")] = "512,2048",
+    depths: Annotated[int, typer.Option("--depths", min=1, help="Number of depths at which the needle stands.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the texts.")] = 0,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrieval heads: which heads fetch a fact from far back, over lengths and depths."""
+    sizes, target = inputs.numbers(lengths, "--lengths"), inputs.fresh(out)
+    with working(f"{model}: retrieval heads") as tick:
+        import workbench as wb
+
+        result = wb.retrieval_heads(inputs.load(model), lengths=sizes, depths=depths, seed=seed, progress=tick)
+        if target is not None:
+            result.save(target)
+    payload = {
+        "command": "retrieval",
+        "model": model,
+        "lengths": sizes,
+        "depths": depths,
+        "threshold": result.threshold,
+        "rows": result.frame(),
+        "grid": result.grid(),
+        "undefined": result.reason,
+        "saved": target,
+        "provenance": result.provenance,
+    }
+
+    def show(console: Console) -> None:
+        from workbench.apps.sentences import retrieval_lines
+
+        grid = result.grid().pivot(index="depth", columns="length", values="recall")
+        rows = [[f"{100 * depth:.0f}%", *row] for depth, row in zip(grid.index, grid.values.tolist(), strict=True)]
+        names = ["depth", *(f"{length:,} tokens" for length in grid.columns)]
+        console.print(table(f"{model}: part of the needles retrieved", dict.fromkeys(names, "right"), rows))
+        heads = [[h.layer, h.head, h.score, h.null] for h in result.heads()[:_SHOWN]]
+        columns = dict.fromkeys(["layer", "head", "copy score", "null"], "right")
+        console.print(table("retrieval heads", columns, heads))
+        for line in retrieval_lines(result):
+            console.print(line)
+        if target is not None:
+            console.print(f"saved in {target}")
+
+    answer(as_json, payload, show)
 
 
 def _parity(model: Any, run: Any, request: Any) -> float:

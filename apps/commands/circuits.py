@@ -1,0 +1,255 @@
+"""``tasks``, ``methods``, ``circuit``, ``faithfulness``: which parts of a model carry a behaviour, and how much of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.apps import inputs
+from workbench.apps.inputs import JsonOption, ModelArgument, OutOption
+from workbench.apps.terminal import answer, table, working
+from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from workbench.circuits import Circuit
+    from workbench.models.protocol import Model
+    from workbench.pairs import Pairs
+
+_SHOWN = 15
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="A task; `workbench tasks` lists them.")]
+MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
+LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; the finest the method has by default.")]
+AblationOption = Annotated[str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")]
+ExamplesOption = Annotated[int, typer.Option("-n", "--examples", help="Number of pairs of prompts.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the examples.")]
+TaskOptions = Annotated[list[str] | None, typer.Option("--task-option", help="An option of the task, as name=value.")]
+MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
+
+tasks = typer.Typer(
+    invoke_without_command=True, rich_markup_mode=None, help="The tasks; `tasks show NAME` draws an example token by token."
+)
+
+
+@tasks.callback()
+def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
+    """The tasks; `tasks show NAME` draws an example token by token."""
+    if context.invoked_subcommand is not None:
+        return
+    import workbench as wb
+
+    known = wb.tasks()
+    payload = {"command": "tasks", "rows": [{"name": name, "description": line} for name, line in known.items()]}
+    answer(as_json, payload, lambda c: c.print(table("tasks", ["name", "what it asks"], [list(row) for row in known.items()])))
+
+
+@tasks.command("show")
+def show_task(
+    name: TaskArgument,
+    examples: ExamplesOption = 1,
+    seed: SeedOption = 0,
+    options: TaskOptions = None,
+    model: Annotated[str | None, typer.Option("--model", help="Use this model's tokenizer, not the bundled one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw examples of a task: clean and corrupted tokens, answers, named spans."""
+    with working(f"{name}: examples"):
+        import workbench as wb
+
+        built = wb.task(name, **assignments(options, "--task-option"))
+        if model is None:
+            from workbench.datasets.tokenizer import word_tokenizer
+
+            tokenizer = word_tokenizer()
+        else:
+            tokenizer = inputs.load(model).tokenizer
+        pairs = built.build(seed=seed, tokenizer=tokenizer, n=examples)
+        drawn = [example(pairs, i, tokenizer) for i in range(len(pairs))]
+
+    def show(console: Console) -> None:
+        for item in drawn:
+            rows = [list(row.values()) for row in item["tokens"]]
+            console.print(table(item["text"], ["position", "clean", "corrupt", "span"], rows))
+            console.print(f"answer: {' '.join(item['answer'])}   wrong: {' '.join(item['wrong'])}")
+
+    answer(as_json, {"command": "tasks show", "task": name, "seed": seed, "examples": drawn}, show)
+
+
+def methods(as_json: JsonOption = False) -> None:
+    """The circuit discovery methods and their options."""
+    with working("methods"):
+        import workbench as wb
+
+        rows = [
+            {"name": m.name, "description": m.description, "levels": m.levels, "ablations": m.ablations, "options": m.options}
+            for m in wb.methods().values()
+        ]
+
+    def show(console: Console) -> None:
+        cells = [
+            [r["name"], r["description"], ", ".join(r["levels"]), ", ".join(f"{k}={v}" for k, v in r["options"].items())]
+            for r in rows
+        ]
+        console.print(table("methods", ["name", "score", "levels", "options"], cells))
+
+    answer(as_json, {"command": "methods", "rows": rows}, show)
+
+
+def circuit(
+    model: ModelArgument,
+    task: TaskArgument,
+    method: MethodOption = "eap-ig",
+    level: LevelOption = None,
+    ablation: AblationOption = "counterfactual",
+    examples: ExamplesOption = 64,
+    seed: SeedOption = 0,
+    keep: Annotated[int | None, typer.Option("--top", help="Keep only the N parts with the largest scores.")] = None,
+    task_options: TaskOptions = None,
+    method_options: MethodOptions = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the circuit of a task: a score for every node or edge."""
+    target = inputs.fresh(out)
+    with working(f"{model}: {method} on {task}"):
+        wrapped, pairs = _setting(model, task, examples, seed, task_options)
+        found = _find(wrapped, pairs, method, level, ablation, method_options)
+        if keep is not None:
+            found = found.top(keep)
+        if target is not None:
+            found.save(target)
+    frame = found.frame()
+    payload = {
+        "command": "circuit",
+        "model": model,
+        "task": task,
+        "method": method,
+        "level": found.level,
+        "kept": len(found),
+        "rows": frame,
+        "saved": target,
+        "provenance": dict(found.provenance),
+    }
+
+    def show(console: Console) -> None:
+        _show_circuit(console, f"{model}, {task}, {method}", found)
+        if target is not None:
+            console.print(f"saved in {target}")
+
+    answer(as_json, payload, show)
+
+
+def faithfulness(
+    model: ModelArgument,
+    task: TaskArgument,
+    saved: Annotated[Path | None, typer.Option("--circuit", help="A circuit saved with `circuit --out`.")] = None,
+    method: MethodOption = "eap-ig",
+    level: LevelOption = None,
+    ablation: AblationOption = "counterfactual",
+    examples: ExamplesOption = 64,
+    seed: SeedOption = 0,
+    task_options: TaskOptions = None,
+    method_options: MethodOptions = None,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How much of the behaviour the best parts of a circuit carry by themselves, against random circuits."""
+    target = inputs.fresh(out)
+    with working(f"{model}: faithfulness on {task}"):
+        import workbench as wb
+        from workbench.circuits import Circuit
+
+        found = None if saved is None else Circuit.load(saved)
+        wrapped, pairs = _setting(model, task, examples, seed, task_options)
+        if found is None:
+            found = _find(wrapped, pairs, method, level, ablation, method_options)
+        result = wb.faithfulness(wrapped, found, pairs, ablation=ablation)
+        if target is not None:
+            result.save(target)
+    frame = result.frame()
+    payload = {
+        "command": "faithfulness",
+        "model": model,
+        "task": task,
+        "circuit": str(saved) if saved else method,
+        "cpr": result.cpr,
+        "cmd": result.cmd,
+        "rows": frame,
+        "saved": target,
+        "provenance": result.provenance,
+    }
+
+    def show(console: Console) -> None:
+        rows = [list(row) for row in frame.itertuples(index=False)]
+        console.print(table(f"{model}, {task}: faithfulness", dict.fromkeys(frame.columns, "right"), rows))
+        console.print(f"CPR {result.cpr:.3f} (area under the curve, higher is better), CMD {result.cmd:.3f} (lower is better)")
+        if target is not None:
+            console.print(f"saved in {target}")
+
+    answer(as_json, payload, show)
+
+
+def assignments(given: list[str] | None, option: str) -> dict[str, Any]:
+    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise."""
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise WorkbenchError(f"{option} wants name=value; got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
+    """One pair as rows of tokens, with what the task calls them."""
+
+    def names(ids: Any) -> list[str]:
+        return [str(t) for t in tokenizer.convert_ids_to_tokens([i for i in ids.tolist() if i >= 0])]
+
+    spans: dict[int, list[str]] = {}
+    for name, span in pairs.spans.items():
+        for position in range(*span[index].tolist()):
+            spans.setdefault(position, []).append(name)
+    clean, corrupt = names(pairs.clean[index]), names(pairs.corrupt[index])
+    rows = [
+        {"position": i, "clean": a, "corrupt": b if a != b else "", "span": ", ".join(spans.get(i, []))}
+        for i, (a, b) in enumerate(zip(clean, corrupt, strict=True))
+    ]
+    text = pairs.texts[index] if pairs.texts else ""
+    return {"text": text, "tokens": rows, "answer": names(pairs.answer[index]), "wrong": names(pairs.wrong[index])}
+
+
+def _setting(model: str, task: str, examples: int, seed: int, options: list[str] | None) -> tuple[Model, Pairs]:
+    import workbench as wb
+
+    built = wb.task(task, **assignments(options, "--task-option"))
+    wrapped = inputs.load(model)
+    return wrapped, built.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples)
+
+
+def _find(
+    model: Model, pairs: Pairs, method: str, level: str | None, ablation: str, options: list[str] | None
+) -> Circuit:
+    import workbench as wb
+
+    keywords = assignments(options, "--option")
+    return wb.find_circuit(model, pairs, method=method, level=level, ablation=ablation, **keywords)
+
+
+def _show_circuit(console: Console, title: str, found: Circuit) -> None:
+    frame = found.frame()
+    order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+    best = frame.loc[order].head(_SHOWN)
+    columns = {n: "right" if frame[n].dtype.kind == "f" else "left" for n in frame.columns}
+    more = f", the {_SHOWN} strongest" if len(frame) > _SHOWN else ""
+    console.print(table(f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, best.values.tolist()))
+    heads = [name for name in best.get("node", best.get("source")) if name.startswith("a")]
+    if heads:
+        console.print(f"strongest heads: {', '.join(dict.fromkeys(n.removeprefix('a').replace('.h', '.') for n in heads))}")

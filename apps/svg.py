@@ -1,0 +1,57 @@
+"""Figures as text that can stand inside an HTML page: no file, no network, ink in the page's own colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Drawn in this colour, a line or a letter takes the colour of the page's text."""
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "workbench",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+def style() -> Any:
+    """The look of figures in reports; draw and turn into SVG within ``with style():``."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_STYLE)
+
+
+def inline(figure: Figure, name: str) -> str:
+    """The figure as an ``<svg>`` element. ``name`` makes its ids unique in the page."""
+    raw = io.StringIO()
+    figure.savefig(raw, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = raw.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
+    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    width, height = (float(v) for v in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups())  # type: ignore[union-attr]
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}"', text, 1)
