@@ -130,6 +130,7 @@ def head_scores(
     batches: int = 4,
     sequences: int = 8,
     period: tuple[int, int] = (16, 48),
+    words: Sequence[int | str] | None = None,
     shuffles: int = 16,
     layers: Sequence[int | str] | None = None,
     raw: bool = False,
@@ -138,10 +139,10 @@ def head_scores(
     """Previous-token, duplicate-token and induction scores with their nulls.
 
     ``source``: a model, which is run on ``batches`` batches of ``sequences`` random token rows, each batch repeated
-    after its own period drawn from ``period`` (cut to the model's context and vocabulary); or a run with captured
-    maps, whose tokens are shuffled ``shuffles`` times for the null. ``layers`` restricts what a model captures.
-    Gated maps count as they act; ``raw=True`` looks inside the gate. Masses are read in row chunks; nothing of size
-    Q x K is kept.
+    after its own period drawn from ``period`` (cut to the model's context and vocabulary), of ``words`` (ids or
+    texts; all ordinary tokens by default); or a run with captured maps, whose tokens are shuffled ``shuffles``
+    times for the null. ``layers`` restricts what a model captures. Gated maps count as they act; ``raw=True`` looks
+    inside the gate. Masses are read in row chunks; nothing of size Q x K is kept.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
@@ -166,7 +167,7 @@ def head_scores(
     if not isinstance(source, Model):
         raise WorkbenchError(f"expected a model or a run; got {type(source).__name__}")
     parts = []
-    for normal, control in repeats(source, batches, sequences, period, generator):
+    for normal, control in repeats(source, batches, sequences, period, generator, words):
         request = capture(layers=layers)
         with torch.no_grad():
             run = source.run(normal, maps=request, logits=None)

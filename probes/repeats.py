@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ _SHORTEST = 4
 
 
 def repeats(
-    model: Model, batches: int, sequences: int, period: tuple[int, int], generator: torch.Generator
+    model: Model,
+    batches: int,
+    sequences: int,
+    period: tuple[int, int],
+    generator: torch.Generator,
+    words: Sequence[int | str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of id tensors ``[sequences, 1 + 2 p]``, p drawn per batch from the closed range ``period``.
 
@@ -23,31 +29,32 @@ def repeats(
         repeated   <bos> a b c d a b c d
         control    <bos> a b c d e f g h      (all tokens different)
 
-    Special tokens are never drawn; the first token is the tokenizer's bos or cls token, left out where it has neither.
-    The period is cut to what the context and the vocabulary allow; less than four tokens are refused.
+    Tokens are drawn from ``words`` (ids or texts of single tokens), or from all but the special ones; the first
+    token is the tokenizer's bos or cls token, left out where it has neither. The period is cut to what the context
+    and the vocabulary allow; less than four tokens are refused.
     """
     low, high = period
     if not _SHORTEST <= low <= high:
         raise WorkbenchError(f"period is a range (low, high) with {_SHORTEST} <= low <= high; got {period}")
-    start, words = vocabulary(model)
-    room = [len(words) // 2]
+    start, drawn = vocabulary(model, words)
+    room = [len(drawn) // 2]
     if model.shape.context is not None:
         room.append((model.shape.context - len(start)) // 2)
     if min(room) < _SHORTEST:
         raise Refused(
-            f"{model.name} has {len(words)} ordinary tokens and a context of {model.shape.context}: no room for "
+            f"{model.name} has {len(drawn)} different tokens to draw and a context of {model.shape.context}: no room for "
             f"{_SHORTEST} different tokens and their repeat"
         )
     low, high = min(low, *room), min(high, *room)
     for _ in range(batches):
         p = int(torch.randint(low, high + 1, (1,), generator=generator))
-        picks = torch.stack([words[torch.randperm(len(words), generator=generator)[: 2 * p]] for _ in range(sequences)])
+        picks = torch.stack([drawn[torch.randperm(len(drawn), generator=generator)[: 2 * p]] for _ in range(sequences)])
         head = start.expand(sequences, -1)
         yield torch.cat([head, picks[:, :p], picks[:, :p]], 1), torch.cat([head, picks], 1)
 
 
-def vocabulary(model: Model) -> tuple[Tensor, Tensor]:
-    """The token every prompt starts with (empty if none) and the ids of ordinary tokens."""
+def vocabulary(model: Model, words: Sequence[int | str] | None = None) -> tuple[Tensor, Tensor]:
+    """The token every prompt starts with (empty if none) and the ids to draw from; unknown words raise."""
     if model.shape.vocab is None:
         raise Refused(f"{model.name} has no token vocabulary: these scores need a model that reads tokens")
     tokenizer = model.tokenizer
@@ -57,4 +64,16 @@ def vocabulary(model: Model) -> tuple[Tensor, Tensor]:
         (i for name in ("bos", "cls") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None), None
     )
     start = torch.tensor([] if first is None else [first], dtype=torch.long)
-    return start, torch.tensor([i for i in range(size) if i not in special], dtype=torch.long)
+    ids = range(size) if words is None else [_id(word, tokenizer, size) for word in dict.fromkeys(words)]
+    return start, torch.tensor([i for i in ids if i not in special], dtype=torch.long)
+
+
+def _id(word: int | str, tokenizer: Any, size: int) -> int:
+    if isinstance(word, str):
+        found = tokenizer(word, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        if len(found) != 1 or found[0] == getattr(tokenizer, "unk_token_id", None):
+            raise WorkbenchError(f"{word!r} is not one token of this model's tokenizer")
+        word = found[0]
+    if not 0 <= word < size:
+        raise WorkbenchError(f"token ids lie in [0, {size}); got {word}")
+    return int(word)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,11 @@ class Provenance:
 
 def versions() -> dict[str, str]:
     """Versions of the packages whose release can change a number."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     names = ("attention-workbench", "torch", "transformers", "transformer-lens", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
