@@ -178,6 +178,8 @@ class BridgeModel:
     ) -> Run:
         model = self.bridge.original_model
         arguments = forward_arguments(model, given, self.shape, past, self._inner._device(), cached=cached)
+        if not cached:
+            arguments.pop("use_cache", None)  # the bridge's default; forbidding the cache changes last bits in gpt2
         ids = arguments.pop("input_ids", None)
         if ids is None:
             raise WorkbenchError(f"a bridge takes token ids; got {sorted(arguments)}")
@@ -237,18 +239,22 @@ class BridgeModel:
         return [*names, f"(heads 0-{self.shape.heads - 1}, kv heads 0-{self.shape.kv_heads - 1})"]
 
     def _fires(self) -> frozenset[str]:
-        """Hook names whose point passes a tensor, found by one forward pass over two tokens."""
+        """Hook names whose point passes a tensor, with the bridge's settings as they are or switched on for it.
+
+        Found by two forward passes over two tokens.
+        """
         if self._alive is None:
             points = self.bridge.hook_dict
             seen: set[int] = set()
-            gates = [name for name in points if settable(name)]
             ids = torch.zeros(1, min(2, self.shape.context or 2), dtype=torch.int64, device=self._inner._device())
             handles = []
-            with self._lock, torch.no_grad(), self._gates(gates, lenient=True):
+            with self._lock, torch.no_grad():
                 try:
                     for point in {id(p): p for p in points.values()}.values():
                         handles.append(point.register_forward_hook(_note(point, seen)))
-                    self.bridge(ids)
+                    for names in ((), points):
+                        with self._gates(names, lenient=True):
+                            self.bridge(ids)
                 finally:
                     for handle in handles:
                         handle.remove()

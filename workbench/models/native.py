@@ -111,7 +111,10 @@ class NativeModel:
         return cls(net.eval(), tokenizer, name=name or folder.name, revision=digest, ground_truth=truth)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write what ``load`` reads; ``load`` gives float32 weights back, float64 where ``dtype`` is float64."""
+        """Write config, weights and tokenizer as ``load`` reads them; weights come back as float32, float64 if saved so.
+
+        A ground truth is not written: ``model.ground_truth.save(folder / "ground_truth")`` does.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -125,8 +128,6 @@ class NativeModel:
                 self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         except OSError as error:
             raise WorkbenchError(f"cannot write the model to {folder}: {error}") from error
-        if self.ground_truth is not None:
-            self.ground_truth.save(folder / "ground_truth")
         return folder
 
     def tokens(self, texts: str | Sequence[str]) -> Tokens:

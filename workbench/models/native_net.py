@@ -122,7 +122,8 @@ class Attention(nn.Module):
         self.W_V = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
         self.W_O = nn.Parameter(torch.randn(h, e, d) * (h * e * 2 * config.layers) ** -0.5)
         self.mixer = MIXERS[config.mixer](config)
-        for name in ("q", "k", "v", "rot_q", "rot_k", "z", "result"):
+        rotated = ("rot_q", "rot_k") if config.positions == "rotary" else ()
+        for name in ("q", "k", "v", *rotated, "z", "result"):
             setattr(self, f"hook_{name}", HookPoint())
 
     def forward(
