@@ -51,6 +51,7 @@ class Wanted:
     reduce: tuple[str, ...]
     stats: tuple[str, ...]
     window: int | None
+    gate: Tensor | None
 
 
 def attention_stats(
@@ -67,6 +68,7 @@ def attention_stats(
     reduce: Iterable[str] = ("sum",),
     stats: Iterable[str] = (),
     window: int | None = None,
+    gate: Tensor | None = None,
     impl: str | None = None,
 ) -> AttentionStats:
     """Statistics of softmax attention of q ``[B, H, Q, E]`` over k ``[B, G, K, E]``.
@@ -74,12 +76,13 @@ def attention_stats(
     ``lse`` ``[B, H, Q]`` is the natural log of the row denominators, sink included; it is computed in the same pass if not
     given, and trusted if given. ``block`` is the side of the square blocks (None: no block map), ``reduce`` which of
     ``sum mean max abs``; ``stats`` which of ``received entropy distance top1``; ``window`` cuts the distance.
+    ``gate`` ``[B, H, Q]``, not negative, multiplies the rows: all statistics are then those of g_i p_ij; lse stays p's.
 
     ``impl``: ``reference`` (plain torch, dense), ``cpu`` (row chunks in plain torch, on any device), ``triton``. None takes
     ``cpu``. A form that cannot run raises ``RuntimeError``; nothing falls back. float64 stays float64, everything else is
     accumulated and returned in float32. No gradient flows. Raises ``ValueError`` naming the argument at fault.
     """
-    wanted = Wanted(block, _names("reduce", reduce, REDUCTIONS), _names("stats", stats, STATS), window)
+    wanted = Wanted(block, _names("reduce", reduce, REDUCTIONS), _names("stats", stats, STATS), window, gate)
     for name, value in (("block", block), ("window", window)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is a positive number of tokens; got {value!r}")
@@ -93,6 +96,14 @@ def attention_stats(
             raise ValueError(f"lse is [B, H, Q] = {list(scores.shape[:3])}; got {list(lse.shape)}")
         if lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
             raise ValueError(f"lse is float32 or float64 on q's device {q.device}; got {lse.dtype} on {lse.device}")
+    if gate is not None:
+        if tuple(gate.shape) != scores.shape[:3] or gate.device != q.device or not gate.is_floating_point():
+            raise ValueError(
+                f"gate is floating point [B, H, Q] = {list(scores.shape[:3])} on {q.device}; "
+                f"got {gate.dtype} {list(gate.shape)} on {gate.device}"
+            )
+        if bool((gate < 0).any()):
+            raise ValueError("gate must not be negative here: entropy and the largest weight of a signed row differ")
     with torch.no_grad():
         if impl == "reference":
             from workbench.kernels.reference import reference_stats

@@ -6,6 +6,7 @@ Per chunk, in base 2 (torch's exp2 is several times faster than exp on CPUs) and
     e = 2^x,  l = sum e      p = e / l, never formed: the row factor w = 1 / l goes into the reductions
     blocks, received         w^T e, one matrix product per block of rows
     entropy                  ln 2 (log2(l) sum p - w sum e x): both terms of one sign, nothing cancels
+    a gate g                 w = g / l and log2(l / g)
 
 The heads that share a key head are folded into the rows of one product, so keys are never repeated.
 """
@@ -34,25 +35,25 @@ class _Sums:
 
     def __init__(self, scores: Scores, wanted: Wanted) -> None:
         b, h, q, k = scores.shape
-        new = {"dtype": scores.dtype, "device": scores.q.device}
+        like = scores.q.new_empty(0, dtype=scores.dtype)
         row = (b, h, q)
         size = wanted.block
-        self.lse = torch.full(row, float("-inf"), **new)
+        self.lse = like.new_full(row, float("-inf"))
         if scores.sink is not None:
-            self.lse.copy_(scores.sink.to(**new)[None, :, None].expand(row))
+            self.lse.copy_(scores.sink.to(like)[None, :, None].expand(row))
         grid = None if size is None else (b, h, -(-q // size), -(-k // size))
         linear = {"sum", "mean", "abs"} & set(wanted.reduce)
-        self.mass = torch.zeros(grid, **new) if grid and linear else None
-        self.peak = torch.zeros(grid, **new) if grid and "max" in wanted.reduce else None
-        self.received = torch.zeros((b, h, k), **new) if "received" in wanted.stats else None
-        self.entropy = torch.zeros(row, **new) if "entropy" in wanted.stats else None
-        self.distance = torch.zeros(row, **new) if "distance" in wanted.stats else None
-        self.top = torch.zeros(row, **new) if "top1" in wanted.stats else None
+        self.mass = like.new_zeros(grid) if grid and linear else None
+        self.peak = like.new_zeros(grid) if grid and "max" in wanted.reduce else None
+        self.received = like.new_zeros((b, h, k)) if "received" in wanted.stats else None
+        self.entropy = like.new_zeros(row) if "entropy" in wanted.stats else None
+        self.distance = like.new_zeros(row) if "distance" in wanted.stats else None
+        self.top = like.new_zeros(row) if "top1" in wanted.stats else None
         self.index = torch.full(row, -1, device=scores.q.device) if "top1" in wanted.stats else None
 
 
 def blocked_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> AttentionStats:
-    b, h, q, k = scores.shape
+    _, _, q, k = scores.shape
     sums = _Sums(scores, wanted)
     if lse is not None:
         sums.lse.copy_(lse)
@@ -125,7 +126,6 @@ def _slab(scores: Scores, known: bool, wanted: Wanted, sums: _Sums, batch: slice
     for lo, hi, first, last in _chunks(mask, q, k, nb * nh, wanted.block):
         rows, columns = slice(lo, hi), slice(first, last)
         n, m = hi - lo, last - first
-        at = (batch, heads, rows)
         x = spare.take(0, (nb, nh, n, m))
         part = (queries[:, :, rows].to(keys.dtype) * before).reshape(len(keys), fold * n, width)
         torch.bmm(part, keys[:, columns].transpose(1, 2), out=x.view(len(keys), fold * n, m))
@@ -134,47 +134,67 @@ def _slab(scores: Scores, known: bool, wanted: Wanted, sums: _Sums, batch: slice
         if scores.bias is not None:
             x.add_(scores.bias_tile(rows, columns, batch, heads), alpha=_LOG2E).clamp_(min=HIDDEN)
         _hide(x, mask, rows, columns)
+        other = x if sums.entropy is None else spare.take(1, (nb, nh, n, m))
+        _reduce(x, other, sink, known, wanted, sums, (batch, heads, rows, columns), mask.offset)
 
-        top, place = (x.amax(-1) if not known else None), None
-        if sums.index is not None:
-            top, place = _argmax(x)
-        if known:
-            base = sums.lse[at] * _LOG2E
-            base = base.masked_fill(base.isinf(), -HIDDEN)
-        else:
-            base = top if sink is None else torch.maximum(top, sink)
-            base = base.masked_fill(base <= HIDDEN / 2, 0.0)
-        x.sub_(base[..., None])
-        e = torch.exp2(x, out=x if sums.entropy is None else spare.take(1, x.shape))
-        total = e.sum(-1)
-        weight, rest = torch.ones_like(base), torch.zeros_like(base)
-        if not known:
-            denominator = total if sink is None else total + torch.exp2(sink - base)
-            sums.lse[at] = (base + denominator.log2()) * _LN2
-            seen = denominator > 0
-            rest = denominator.log2().masked_fill_(~seen, 0.0)
-            weight = denominator.reciprocal().masked_fill_(~seen, 0.0)
-        if place is not None:
-            best = torch.exp2(top - base).mul_(weight)
-            sums.top[at] = best
-            sums.index[at] = torch.where(best > 0, place + first, -1)
-        if sums.peak is not None:
-            e.mul_(weight[..., None])
-            total, weight = total * weight, torch.ones_like(weight)
-            grid = _grid(e, wanted.block)
-            part = sums.peak[batch, heads][_window(lo, first, grid, wanted.block)]
-            torch.maximum(part, _pool(grid.amax(3), wanted.block).amax(-1), out=part)
-        if sums.mass is not None or sums.received is not None:
-            grid = _grid(e, wanted.block)
-            by_key = (weight.view(*grid.shape[:3], 1, grid.shape[3]) @ grid).squeeze(3)
-            if sums.received is not None:
-                sums.received[batch, heads, columns] += by_key.sum(2)
-            if sums.mass is not None:
-                sums.mass[batch, heads][_window(lo, first, grid, wanted.block)] += _pool(by_key, wanted.block).sum(-1)
-        if sums.entropy is not None:
-            sums.entropy[at] = (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * _LN2)
-        if sums.distance is not None:
-            sums.distance[at] = e.mul_(_far(rows, columns, mask.offset, wanted.window, e)).sum(-1).mul_(weight)
+
+def _reduce(
+    x: Tensor,
+    out: Tensor,
+    sink: Tensor | None,
+    known: bool,
+    wanted: Wanted,
+    sums: _Sums,
+    place: tuple[slice, slice, slice, slice],
+    offset: int,
+) -> None:
+    """Everything that is wanted of one chunk of base-2 scores; ``x`` and ``out`` are overwritten."""
+    batch, heads, rows, columns = place
+    at = (batch, heads, rows)
+    top = x if known else x.amax(-1)
+    key = top
+    if sums.index is not None:
+        top, key = _argmax(x)
+    if known:
+        base = sums.lse[at] * _LOG2E
+        base = base.masked_fill(base.isinf(), -HIDDEN)
+    else:
+        base = top if sink is None else torch.maximum(top, sink)
+        base = base.masked_fill(base <= HIDDEN / 2, 0.0)
+    e = torch.exp2(x.sub_(base[..., None]), out=out)
+    total = e.sum(-1)
+    weight, rest = torch.ones_like(base), torch.zeros_like(base)
+    if not known:
+        denominator = total if sink is None else total + torch.exp2(sink - base)
+        sums.lse[at] = (base + denominator.log2()) * _LN2
+        blind = denominator == 0
+        rest = denominator.log2().masked_fill_(blind, 0.0)
+        weight = denominator.reciprocal().masked_fill_(blind, 0.0)
+    if wanted.gate is not None:
+        gate = wanted.gate[at].to(weight)
+        weight = weight * gate
+        rest = rest - gate.log2().masked_fill_(gate == 0, 0.0)
+    if sums.top is not None and sums.index is not None:
+        best = torch.exp2(top - base).mul_(weight)
+        sums.top[at] = best
+        sums.index[at] = torch.where(best > 0, key + columns.start, -1)
+    if sums.peak is not None:
+        e.mul_(weight[..., None])
+        total, weight = total * weight, torch.ones_like(weight)
+        grid = _grid(e, wanted.block)
+        part = sums.peak[batch, heads][_window(place, grid, wanted.block)]
+        torch.maximum(part, _pool(grid.amax(3), wanted.block).amax(-1), out=part)
+    if sums.mass is not None or sums.received is not None:
+        grid = _grid(e, wanted.block)
+        by_key = (weight.view(*grid.shape[:3], 1, grid.shape[3]) @ grid).squeeze(3)
+        if sums.received is not None:
+            sums.received[batch, heads, columns] += by_key.sum(2)
+        if sums.mass is not None:
+            sums.mass[batch, heads][_window(place, grid, wanted.block)] += _pool(by_key, wanted.block).sum(-1)
+    if sums.entropy is not None:
+        sums.entropy[at] = (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * _LN2)
+    if sums.distance is not None:
+        sums.distance[at] = e.mul_(_far(rows, columns, offset, wanted.window, e)).sum(-1).mul_(weight)
 
 
 def _hide(x: Tensor, mask: Mask, rows: slice, columns: slice) -> None:
@@ -218,10 +238,10 @@ def _pool(values: Tensor, block: int | None) -> Tensor:
     return torch.nn.functional.pad(values, (0, pad)).unflatten(-1, (-1, block))
 
 
-def _window(lo: int, first: int, grid: Tensor, block: int | None) -> tuple[slice, slice, slice, slice]:
+def _window(place: tuple[slice, ...], grid: Tensor, block: int | None) -> tuple[slice, slice, slice, slice]:
     """Where a chunk's blocks lie in the block map."""
     assert block is not None
-    i, j = lo // block, first // block
+    i, j = place[2].start // block, place[3].start // block
     return slice(None), slice(None), slice(i, i + grid.shape[2]), slice(j, j - (-grid.shape[4] // block))
 
 

@@ -11,6 +11,7 @@ from workbench.kernels.scores import HIDDEN, Scores
 
 def dense_attention(scores: Scores, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights ``[B, H, Q, K]`` and lse ``[B, H, Q]`` of a score description, in its working type."""
+    assert scores.scale is not None
     q, k = scores.q.to(scores.dtype), scores.k.to(scores.dtype)
     n, m = q.shape[2], k.shape[2]
     s = scores.scale * torch.einsum("bhqe,bhke->bhqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))
@@ -33,6 +34,8 @@ def dense_attention(scores: Scores, lse: Tensor | None = None) -> tuple[Tensor, 
 
 def reference_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> AttentionStats:
     p, lse = dense_attention(scores, lse)
+    if wanted.gate is not None:
+        p = p * wanted.gate.to(p)[..., None]
     rows = torch.arange(p.shape[2], device=p.device)[:, None] + scores.mask.offset
     columns = torch.arange(p.shape[3], device=p.device)[None, :]
     far = (rows - columns).abs()

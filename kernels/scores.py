@@ -37,7 +37,7 @@ class Scores:
 
     q: Tensor
     k: Tensor
-    mask: Mask = Mask(causal=True)
+    mask: Mask
     scale: float | None = None
     softcap: float | None = None
     sink: Tensor | None = None
@@ -97,6 +97,10 @@ class Scores:
             s += bias.masked_fill(bias <= HIDDEN, float("-inf"))
         allowed = self.mask.tile(rows, columns, s.device)
         return s if allowed is None else s.masked_fill_(~allowed, float("-inf"))
+
+    def sink_logits(self) -> Tensor | None:
+        """``[1, H, 1]`` in the working type."""
+        return None if self.sink is None else self.sink.to(self.q.device, self.dtype)[None, :, None]
 
     def bias_tile(self, rows: slice, columns: slice, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Bias of a tile in the working type, broadcastable to ``[B, H, rows, columns]`` of these examples and heads."""

@@ -1,14 +1,19 @@
-"""Softmax attention and its map: full, causal, windowed, prefix, documents, padding, grouped heads, softcap, sink logits, bias."""
+"""Softmax attention and its map: any mask spec, grouped heads, softcap, sink logits, additive bias, head gate."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from workbench.captures import Capture
 from workbench.errors import WorkbenchError
+from workbench.kernels.attention_stats import AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
-from workbench.kernels.scores import Bias, Scores
-from workbench.maps import AttentionMap, GatedMap
+from workbench.kernels.scores import HIDDEN, Bias, Scores
+from workbench.maps import AttentionMap, GatedMap, TopK, head_index
 
 
 class SoftmaxMap(AttentionMap):
@@ -38,12 +43,16 @@ class SoftmaxMap(AttentionMap):
         except ValueError as error:
             raise WorkbenchError(str(error)) from None
         super().__init__(scores.shape, kv_heads=k.shape[1], offset=mask.offset)
-        if lse is not None and tuple(lse.shape) != self.shape[:3]:
-            raise WorkbenchError(f"lse is [B, H, Q] = {list(self.shape[:3])}; got {list(lse.shape)}")
+        if lse is not None and (tuple(lse.shape) != self.shape[:3] or not lse.is_floating_point()):
+            raise WorkbenchError(
+                f"lse is floating point [B, H, Q] = {list(self.shape[:3])}; got {lse.dtype} {list(lse.shape)}"
+            )
         self.scores = scores
-        self._lse = None if lse is None else lse.detach().to(scores.dtype)
-        hidden = isinstance(bias, Tensor) and bool(torch.isneginf(bias).any())
-        self.row_sum = "1" if sink is None and not hidden and mask.covers(self.shape[2], self.shape[3]) else "<=1"
+        self.impl = ""
+        self._lse = None if lse is None else lse.detach().to(scores.q.device, scores.dtype)
+        self._gate: Tensor | None = None
+        hides = isinstance(bias, Tensor) and bool((bias <= HIDDEN).any())
+        self.row_sum = "1" if sink is None and not hides and mask.covers(self.shape[2], self.shape[3]) else "<=1"
 
     @property
     def mask(self) -> Mask:
@@ -53,22 +62,138 @@ class SoftmaxMap(AttentionMap):
     def lse(self) -> Tensor:
         """Natural log of the row denominators, ``[B, H, Q]``."""
         if self._lse is None:
-            b, h, q, k = self.shape
-            step = max(1, 2**22 // max(1, b * h * k))
-            parts = [self._score_lse(self.scores.tile(slice(lo, min(q, lo + step)), slice(0, k))) for lo in range(0, q, step)]
-            self._lse = torch.cat(parts, 2)
+            self._stats()
+        assert self._lse is not None
         return self._lse
-
-    def _score_lse(self, scores: Tensor) -> Tensor:
-        out = scores.logsumexp(-1)
-        sink = self.scores.sink_logits()
-        return out if sink is None else torch.logaddexp(out, sink)
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
-        scores = self.scores.tile(slice(lo, hi), slice(0, self.shape[3]))
-        lse = self.lse[:, :, lo:hi, None]
-        return (scores - lse.masked_fill(lse.isneginf(), 0.0)).exp()
+        return self._weights(lo, hi, 0, self.shape[3])
+
+    def row_sums(self) -> Tensor:
+        if self.row_sum == "1":
+            return torch.ones(self.shape[:3], dtype=self.scores.dtype, device=self.scores.q.device)
+        return super().row_sums()
+
+    def heads(self, indices: Sequence[int]) -> SoftmaxMap:
+        chosen = head_index(indices, self.shape[1])
+        old = self.scores
+        group = self.shape[1] // self.kv_heads
+        bias = old.bias
+        if isinstance(bias, Tensor):
+            bias = bias[:, chosen] if bias.ndim == 4 and bias.shape[1] > 1 else bias
+            bias = bias[chosen] if bias.ndim == 3 and bias.shape[0] > 1 else bias
+        elif bias is not None:
+            bias = _chosen_rows(bias, chosen)
+        return SoftmaxMap(
+            old.q[:, chosen],
+            old.k[:, [head // group for head in chosen]],
+            None if self._lse is None else self._lse[:, chosen],
+            mask=old.mask.select(heads=torch.tensor(chosen)),
+            scale=old.scale,
+            softcap=old.softcap,
+            sink=None if old.sink is None else old.sink[chosen],
+            bias=bias,
+        )
+
+    def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
+        return self._weights(q_lo, q_hi, k_lo, k_hi)
+
+    def _weights(self, lo: int, hi: int, k_lo: int, k_hi: int) -> Tensor:
+        """The tile, from the keys that its rows may see; zero elsewhere."""
+        b, h, _, keys = self.shape
+        out = torch.zeros(b, h, hi - lo, k_hi - k_lo, dtype=self.scores.dtype, device=self.scores.q.device)
+        first, last = self.mask.span(lo, hi, keys) if hi > lo else (0, 0)
+        left, right = max(first, k_lo), min(last, k_hi)
+        if left >= right:
+            return out
+        with torch.no_grad():
+            if self._lse is not None:
+                lse = self._lse[:, :, lo:hi]
+                scores = self.scores.tile(slice(lo, hi), slice(left, right))
+            else:
+                whole = self.scores.tile(slice(lo, hi), slice(first, last))
+                lse, sink = whole.logsumexp(-1), self.scores.sink_logits()
+                lse = lse if sink is None else torch.logaddexp(lse, sink)
+                scores = whole[..., left - first : right - first]
+            weights = scores.sub_(lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp_()
+            if self._gate is not None:
+                weights *= self._gate[:, :, lo:hi, None]
+            out[..., left - k_lo : right - k_lo] = weights
+        return out
+
+    def _scaled(self, gate: Tensor) -> SoftmaxMap:
+        scaled = copy.copy(self)
+        scaled._memo = {}
+        scaled._gate = gate.detach().to(self.scores.q.device, self.scores.dtype)
+        scaled.row_sum = "gate"
+        return scaled
+
+    def _stats(
+        self,
+        block: int | None = None,
+        reduce: tuple[str, ...] = (),
+        stats: tuple[str, ...] = (),
+        window: int | None = None,
+    ) -> AttentionStats:
+        """One pass of the statistics kernel; everything it found is remembered."""
+        s = self.scores
+        found = attention_stats(
+            s.q, s.k, self._lse, mask=s.mask, scale=s.scale, softcap=s.softcap, sink=s.sink, bias=s.bias,
+            block=block, reduce=reduce, stats=stats, window=window, gate=self._gate,
+        )  # fmt: skip
+        self.impl = found.impl
+        self._lse = found.lse
+        for name, blocks in found.blocks.items():
+            self._memo["blocks", block, name] = blocks
+        if found.received is not None:
+            self._memo["received",] = found.received
+        if found.entropy is not None:
+            self._memo["entropy",] = found.entropy
+        if found.distance is not None:
+            self._memo["distance", window] = found.distance
+        if found.top1 is not None:
+            self._memo["topk", 1] = TopK(*(part[..., None] for part in found.top1))
+        return found
+
+    def _precompute(self, request: Capture) -> None:
+        held = {"received": ("received",), "entropy": ("entropy",), "distance": ("distance", None), "top1": ("topk", 1)}
+        reduce = tuple(r for r in request.reduce if request.blocks and ("blocks", request.blocks, r) not in self._memo)
+        stats = tuple(name for name in request.stats if held[name] not in self._memo)
+        if reduce or stats:
+            self._stats(request.blocks if reduce else None, reduce, stats)
+
+    def _blocks(self, size: int, reduce: str) -> Tensor:
+        return self._stats(size, (reduce,)).blocks[reduce]
+
+    def _received(self) -> Tensor:
+        self._stats(stats=("received",))
+        return self._memo["received",]
+
+    def _entropy(self) -> Tensor:
+        self._stats(stats=("entropy",))
+        return self._memo["entropy",]
+
+    def _distance(self, window: int | None) -> Tensor:
+        self._stats(stats=("distance",), window=window)
+        return self._memo["distance", window]
+
+    def _topk(self, k: int) -> TopK:
+        if k > 1:
+            return super()._topk(k)
+        self._stats(stats=("top1",))
+        return self._memo["topk", 1]
+
+
+def _chosen_rows(bias: Callable[[int, int], Tensor], chosen: list[int]) -> Callable[[int, int], Tensor]:
+    def rows(lo: int, hi: int) -> Tensor:
+        part = bias(lo, hi)
+        axis = part.ndim - 3
+        if axis < 0 or part.shape[axis] == 1:
+            return part
+        return part.index_select(axis, torch.tensor(chosen, device=part.device))
+
+    return rows
 
 
 def softmax_attention(
@@ -92,15 +217,22 @@ def softmax_attention(
         raise WorkbenchError(f"v is [B, G, K, width] = {[b, k.shape[1], m, 'width']}; got {list(v.shape)}")
     group = h // k.shape[1]
     work = found.scores.dtype
-    s = (q.to(work) * found.scores.scale) @ k.to(work).repeat_interleave(group, 1).transpose(-1, -2)
+    s = (q.to(work) * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.to(work).repeat_interleave(
+        group, 1
+    ).transpose(-1, -2)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
-        s = s + (bias if isinstance(bias, Tensor) else bias(0, n)).to(work)
+        added = (bias if isinstance(bias, Tensor) else bias(0, n)).to(work)
+        s = s + added.masked_fill(added <= HIDDEN, float("-inf"))
     allowed = mask.tile(slice(0, n), slice(0, m), q.device)
     if allowed is not None:
         s = s.masked_fill(~allowed, float("-inf"))
-    top = s.amax(-1, keepdim=True) if sink is None else torch.maximum(s.amax(-1, keepdim=True), sink.to(work)[None, :, None, None])
+    top = (
+        s.amax(-1, keepdim=True)
+        if sink is None
+        else torch.maximum(s.amax(-1, keepdim=True), sink.to(work)[None, :, None, None])
+    )
     top = top.detach().masked_fill(top.isneginf(), 0.0)
     weights = (s - top).exp()
     total = weights.sum(-1, keepdim=True)
