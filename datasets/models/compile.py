@@ -144,18 +144,18 @@ def compiled(name: str, attention: str = "hard", *, rotate: int | None = None) -
     return COMPILERS[name](attention, rotate=rotate)
 
 
-def positions(context: int, seed: int = 0) -> tuple[Tensor, Shift, float]:
+def positions(context: int, width: int = POSITION, seed: int = 0) -> tuple[Tensor, Shift, float]:
     """Position codes ``[context, 64]`` of norm 1, the map that moves them back, and their gap.
 
     A code is 32 pairs (cos w p, sin w p) with random frequencies; the inner product of codes is 1 for equal
     positions and at most 1 - gap otherwise. ``code(p) @ shift(d) == code(p - d)``.
     """
-    rates = torch.rand(POSITION // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * torch.pi
+    rates = torch.rand(width // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * torch.pi
     angles = torch.arange(context, dtype=torch.float64)[:, None] * rates
-    table = torch.cat([angles.cos(), angles.sin()], 1) / (POSITION / 2) ** 0.5
+    table = torch.cat([angles.cos(), angles.sin()], 1) / (width / 2) ** 0.5
     gap = 1 - float((table[1:] @ table[0]).max()) if context > 1 else 1.0
     if gap < 0.1:
-        raise WorkbenchError(f"{context} positions are too many for codes of width {POSITION}")
+        raise WorkbenchError(f"{context} positions are too many for codes of width {width}")
     return table.float(), Shift(rates), gap
 
 
