@@ -17,6 +17,7 @@ def _table(file: str) -> dict[str, Any]:
     return json.loads((DATA / file).read_text(encoding="utf-8"))
 
 
+@cache
 def words(kind: str) -> tuple[str, ...]:
     """The words of one kind (``names``, ``colors``, ``filler.people`` ...), in a fixed order."""
     table = _table("words.json")
