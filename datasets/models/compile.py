@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from workbench.circuits import Circuit, circuit_graph, edge_name
-from workbench.datasets.tokenizer import vocabulary, word_tokenizer
+from workbench.datasets.tokenizer import SPECIAL, vocabulary, word_tokenizer
 from workbench.datasets.words import words
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.native import NativeModel
@@ -68,15 +68,19 @@ def compile_induction(attention: str = "hard", *, rotate: int | None = None, con
     """A previous-token head ``a0.h1`` and an induction head ``a1.h2`` that finds its key through K-composition.
 
     a0.h1 copies the token before position p into the block ``before``. a1.h2 matches the current token with
-    ``before`` of earlier positions and copies the token found there to the output. Queries are answered for the
-    words of ``words("symbols")``. ``rotate`` is the seed of the rotation, none by default.
+    ``before`` of earlier positions and copies the token found there to the output. The words of ``words("symbols")``
+    have orthogonal codes; all other tokens have random directions in the same space, so that the model continues any
+    repeat. ``rotate`` is the seed of the rotation, none by default.
     """
     lead, symbols = _lead(attention), words("symbols")
     n = len(symbols)
-    blocks = Layout(token=n + 2, position=POSITION, before=n, output=n, scratch=SCRATCH)
+    codes = one_hot(symbols)
+    noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
+    others = (codes.sum(1) == 0) & torch.tensor([token not in SPECIAL for token in vocabulary()])
+    codes[others] = (noise / noise.norm(dim=1, keepdim=True))[others]
+    blocks = Layout(token=n, bos=1, always=1, position=POSITION, before=n, output=n, scratch=SCRATCH)
     table, shift, gap = positions(context)
-    place = blocks.pick("position")
-    token = blocks.pick("token", 0, n)
+    place, token = blocks.pick("position"), blocks.pick("token")
     heads = {
         (0, 1): Head(place @ shift(1) * (lead / gap), place, token, blocks.pick("before").T),
         (1, 2): Head(token * lead, blocks.pick("before"), token, blocks.pick("output").T),
@@ -92,7 +96,7 @@ def compile_induction(attention: str = "hard", *, rotate: int | None = None, con
         ("a1.h2", "logits", "in"),
     ]
     active = [mechanism[i] for i in (2, 3, 5, 6)]
-    return _assemble("compiled-induction", blocks, heads, [symbols], symbols, table, mechanism, active, rotate)
+    return _assemble("compiled-induction", blocks, heads, codes, codes, table, mechanism, active, rotate)
 
 
 def compile_needle(attention: str = "hard", *, rotate: int | None = None, context: int = 4096) -> NativeModel:
@@ -105,7 +109,9 @@ def compile_needle(attention: str = "hard", *, rotate: int | None = None, contex
     """
     lead, keys, values = _lead(attention), words("keys"), words("values")
     blocks = Layout(
-        token=len(keys) + len(values) + 2,
+        token=len(keys) + len(values),
+        bos=1,
+        always=1,
         position=POSITION,
         owner=len(keys),
         asked=len(keys),
@@ -114,24 +120,23 @@ def compile_needle(attention: str = "hard", *, rotate: int | None = None, contex
     )
     table, shift, gap = positions(context)
     place, key = blocks.pick("position"), blocks.pick("token", 0, len(keys))
-    value, anything = blocks.pick("token", len(keys), len(values)), blocks.pick("token").sum(1, keepdim=True)
+    value, always = blocks.pick("token", len(keys)), blocks.pick("always")
     heads = {
         (0, 0): Head(place @ shift(3) * (lead / gap), place, key, blocks.pick("owner").T),
         (0, 2): Head(place @ shift(4) * (lead / gap), place, key, blocks.pick("asked").T),
         (1, 1): Head(
-            torch.cat([blocks.pick("asked"), anything], 1) * lead,
+            torch.cat([blocks.pick("asked"), always], 1) * lead,
             torch.cat([blocks.pick("owner"), value.sum(1, keepdim=True)], 1),
             value,
             blocks.pick("output").T,
         ),
         **_decoys(blocks, ((0, 1), (1, 0), (1, 3)), ((0, 3, 0), (1, 2, 1)), shift, lead / gap),
     }
-    mechanism = [(source, "a0.h0", channel) for source in ("input",) for channel in "qkv"]
-    mechanism += [("input", "a0.h2", channel) for channel in "qkv"]
-    mechanism += [("input", "a1.h1", channel) for channel in "qkv"]
+    mechanism = [("input", head, channel) for head in ("a0.h0", "a0.h2", "a1.h1") for channel in "qkv"]
     mechanism += [("a0.h2", "a1.h1", "q"), ("a0.h0", "a1.h1", "k"), ("a1.h1", "logits", "in")]
     active = [("input", "a1.h1", "v"), ("a1.h1", "logits", "in")]
-    return _assemble("compiled-needle", blocks, heads, [keys, values], values, table, mechanism, active, rotate)
+    codes, written = one_hot([*keys, *values]), one_hot(values)
+    return _assemble("compiled-needle", blocks, heads, codes, written, table, mechanism, active, rotate)
 
 
 COMPILERS = {"compiled-induction": compile_induction, "compiled-needle": compile_needle}
@@ -186,11 +191,10 @@ def _decoys(
     """Heads that attend to ``<bos>`` (``first``: layer, head) or some steps back (``back``: layer, head, steps),
     and a random part of what they see written into the scratch block."""
     tokens = blocks.pick("token")
-    anything, bos, place = tokens.sum(1, keepdim=True), tokens[:, -1:], blocks.pick("position")
-    out = blocks.pick("scratch").T
+    place, out = blocks.pick("position"), blocks.pick("scratch").T
     found = {}
     for layer, head in first:
-        found[layer, head] = Head(anything * 30, bos, _small(tokens, layer, head), out)
+        found[layer, head] = Head(blocks.pick("always") * 30, blocks.pick("bos"), _small(tokens, layer, head), out)
     for layer, head, steps in back:
         found[layer, head] = Head(place @ shift(steps) * sharp, place, _small(tokens, layer, head), out)
     return found
@@ -205,17 +209,15 @@ def _assemble(
     name: str,
     blocks: Layout,
     heads: dict[tuple[int, int], Head],
-    read: Sequence[Sequence[str]],
-    written: Sequence[str],
+    codes: Tensor,
+    written: Tensor,
     table: Tensor,
     mechanism: Sequence[Edge],
     active: Sequence[Edge],
     rotate: int | None,
 ) -> NativeModel:
-    """Weights from blocks. Tokens are one-hot over the words of ``read``, one axis for all others and one for
-    ``<bos>``."""
-    tokens = {token: i for i, token in enumerate(vocabulary())}
-    known = {word: i for i, word in enumerate(word for kind in read for word in kind)}
+    """Weights from blocks. ``codes`` ``[V, token]`` is what the embedding writes, ``written`` ``[V, output]`` what the
+    unembedding reads."""
     turn = torch.eye(blocks.width) if rotate is None else rotation(blocks.width, rotate)
     width = max(max(head.query.shape[1], head.value.shape[1]) for head in heads.values())
     net = NativeNet(
@@ -224,7 +226,7 @@ def _assemble(
             heads=HEADS,
             width=blocks.width,
             head_width=width,
-            vocab=len(tokens),
+            vocab=len(codes),
             positions="learned",
             norm="none",
             context=len(table),
@@ -232,15 +234,10 @@ def _assemble(
         )
     )
     state = {key: torch.zeros_like(value) for key, value in net.state_dict().items()}
-    embed = torch.zeros(len(tokens), len(known) + 2)
-    for token, i in tokens.items():
-        embed[i, known.get(token, len(known) + (token == "<bos>"))] = 1
-    state["W_E"] = embed @ blocks.pick("token").T @ turn
+    bos = one_hot(["<bos>"])
+    state["W_E"] = (codes @ blocks.pick("token").T + bos @ blocks.pick("bos").T + blocks.pick("always").T) @ turn
     state["W_pos"] = table @ blocks.pick("position").T @ turn
-    unembed = torch.zeros(len(written), len(tokens))
-    for i, word in enumerate(written):
-        unembed[i, tokens[word]] = GAIN
-    state["W_U"] = turn.T @ blocks.pick("output") @ unembed
+    state["W_U"] = turn.T @ blocks.pick("output") @ written.T * GAIN
     for (layer, index), head in heads.items():
         prefix = f"blocks.{layer}.attn."
         for weight, value in (("W_Q", head.query), ("W_K", head.key), ("W_V", head.value)):
@@ -249,6 +246,14 @@ def _assemble(
     net.load_state_dict(state)
     truth = mechanism_circuit(name, mechanism, active)
     return NativeModel(net.eval().requires_grad_(False), word_tokenizer(), name=name, ground_truth=truth)
+
+
+def one_hot(known: Sequence[str]) -> Tensor:
+    """``[V, len(known)]``: row of each token of the vocabulary, zero for tokens that are not ``known``."""
+    tokens = {token: i for i, token in enumerate(vocabulary())}
+    table = torch.zeros(len(tokens), len(known))
+    table[[tokens[word] for word in known], range(len(known))] = 1
+    return table
 
 
 def rotation(width: int, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from workbench.circuits import Circuit
 from workbench.datasets.catalogue import task
 from workbench.datasets.models.compile import COMPILERS, HERE, compiled, main, positions, rotation
-from workbench.datasets.tokenizer import vocabulary
+from workbench.datasets.tokenizer import SPECIAL, vocabulary
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.load import load
 from workbench.pairs import accuracy
@@ -58,6 +58,16 @@ def test_induction_heads_attend_as_their_names_say():
     assert (first[:, 1, steps, steps - 1] > 0.999).all()
     for b in range(4):
         assert second[b, 2, -1, int(pairs.spans["SOURCE"][b, 0])] > 0.999
+
+
+def test_any_token_is_continued_after_its_repeat():
+    model = compiled("compiled-induction")
+    generator = torch.Generator().manual_seed(0)
+    start = len(SPECIAL)
+    row = start + torch.randperm(len(vocabulary()) - start, generator=generator)[:60]
+    ids = torch.cat([torch.zeros(1, dtype=torch.long), row, row[:30]])[None]
+    best = model.run(ids).logits[0, -29:].argmax(-1)
+    assert (best == row[2:31]).double().mean() == 1
 
 
 def test_rotation_changes_no_answer_but_every_axis():
