@@ -41,7 +41,7 @@ class Wiring:
     """The block adds to the MLP's output in place, so that what is read has to be a copy."""
 
 
-_SEPARATE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+_SEPARATE: dict[str, Any] = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _LLAMA = Wiring(
     out="self_attn.o_proj",
     attn_out="self_attn.o_proj",
@@ -114,14 +114,12 @@ WIRINGS: dict[str, Wiring] = {
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
-    "Phi3DecoderLayer": replace(
-        _LLAMA, q="", k="", v="", fused="self_attn.qkv_proj", split="in a row", pre=""
-    ),  # fmt: skip
+    "Phi3DecoderLayer": replace(_LLAMA, q="", k="", v="", fused="self_attn.qkv_proj", split="in a row", pre=""),
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,
     "Olmo2DecoderLayer": replace(
         _LLAMA, attn_out="post_attention_layernorm", mid="mlp", mlp_out="post_feedforward_layernorm"
-    ),  # fmt: skip
+    ),
     "GptOssDecoderLayer": replace(_LLAMA, pre="", post=""),
     "DeepseekV3DecoderLayer": replace(_LLAMA, q="", k="", v=""),
     "GPT2Block": Wiring(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import requests
-from workbench.models.inputs import forward_arguments, full_mask, cache_length, given_tokens
+from workbench.models.inputs import cache_length, forward_arguments, full_mask, given_tokens
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
@@ -28,9 +28,10 @@ class HFModel:
     """A ``PreTrainedModel`` with its tokenizer, behind the ``Model`` protocol.
 
     The wrapped model is never changed: hooks, edits and the capture key live for one ``run``. Sites are read after edits.
-    Maps come from the query and key tensors of the model's own kernel call. Rows of padded queries
-    are zero in the map, whatever the kernel computed for them: padding gives no mass to anything. ``logits="last"`` is the last real token of every row. With
-    padding on the left, positions count from the first real token where the model takes ``position_ids``.
+    Maps come from the query and key tensors of the model's own kernel call. Rows of padded queries are zero in the map,
+    whatever the kernel computed for them: padding gives no mass to anything. ``logits="last"`` is the last real token of
+    every row. With padding on the left, positions count from the first real token where the model takes
+    ``position_ids``. While a cache is in use, ``k`` and ``v`` read at the attention function hold the cached positions too.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str = "") -> None:
@@ -112,7 +113,7 @@ class HFModel:
         past = None if cache is None or isinstance(cache, bool) else cache
         cached = past is not None or cache is True
         width = torch.finfo(next(self.model.parameters()).dtype).bits // 8
-        check_logits(logits, *given.ids.shape, self.shape, width)
+        check_logits(logits, given.ids.shape[0], given.ids.shape[1], self.shape, width)
         reads = requests.parse_sites(read, self._serves, self._names)
         edits = dict(zip(requests.parse_sites(edit, self._serves, self._names), edit.values(), strict=True))
         wanted = check_layers(maps, self.layers())
@@ -137,7 +138,7 @@ class HFModel:
             logits=head.logits(outputs),
             output=getattr(outputs, "last_hidden_state", None),
             acts=Activations(session.acts),
-            maps=Maps({key: found for key, found in session.maps.items() if key in wanted}),
+            maps=Maps({key: session.maps[key] for key in self.layers() if key in wanted}),
             provenance=self._provenance(session),
             cache=new,
         )
@@ -310,6 +311,8 @@ def _shape(model: Any, found: Sequence[Place]) -> Shape:
 def _causal(place: Place | None) -> bool:
     if place is None:
         return True
+    if "CLIPText" in type(getattr(place.layer.module, "config", None)).__name__:
+        return True  # says so per call, not on the module
     return bool(getattr(place.layer.module, "is_causal", place.layer.route == "recorder"))
 
 

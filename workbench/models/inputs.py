@@ -90,18 +90,19 @@ def forward_arguments(
             if not bool(mask.any(1).all()):
                 raise WorkbenchError("a row of the batch is nothing but padding")
             arguments["attention_mask"] = mask.long().to(device)
-            if not bool(mask[:, 0].all()) and "position_ids" in names and "position_ids" not in arguments:
+            counts = "position_ids" in names and "position_ids" not in arguments and not _counts_padding_itself(model)
+            if counts and not bool(mask[:, 0].all()):
                 positions = (mask.long().cumsum(1) - 1).clamp(min=0)
                 arguments["position_ids"] = positions[:, seen:].to(device)
     elif not given.inputs:
-        raise WorkbenchError("the input is empty")
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        if "decoder_input_ids" not in arguments and "decoder_inputs_embeds" not in arguments:
-            start = getattr(model.config, "decoder_start_token_id", None)
-            if start is None:
-                raise WorkbenchError(f"{type(model).__name__} needs decoder_input_ids: pass a mapping of its inputs")
-            batch = len(next(iter(arguments.values())))
-            arguments["decoder_input_ids"] = torch.full((batch, 1), start, dtype=torch.int64, device=device)
+        raise WorkbenchError("the input has no tokens")
+    two_stacks = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names
+    if two_stacks and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(arguments):
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if start is None:
+            raise WorkbenchError(f"{type(model).__name__} needs decoder_input_ids: pass a mapping of its inputs")
+        batch = len(next(iter(arguments.values())))
+        arguments["decoder_input_ids"] = torch.full((batch, 1), start, dtype=torch.int64, device=device)
     if "use_cache" in names:
         arguments["use_cache"] = cached
     elif cached and "past_key_values" not in names:
@@ -109,6 +110,12 @@ def forward_arguments(
     if past is not None:
         arguments["past_key_values"] = fork(past)
     return arguments
+
+
+def _counts_padding_itself(model: nn.Module) -> bool:
+    """Whether positions start behind a padding index (RoBERTa and its kin derive them from the ids)."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    return any(getattr(table, "padding_idx", None) is not None for table in tables)
 
 
 def cache_length(past: Any) -> int:

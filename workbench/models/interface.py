@@ -73,7 +73,8 @@ class Key(str):
 def configs(model: nn.Module) -> list[Any]:
     """Every config that modules of ``model`` look at, sub-configs and per-module copies included."""
     found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation_internal")]
+    holders: list[Any] = [m for m in model.modules() if hasattr(m, "config")]
+    queue = [m.config for m in holders if hasattr(m.config, "_attn_implementation_internal")]
     while queue:
         config = queue.pop()
         if id(config) not in found:
@@ -141,7 +142,7 @@ def attend(
     if session is None or layer is None or not session.wants(layer):
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     options = _allowed(session, layer, args, kwargs)
-    query, key, value = session.on_inputs(layer, query, key, value)
+    query, key, value = session.on_inputs(layer, q=query, k=key, v=value)
     output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
     if session.wants_map(layer):
         bias = options.get("position_bias")

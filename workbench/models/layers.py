@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,10 @@ RECORDED = ("FalconAttention", "BloomAttention", "MptAttention")
 _LOOKS_LIKE_MIXER = re.compile(
     r"Attention|Attn|Mixer|DeltaNet|Mamba|SSM|Retention|TimeMix|RecurrentBlock|Hyena|ShortConv|FourierTransform"
 )
+_IS_A_PART = re.compile(r"Norm|Embedding|Bias|Output|Mask|Pool")
 _INTERFACE_CALL = re.compile(r"(?:get_interface\(\s*[^,]+,\s*|ALL_ATTENTION_FUNCTIONS\.get\(\s*[^,]+,\s*)(\w+)")
+
+_EAGER: dict[Any, str | None] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +41,16 @@ class AttentionLayer:
         return f"{self.path} ({type(self.module).__name__})"
 
 
-@lru_cache(maxsize=512)
-def interface_function(cls: type) -> str | None:
+def interface_function(cls: Any) -> str | None:
     """Name of the eager function that a module class hands to the attention interface; None if it never asks it."""
+    if cls not in _EAGER:
+        _EAGER[cls] = _read_eager_function(cls)
+    return _EAGER[cls]
+
+
+def _read_eager_function(cls: Any) -> str | None:
     try:
-        source = inspect.getsource(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
+        source = inspect.getsource(inspect.unwrap(cls.forward))
     except (OSError, TypeError):
         return None
     if "ALL_ATTENTION_FUNCTIONS" not in source:
@@ -70,7 +77,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             route = _route(module)
             if route != "none":
                 routed.append((path, module, route))
-            elif name and candidate is None and _LOOKS_LIKE_MIXER.search(type(module).__name__):
+            elif name and candidate is None and _looks_like_mixer(module):
                 candidate = (path, module)
         if not routed and candidate is not None:
             routed = [(*candidate, "none")]
@@ -78,7 +85,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         found += [(_stack(path), number, path, module, block_path, route) for path, module, route in routed]
     stacks = list(dict.fromkeys(stack for stack, *_ in found))
     if stacks in (["encoder"], ["decoder"], ["text"], ["vision"]):
-        found = [("", *rest) for _, *rest in found]
+        found = [("", n, p, m, b, r) for _, n, p, m, b, r in found]
     layers = []
     for stack in dict.fromkeys(stack for stack, *_ in found):
         members = [entry for entry in found if entry[0] == stack]
@@ -124,7 +131,9 @@ def _mixer(module: nn.Module) -> str:
         parts.append("sink")
     if getattr(module, "relative_position_bias", None) is not None or hasattr(module, "has_relative_attention_bias"):
         parts.append("position bias")
-    if type(module).__name__ in ("BloomAttention", "MptAttention"):
+    if type(module).__name__ in ("BloomAttention", "MptAttention") or getattr(
+        getattr(module, "config", None), "alibi", False
+    ):
         parts.append("alibi")
     return " + ".join(parts)
 
@@ -154,7 +163,12 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _mixes(entries: nn.Module) -> bool:
-    return any(_route(m) != "none" or _LOOKS_LIKE_MIXER.search(type(m).__name__) for m in entries.modules())
+    return any(_route(m) != "none" or _looks_like_mixer(m) for m in entries.modules())
+
+
+def _looks_like_mixer(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return bool(_LOOKS_LIKE_MIXER.search(name)) and not _IS_A_PART.search(name)
 
 
 def _stack(path: str) -> str:

@@ -193,8 +193,20 @@ def _pretrained(source: str, name: str, tokenizer: Any, options: dict[str, Any])
         near = {key: given[key] for key in ("revision", "local_files_only") if key in given}
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **near)
         auto = _auto_class(config, source)
-        model = auto.from_pretrained(
-            source, config=config, use_safetensors=True, trust_remote_code=False, dtype=dtype, **given
+        model, report = auto.from_pretrained(
+            source,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            output_loading_info=True,
+            **given,
+        )
+    absent = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if absent:
+        raise WorkbenchError(
+            f"the weights of {source} lack {len(absent)} tensors of {type(model).__name__} ({', '.join(absent[:3])} ...); "
+            "they would be random"
         )
     revision = getattr(model.config, "_commit_hash", None) or options.get("revision") or ""
     return HFModel(model.eval(), tokenizer, name=name, revision=revision)

@@ -24,12 +24,20 @@ class Masks:
         self.family = family
         self._rules: dict[int, Mask | None] = {}
         self._found: dict[tuple[Any, ...], tuple[Mask, Tensor | None]] = {}
+        self._inverse: dict[int, Tensor] = {}
         self._alive: list[Any] = []
 
     def remember(self, tensor: Any, built: Mapping[str, Any]) -> None:
         """Note the rule a mask was built from; ``built`` are the arguments of the mask function."""
         self._alive.append(tensor)
         self._rules[id(tensor)] = rule(built)
+
+    def inverse(self, hidden: Tensor) -> Tensor:
+        """The allowed pairs of a bool mask whose True hides, one tensor per mask."""
+        if id(hidden) not in self._inverse:
+            self._alive.append(hidden)
+            self._inverse[id(hidden)] = ~hidden
+        return self._inverse[id(hidden)]
 
     def resolve(
         self, layer: AttentionLayer, mask: Any, q: Tensor, k: Tensor, base: str, options: Mapping[str, Any]
@@ -198,6 +206,6 @@ def _agrees(candidate: Mask, mask: Tensor) -> bool:
     for rows, part in _chunks(mask):
         tile = candidate.tile(rows, slice(0, k), mask.device)
         want = allowed(part)
-        if not bool((want.all() if tile is None else (want == tile).all())):
+        if not bool(want.all() if tile is None else (want == tile).all()):
             return False
     return True

@@ -98,13 +98,12 @@ class Session:
 
     # ------------------------------------------------- the attention function
 
-    def on_inputs(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[B, H, Q, E]``, keys and values ``[B, G, K, E]`` on their way into the attention function."""
-        tensors = {"q": q, "k": k, "v": v}
+    def on_inputs(self, layer: AttentionLayer, **tensors: Tensor) -> tuple[Tensor, ...]:
+        """``q`` ``[B, H, Q, E]``, ``k`` and ``v`` ``[B, G, K, E]`` on their way into the attention function, after edits."""
         for kind in INPUT_KINDS:
-            if not self.touches(layer, kind):
-                continue
             name = kind.removeprefix("rot_")
+            if name not in tensors or not self.touches(layer, kind):
+                continue
             site = Site(kind, layer.index, stack=layer.stack)
             if name != "q" and self._fresh and any(key.whole == site for key in self.edits):
                 raise Refused(
@@ -112,7 +111,7 @@ class Session:
                     "edit without cache, or edit resid_pre"
                 )
             tensors[name] = self.visit(site, tensors[name].transpose(1, 2)).transpose(1, 2)
-        return tensors["q"], tensors["k"], tensors["v"]
+        return tuple(tensors.values())
 
     def on_map(
         self,

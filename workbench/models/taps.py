@@ -63,9 +63,10 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
                 "v": wiring.v or wiring.fused,
             }
             modules |= {kind for kind, path in paths.items() if submodule(block, path) is not None}
+            if "attn_out" not in modules and not wiring.end:
+                modules.discard("resid_mid")
         function = {"q", "k", "v", "z"} if wiring is not None and not wiring.rotary else {"rot_q", "rot_k", "v", "z"}
         if layer.route == "recorder":
-            function = {"rot_q", "rot_k"} if "rot_q" in function else {"q", "k"}
             modules |= {"z"}
         function -= modules
         found.append(
@@ -191,11 +192,7 @@ class Taps:
                 self._after(block, self._visit(site("resid_post")))
         for kind in ("q", "k", "v"):
             if kind in asked and getattr(wiring, kind):
-                width = place.width
-                visit = self._visit(site(kind))
-                self._after(
-                    module(getattr(wiring, kind)), lambda x, v=visit, w=width: v(x.unflatten(-1, (-1, w))).flatten(-2)
-                )
+                self._after(module(getattr(wiring, kind)), _per_head(self._visit(site(kind)), place.width))
         if wiring.fused and asked & {"q", "k", "v"}:
             self._after(
                 module(wiring.fused), self._fused(place, wiring, [site(k) for k in ("q", "k", "v") if k in asked])
@@ -281,6 +278,11 @@ class Taps:
             return None if new is output else new
 
         self._handles.append(module.register_forward_hook(hook))
+
+
+def _per_head(act: Callable[[Tensor], Tensor], width: int) -> Callable[[Tensor], Tensor]:
+    """``act`` of ``[B, T, heads, E]`` as a function of ``[B, T, heads * E]``."""
+    return lambda value: act(value.unflatten(-1, (-1, width))).flatten(-2)
 
 
 class _Frame:

@@ -1,0 +1,277 @@
+"""Tiny models of every kind, by name. A new implementation of the ``Model`` protocol adds one line to ``BUILDERS``.
+
+A builder returns a ``Case``: the model, an input it accepts, and (for Hugging Face models) the wrapped module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+
+from workbench.models.hf import HFModel
+from workbench.models.protocol import Model
+
+V, D, H, G, L, F = 61, 32, 4, 2, 2, 48
+DECODER = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "num_key_value_heads": G,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with an input for it. ``keys``: the layers its maps must have."""
+
+    model: Model
+    inputs: Any
+    keys: tuple[int | str, ...]
+    net: Any = None
+    text: bool = True
+    """Whether ``inputs`` are token ids alone."""
+
+
+def ids(batch: int = 2, length: int = 11, low: int = 3) -> torch.Tensor:
+    return torch.randint(low, V, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(8))
+
+
+def net(cls: Any, config: Any, *, implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
+    """A random model: weights far from their small initial values, so that patterns are not flat."""
+    torch.manual_seed(0)
+    made = cls._from_config(config, attn_implementation=implementation) if implementation else cls(config)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.2)
+            elif "sink" in name or name.endswith("bias"):
+                weight.normal_(0, 0.5)
+    if getattr(made.config, "_experts_implementation", None) is not None:
+        made.set_experts_implementation("eager")
+    return made.to(dtype).eval()
+
+
+def _decoder(cls: str, config: str, **options: Any) -> Callable[..., Any]:
+    def make(implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
+        return net(
+            getattr(hf, cls), getattr(hf, config)(**{**DECODER, **options}), implementation=implementation, dtype=dtype
+        )
+
+    return make
+
+
+def _plain(cls: str, config: str, **options: Any) -> Callable[..., Any]:
+    def make(implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
+        return net(getattr(hf, cls), getattr(hf, config)(**options), implementation=implementation, dtype=dtype)
+
+    return make
+
+
+_BERT = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
+_GPT2 = {
+    "vocab_size": V,
+    "n_embd": D,
+    "n_layer": L,
+    "n_head": H,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_CLIP_TEXT = {k: v for k, v in _BERT.items() if k != "pad_token_id"}
+
+NETS: dict[str, Callable[..., Any]] = {
+    "llama": _decoder("LlamaForCausalLM", "LlamaConfig"),
+    "qwen2": _decoder("Qwen2ForCausalLM", "Qwen2Config"),
+    "qwen3": _decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=8),
+    "gemma2": _decoder("Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
+    "gemma3": _decoder("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, sliding_window=4, sliding_window_pattern=2),
+    "mistral": _decoder("MistralForCausalLM", "MistralConfig", sliding_window=4),
+    "gpt2": _plain("GPT2LMHeadModel", "GPT2Config", **_GPT2),
+    "gpt_neox": _decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", use_parallel_residual=False),
+    "phi3": _decoder("Phi3ForCausalLM", "Phi3Config"),
+    "olmo2": _decoder("Olmo2ForCausalLM", "Olmo2Config"),
+    "opt": _plain(
+        "OPTForCausalLM",
+        "OPTConfig",
+        vocab_size=V,
+        hidden_size=D,
+        ffn_dim=F,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        max_position_embeddings=64,
+        word_embed_proj_dim=D,
+    ),
+    "gpt_oss": _decoder(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=4,
+    ),
+    "deepseek_v3": _decoder(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        num_key_value_heads=H,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    ),
+    "bert": _plain("BertForMaskedLM", "BertConfig", **_BERT),
+    "roberta": _plain("RobertaForMaskedLM", "RobertaConfig", **_BERT),
+    "t5": _plain(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=V,
+        d_model=D,
+        d_kv=8,
+        d_ff=F,
+        num_layers=L,
+        num_heads=H,
+        decoder_start_token_id=0,
+    ),
+    "vit": _plain("ViTForImageClassification", "ViTConfig", **VISION),
+    "dinov2": _plain("Dinov2Model", "Dinov2Config", **{k: v for k, v in VISION.items() if k != "intermediate_size"}),
+    "clip": _plain("CLIPModel", "CLIPConfig", text_config=_CLIP_TEXT, vision_config=VISION, projection_dim=16),
+    "swin": _plain(
+        "SwinModel",
+        "SwinConfig",
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+    ),
+    "whisper": _plain(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        vocab_size=V,
+        d_model=D,
+        encoder_layers=L,
+        decoder_layers=L,
+        encoder_attention_heads=H,
+        decoder_attention_heads=H,
+        encoder_ffn_dim=F,
+        decoder_ffn_dim=F,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    ),
+    "falcon": _plain(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        num_kv_heads=G,
+        new_decoder_architecture=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "falcon-alibi": _plain(
+        "FalconForCausalLM",
+        "FalconConfig",
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        alibi=True,
+        multi_query=True,
+        parallel_attn=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "bloom": _plain(
+        "BloomForCausalLM",
+        "BloomConfig",
+        vocab_size=V,
+        hidden_size=D,
+        n_layer=L,
+        n_head=H,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "mpt": _plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
+}
+RECORDED = ("falcon", "falcon-alibi", "bloom", "mpt")
+EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
+"""Families that transformers runs eagerly by default."""
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """What a model of this name is run on."""
+    if name in ("vit", "dinov2"):
+        return {"pixel_values": _noise(2, 3, 16, 16).to(dtype)}
+    if name == "swin":
+        return {"pixel_values": _noise(2, 3, 32, 32).to(dtype)}
+    if name == "clip":
+        return {"input_ids": ids(2, 9), "pixel_values": _noise(2, 3, 16, 16).to(dtype)}
+    if name == "t5":
+        return {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5)}
+    if name == "whisper":
+        return {"input_features": _noise(2, 8, 20).to(dtype), "decoder_input_ids": ids(2, 5)}
+    return ids()
+
+
+def keys(name: str) -> tuple[int | str, ...]:
+    stacks = {
+        "t5": ("encoder", "decoder", "cross"),
+        "whisper": ("encoder", "decoder", "cross"),
+        "clip": ("text", "vision"),
+    }
+    if name in stacks:
+        return tuple(f"{stack}.{i}" for stack in stacks[name] for i in range(L))
+    return tuple(range(4 if name == "swin" else L))
+
+
+DTYPES = {"gemma2": torch.float32, "bloom": torch.float32, "mpt": torch.float32}
+"""Their eager softmax in float32 turns float64's hidden scores to -inf, and rows that see nothing to NaN."""
+
+
+@cache
+def hugging_face(name: str, implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Case:
+    made = NETS[name](implementation, dtype)
+    given = inputs(name, dtype)
+    return Case(HFModel(made, name=name), given, keys(name), made, isinstance(given, torch.Tensor))
+
+
+BUILDERS: dict[str, Callable[[], Case]] = {
+    **{f"hf-{name}": (lambda name=name: hugging_face(name, dtype=DTYPES.get(name, torch.float64))) for name in NETS},
+}

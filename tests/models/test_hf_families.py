@@ -1,0 +1,143 @@
+"""Maps of every Hugging Face family against the family's own eager attention."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from workbench.captures import capture
+
+
+def _builders():
+    if "model_builders" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["model_builders"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["model_builders"]
+
+
+B = _builders()
+
+
+class FullPrecision(TorchFunctionMode):
+    """Many eager attentions cast their scores to float32; with float64 scores that cast is left out."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.softmax and args[0].dtype == torch.float64:
+            kwargs.pop("dtype", None)
+        if func is torch.Tensor.float and args[0].dtype == torch.float64 and args[0].ndim == 4:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def forward(net, given, **options):
+    return net(**(given if isinstance(given, dict) else {"input_ids": given}), **options)
+
+
+def eager_attentions(name, dtype, source):
+    """Attention weights of an eager copy by map key: from its outputs, where they list every layer, or its modules."""
+    net = B.NETS[name]("eager", dtype)
+    net.load_state_dict(source.net.state_dict())
+    seen = {}
+    for layer in source.model._layers:
+        net.get_submodule(layer.path).register_forward_hook(lambda m, i, o, k=layer.key: seen.__setitem__(k, o[-1]))
+    with torch.no_grad(), FullPrecision():
+        out = forward(net, source.inputs, output_attentions=True)
+    if name == "swin":  # lists one entry per stage
+        return seen
+    if "encoder_attentions" in out:
+        stacks = {"encoder": out.encoder_attentions, "decoder": out.decoder_attentions, "cross": out.cross_attentions}
+    elif name == "clip":
+        stacks = {"text": out.text_model_output.attentions, "vision": out.vision_model_output.attentions}
+    else:
+        return dict(enumerate(out.attentions))
+    return {f"{stack}.{i}": x for stack, found in stacks.items() for i, x in enumerate(found)}
+
+
+@pytest.mark.parametrize("name", B.NETS)
+def test_maps_are_the_eager_attention_in_float64(name):
+    case = B.hugging_face(name, "eager" if name == "falcon-alibi" else None)
+    with torch.no_grad(), FullPrecision():
+        run = case.model.run(case.inputs, maps=capture())
+    expected = eager_attentions(name, torch.float64, case)
+    assert tuple(run.maps) == case.keys
+    assert set(expected) == set(case.keys)
+    for key, weights in expected.items():
+        assert weights.std() > 0.01, "the test model's pattern is flat"
+        assert torch.allclose(run.maps[key].dense(), weights, atol=1e-12, rtol=0), key
+    if name == "gpt_oss":
+        assert run.maps[0].row_sum == "<=1"
+        assert run.maps[0].row_sums().max() < 1
+
+
+@pytest.mark.parametrize("name", B.NETS)
+def test_float32_maps_err_no_more_than_float32_eager(name):
+    """Distance to the float64 pattern: ours at most twice that of the family's own float32 eager run, plus rounding."""
+    exact = B.hugging_face(name, "eager")
+    single = B.hugging_face(name, "eager", torch.float32)
+    given = single.inputs
+    with torch.no_grad(), FullPrecision():
+        truth = exact.model.run(exact.inputs, maps=capture()).maps
+    eager = eager_attentions(name, torch.float32, single)
+    default = B.hugging_face(name, None, torch.float32) if name != "falcon-alibi" else single
+    with torch.no_grad():
+        run = default.model.run(given, maps=capture())
+    for key in exact.keys:
+        ours = (run.maps[key].dense().double() - truth[key].dense()).abs().max()
+        theirs = (eager[key].double() - truth[key].dense()).abs().max()
+        assert ours <= 2 * theirs + 1e-6, (key, ours, theirs)
+
+
+@pytest.mark.parametrize("name", B.NETS)
+def test_the_wrapped_model_computes_what_the_bare_model_does(name):
+    case = B.hugging_face(name, None, torch.float32)
+    with torch.no_grad():
+        bare = forward(case.net, case.inputs)
+        run = case.model.run(case.inputs, maps=capture(blocks=4, stats=("received", "entropy", "distance", "top1")))
+        after = forward(case.net, case.inputs)
+    for field in ("logits", "logits_per_image", "last_hidden_state"):
+        if getattr(bare, field, None) is not None:
+            assert torch.equal(getattr(bare, field), run.output if field == "last_hidden_state" else run.logits)
+            assert torch.equal(getattr(bare, field), getattr(after, field))
+            break
+    else:
+        raise AssertionError("nothing was compared")
+
+
+def test_swin_maps_have_one_batch_entry_per_window():
+    case = B.hugging_face("swin")
+    with torch.no_grad():
+        maps = case.model.run(case.inputs, maps=capture()).maps
+    assert maps[0].shape == (2 * 16, 2, 16, 16)  # two images of 16 x 16 patches in windows of 4 x 4
+    assert maps[2].shape == (2 * 4, 4, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "mixer"), [("gemma2", "window 4 + softcap 5"), ("gpt_oss", "sink"), ("t5", "position bias"),
+                                             ("bloom", "alibi"), ("mistral", "window 4"), ("llama", "softmax")])  # fmt: skip
+def test_manifest_says_what_the_softmax_is(name, mixer):
+    record = B.hugging_face(name).model.manifest().layers[0]
+    assert mixer in record.mixer
+    assert record.route == ("recorder" if name in B.RECORDED else "attention interface")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    case = B.hugging_face(name, None, dtype)
+    with torch.no_grad():
+        off = case.model.run(case.inputs)
+        on = case.model.run(case.inputs, maps=capture(blocks=4), read=["blocks.0.attn.hook_z"])
+    assert torch.equal(off.logits, on.logits)
+    assert on.logits.dtype == dtype
+    assert on.provenance.dtype == str(dtype).removeprefix("torch.")
+    wide = B.hugging_face(name, None, torch.float32)
+    with torch.no_grad():
+        reference = wide.model.run(case.inputs, maps=capture()).maps
+    for key in case.keys:
+        assert on.maps[key].dense().dtype == torch.float32
+        assert (on.maps[key].dense() - reference[key].dense()).abs().max() < 0.15
