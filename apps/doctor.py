@@ -126,8 +126,12 @@ def _kernels() -> Iterator[Check]:
 def _backends() -> Iterator[Check]:
     from workbench.kernels.selfcheck import lse_selfcheck
 
-    for name, result in lse_selfcheck().items():
-        yield Check("attention backend", name, "info", str(result))
+    for name, found in lse_selfcheck().items():
+        error = "" if found.error is None else f"LSE in natural log, largest error {found.error:.1e} against float64"
+        if found.status == "wrong":
+            error = f"its LSE is not the natural log: largest error {found.error:.1e} against float64"
+        detail = "; ".join(filter(None, (error, found.detail)))
+        yield Check("attention backend", name, "failed" if found.status == "wrong" else found.status, detail)
 
 
 def _models() -> Iterator[Check]:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.errors import WorkbenchError
+from workbench.apps.terminal import log
+from workbench.errors import UnknownName, WorkbenchError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from workbench.captures import Capture
     from workbench.models.protocol import Model
     from workbench.run import Run
@@ -24,6 +27,7 @@ FileOption = Annotated[
     typer.Option("--file", "-f", help="A UTF-8 text file with the prompt, or - for stdin; one newline at its end is dropped."),
 ]
 LayerOption = Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
+HeadOption = Annotated[list[int] | None, typer.Option("--head", help="Show only this head; may be given several times.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -106,10 +110,26 @@ def load(name: str) -> Model:
     return wb.load(name)
 
 
-def run(name: str, text: str, request: Capture) -> tuple[Model, Run]:
-    """One forward pass over ``text`` that records what ``request`` asks for; only the last logits are kept."""
+def only(frame: pd.DataFrame, heads: Sequence[int] | None) -> pd.DataFrame:
+    """Rows of the heads asked for; all without a wish. Heads that no row has are refused."""
+    if not heads:
+        return frame
+    known = sorted(set(frame["head"].tolist()))
+    for head in heads:
+        if head not in known:
+            raise UnknownName("head", head, known)
+    return frame[frame["head"].isin(heads)]
+
+
+def run(name: str, text: str, request: Capture, read: Sequence[str] = ()) -> tuple[Model, Run]:
+    """One forward pass over ``text`` that records what ``request`` and ``read`` ask for, without logits."""
     import torch
 
     model = load(name)
     with torch.no_grad():
-        return model, model.run(text, maps=request, logits=None)
+        found = model.run(text, read=read, maps=request, logits=None)
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    lost = 0 if unknown is None else int((found.tokens.ids == unknown).sum())
+    if lost:
+        log(f"{lost} of {found.tokens.ids.numel()} tokens are unknown to the tokenizer of {model.name} and run as its unknown token")
+    return model, found

@@ -6,7 +6,6 @@ Exit codes: 0 for an answer, 1 for something of ours that should work and does n
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -28,6 +27,7 @@ from typer.core import TyperGroup
 from workbench.errors import WorkbenchError
 
 _PIPED_WIDTH = 160
+_INTERRUPTED = 130
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -51,6 +51,8 @@ def guarded(work: Callable[[], Any]) -> int:
     try:
         code = work()
         sys.stdout.flush()
+        if code == _INTERRUPTED:
+            complain("interrupted")
         return code if isinstance(code, int) else 0
     except _ClickException as error:
         context = getattr(error, "ctx", None)
@@ -62,16 +64,13 @@ def guarded(work: Callable[[], Any]) -> int:
         return complain(f"{message.rstrip('.')}{hint}")
     except (typer.Abort, KeyboardInterrupt):
         complain("interrupted")
-        return 130
+        return _INTERRUPTED
     except WorkbenchError as error:
         return complain(str(error))
     except BrokenPipeError:
-        # The reader has gone (``| head``): what it wanted it has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _hang_up()
         return 0
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            return 0
         where = f"{error.filename}: " if error.filename else ""
         return complain(f"{where}{error.strerror or error}")
 
@@ -82,10 +81,15 @@ def complain(message: str) -> int:
     return 2
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     """The console for answers. Not a terminal: wide, so that nothing is cut."""
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PIPED_WIDTH))
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    return _Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
@@ -137,16 +141,26 @@ def quiet() -> Iterator[None]:
 
 
 def answer(as_json: bool, payload: Mapping[str, Any], show: Callable[[Console], None]) -> None:
-    """The answer of a command on stdout: ``payload`` as JSON, or ``show`` for people."""
-    if as_json:
-        sys.stdout.write(to_json(payload) + "\n")
-    else:
-        show(stdout())
+    """The answer of a command on stdout: ``payload`` as JSON, or ``show`` for people. A reader that has gone (``| head``) has
+    what it wanted."""
+    try:
+        if as_json:
+            sys.stdout.write(to_json(payload) + "\n")
+        else:
+            show(stdout())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _hang_up()
+
+
+def _hang_up() -> None:
+    """Nobody reads stdout any more: what is still buffered goes nowhere, without complaint at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def to_json(payload: Any) -> str:
     """Valid JSON: NaN is null, infinities are texts, tensors are lists, data frames lists of records."""
-    return json.dumps(plain(payload), indent=1, allow_nan=False, ensure_ascii=False)
+    return json.dumps(plain(payload), allow_nan=False, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:

@@ -41,6 +41,8 @@ class Atlas(Result):
     """Per head ``(layer, head, key, token, share)``, as in ``sinks(run).strongest()``."""
     tokens: tuple[str, ...]
     size: int | None = None
+    acts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Sites that the run read, by name."""
     provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
 
     def frame(self) -> pd.DataFrame:
@@ -90,7 +92,8 @@ def atlas(run: Run, blocks: int | None = None) -> Atlas:
             parts["peaks"][layer] = amap.blocks(blocks, "max")[0].detach().cpu()
     strongest = tuple((s.layer, s.head, s.key, s.token, s.share) for s in sinks(run).strongest())
     labels = run.tokens.labels[0] if run.tokens.labels else ()
-    return Atlas(**parts, strongest=strongest, tokens=labels, size=blocks, provenance=run.provenance)
+    acts = {str(site): tensor.detach().cpu() for site, tensor in run.acts.items()}
+    return Atlas(**parts, strongest=strongest, tokens=labels, size=blocks, acts=acts, provenance=run.provenance)
 
 
 def _mean(amap: Any, name: str) -> Tensor:

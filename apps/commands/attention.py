@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.apps import inputs
-from workbench.apps.inputs import FileOption, JsonOption, LayerOption, ModelArgument, OutOption, TextOption
+from workbench.apps.inputs import FileOption, HeadOption, JsonOption, LayerOption, ModelArgument, OutOption, TextOption
 from workbench.apps.terminal import answer, log, table, working
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
     from workbench.probes.sinks import SinkResult
@@ -26,11 +27,15 @@ def capture(
     file: FileOption = None,
     blocks: Annotated[int, typer.Option("--blocks", help="Side of a block of the block maps, in tokens.")] = 64,
     layer: LayerOption = None,
+    head: HeadOption = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", help="Read this activation too, by TransformerLens's name; repeatable.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Run again without capture and report max |delta logits|.")] = False,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Capture attention: block maps and per-head statistics of one text."""
+    """Block maps and per-head statistics of one text."""
     words, target = inputs.prompt(text, file), inputs.fresh(out)
     with working(f"{model}: capturing"):
         import workbench as wb
@@ -39,18 +44,23 @@ def capture(
         request = wb.capture(
             layers=inputs.layers(layer), blocks=blocks, reduce=("sum", "max"), stats=("received", "entropy", "distance")
         )
-        wrapped, run = inputs.run(model, words, request)
+        wrapped, run = inputs.run(model, words, request, site or ())
         result = atlas(run, blocks)
+        frame = inputs.only(result.frame(), head)
         parity = _parity(wrapped, run, request) if check else None
         if target is not None:
             result.save(target)
-    frame = result.frame()
+    sites = [
+        {"site": name, "shape": list(value.shape), "mean": float(value.double().mean()), "largest": float(value.abs().max())}
+        for name, value in result.acts.items()
+    ]
     payload = {
         "command": "capture",
         "model": run.provenance.model,
         "tokens": result.tokens,
         "blocks": {"size": blocks, "shape": {k: list(v.shape) for k, v in result.blocks.items()}},
         "rows": frame,
+        "sites": sites,
         "parity": parity,
         "saved": target,
         "provenance": run.provenance,
@@ -60,6 +70,8 @@ def capture(
         rows = [[r["layer"], r["head"], r["entropy"], r["distance"], r["token"], r["key"], r["share"]] for r in records(frame)]
         columns = ["layer", "head", "entropy (nats)", "distance (tokens)", "largest share to", "at", "share"]
         console.print(table(f"{model}: {len(result.tokens)} tokens", dict.fromkeys(columns, "right"), rows))
+        if sites:
+            console.print(table("activations", list(sites[0]), [list(row.values()) for row in sites]))
         if parity is not None:
             console.print(f"max |delta logits| with capture on and off: {parity:g}")
         size = next(iter(result.blocks.values())).shape[-1]
@@ -77,13 +89,17 @@ def sinks(
     text: TextOption = None,
     file: FileOption = None,
     layer: LayerOption = None,
+    head: HeadOption = None,
     epsilon: Annotated[float, typer.Option("--epsilon", help="A first token with a larger share counts as a sink.")] = 0.3,
     raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show two models on the same text side by side.")] = False,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Attention sinks: which tokens collect attention whatever the query asks for."""
+    """Attention sinks.
+
+    Which tokens collect attention whatever the query asks for, next to what even attention would give them.
+    """
     if compare and text is None and file is None:
         from workbench.datasets.corpus import filler_text
 
@@ -95,20 +111,22 @@ def sinks(
     if compare and out is not None:
         raise WorkbenchError("--out saves one result; run sinks on each model by itself to save it")
     words, target = inputs.prompt(text, file), inputs.fresh(out)
-    results = []
+    results, frames = [], []
     for model in models:
         with working(f"{model}: sinks"):
             results.append(_sinks(model, words, layer, epsilon, raw))
+            frames.append(inputs.only(results[-1].frame(), head))
             if target is not None:
                 results[0].save(target)
-    payloads = [_sink_payload(model, result) for model, result in zip(models, results, strict=True)]
+    payloads = [_sink_payload(model, result, frame) for model, result, frame in zip(models, results, frames, strict=True)]
     if not compare:
-        answer(as_json, {"command": "sinks", **payloads[0], "saved": target}, lambda c: _show_sinks(c, models[0], results[0]))
+        payload = {"command": "sinks", **payloads[0], "saved": target}
+        answer(as_json, payload, lambda c: _show_sinks(c, models[0], results[0], head))
         return
 
     from workbench.apps.sentences import compared, compared_lines
 
-    difference = compared(*results)
+    difference = inputs.only(compared(*results), head)
 
     def show(console: Console) -> None:
         rows = [list(row.values()) for row in records(difference)]
@@ -127,7 +145,7 @@ def _sinks(model: str, words: str, layer: list[str] | None, epsilon: float, raw:
     return wb.sinks(inputs.run(model, words, request)[1], epsilon=epsilon, raw=raw)
 
 
-def _sink_payload(model: str, result: SinkResult) -> dict[str, Any]:
+def _sink_payload(model: str, result: SinkResult, frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "model": model,
         "tokens": next(iter(result.tokens.values()), ()),
@@ -135,16 +153,16 @@ def _sink_payload(model: str, result: SinkResult) -> dict[str, Any]:
         "sink_score": result.sink_score,
         "f_attn": result.f_attn,
         "strongest": [sink._asdict() for sink in result.strongest()],
-        "rows": result.frame(),
+        "rows": frame,
         "undefined": result.undefined,
         "provenance": result.provenance,
     }
 
 
-def _show_sinks(console: Console, model: str, result: SinkResult) -> None:
+def _show_sinks(console: Console, model: str, result: SinkResult, head: list[int] | None) -> None:
     from workbench.apps.sentences import sink_lines
 
-    strongest = result.strongest()
+    strongest = [sink for sink in result.strongest() if not head or sink.head in head]
     rows = [[s.layer, s.head, s.token, s.key, s.share, s.uniform] for s in strongest[:_SHOWN]]
     columns = dict.fromkeys(["layer", "head", "token", "at", "share", "even attention"], "right")
     more = f", the {_SHOWN} strongest of {len(strongest)} heads" if len(strongest) > _SHOWN else ""
@@ -160,12 +178,16 @@ def heads(
     text: TextOption = None,
     file: FileOption = None,
     layer: LayerOption = None,
+    head: HeadOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens and of the nulls.")] = 0,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Previous-token, duplicate-token and induction heads, on a text or, without one, on random tokens that repeat."""
+    """Previous-token, duplicate-token, induction heads.
+
+    On a text or, without one, on random tokens that repeat.
+    """
     words = inputs.prompt(text, file) if text is not None or file is not None else None
     target = inputs.fresh(out)
     with working(f"{model}: head scores"):
@@ -174,13 +196,14 @@ def heads(
         chosen = inputs.layers(layer)
         source: Any = inputs.load(model) if words is None else inputs.run(model, words, wb.capture(layers=chosen))[1]
         result = wb.head_scores(source, layers=chosen, raw=raw, seed=seed)
+        frame = inputs.only(result.frame(), head)
         if target is not None:
             result.save(target)
     payload = {
         "command": "heads",
         "model": model,
         "source": result.source,
-        "rows": result.frame(),
+        "rows": frame,
         "undefined": result.undefined,
         "skipped": result.skipped,
         "saved": target,
@@ -192,7 +215,7 @@ def heads(
 
         columns = dict.fromkeys(["layer", "head", "score", "null", "z"], "right")
         for kind in result.kinds:
-            rows = [list(head) for head in result.top(kind, 5)]
+            rows = [list(best) for best in result.top(kind) if not head or best.head in head][:5]
             console.print(table(f"{model}: {kind}, {result.source}", columns, rows))
         for line in head_lines(result):
             console.print(line)
@@ -210,7 +233,10 @@ def retrieval(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrieval heads: which heads fetch a fact from far back, over lengths and depths."""
+    """Retrieval heads.
+
+    Which heads fetch a fact from far back, over lengths of the text and depths of the fact.
+    """
     sizes, target = inputs.numbers(lengths, "--lengths"), inputs.fresh(out)
     with working(f"{model}: retrieval heads") as tick:
         import workbench as wb

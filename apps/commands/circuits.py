@@ -31,13 +31,16 @@ TaskOptions = Annotated[list[str] | None, typer.Option("--task-option", help="An
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
 
 tasks = typer.Typer(
-    invoke_without_command=True, rich_markup_mode=None, help="The tasks; `tasks show NAME` draws an example token by token."
+    invoke_without_command=True, rich_markup_mode=None, help="The tasks.\n\n`tasks show NAME` draws an example token by token."
 )
 
 
 @tasks.callback()
 def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
-    """The tasks; `tasks show NAME` draws an example token by token."""
+    """The tasks.
+
+    `tasks show NAME` draws an example token by token.
+    """
     if context.invoked_subcommand is not None:
         return
     import workbench as wb
@@ -80,7 +83,7 @@ def show_task(
 
 
 def methods(as_json: JsonOption = False) -> None:
-    """The circuit discovery methods and their options."""
+    """Circuit discovery methods and their options."""
     with working("methods"):
         import workbench as wb
 
@@ -113,7 +116,7 @@ def circuit(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the circuit of a task: a score for every node or edge."""
+    """Score the nodes or edges of a task's circuit."""
     target = inputs.fresh(out)
     with working(f"{model}: {method} on {task}"):
         wrapped, pairs = _setting(model, task, examples, seed, task_options)
@@ -157,7 +160,10 @@ def faithfulness(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """How much of the behaviour the best parts of a circuit carry by themselves, against random circuits."""
+    """Judge a circuit against random ones.
+
+    How much of the behaviour its best parts carry by themselves.
+    """
     target = inputs.fresh(out)
     with working(f"{model}: faithfulness on {task}"):
         import workbench as wb

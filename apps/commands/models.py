@@ -27,7 +27,10 @@ def models(
     name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Show this model: bundled, a folder, or a hub id.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The bundled models, or one model's manifest: what is captured per layer, how, and how exactly."""
+    """The bundled models, or one model's manifest.
+
+    The manifest says what is captured per layer, how, and how exactly.
+    """
     if name is None:
         import workbench as wb
 
@@ -64,7 +67,10 @@ def _described(name: str) -> dict[str, Any]:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Versions, devices, kernels, bundled models, layout: what works here. Exit code 1 if something that should does not."""
+    """What works on this machine.
+
+    Versions, devices, kernels, bundled models, layout. Exit code 1 if something that should work does not.
+    """
     with working("checking"):
         from workbench.apps.doctor import examine
 
@@ -87,7 +93,10 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html; the results folder by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.html from what a results folder holds; the file needs no network."""
+    """Write report.html from a results folder.
+
+    The file stands alone: it needs no network and no other file.
+    """
     folder = store if out is None else out
     if folder.exists() and not folder.is_dir():
         raise WorkbenchError(f"--out wants a folder; {folder} is a file")
@@ -104,7 +113,10 @@ def app(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
     as_json: JsonOption = False,
 ) -> None:
-    """Open the app on a results folder. It listens on 127.0.0.1 only and sends no usage statistics."""
+    """Open the app on a results folder.
+
+    It listens on 127.0.0.1 only and sends no usage statistics.
+    """
     from workbench.apps.store import stored
 
     stored(store)

@@ -1,0 +1,211 @@
+"""The commands on small random models: what they answer, and that ``--json`` is one JSON document."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import workbench as wb
+from workbench.apps.terminal import to_json
+
+TEXT = "When Mary and John went to the store, John gave a ring to"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, workbench.apps.cli as c\ntry: c.main()\nexcept SystemExit as e: assert e.code in (0, None), e.code\n"
+    code += "heavy = {'torch', 'pandas', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("import sys,", "import sys; sys.argv = ['workbench', '--help']; import")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("models", "tasks", "methods", "capture", "sinks", "retrieval", "heads", "circuit", "faithfulness", "doctor"):
+        assert f"\n  {name}" in done.stdout
+
+
+def test_python_m_workbench_is_the_same(workbench):
+    done = subprocess.run([sys.executable, "-m", "workbench", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+    assert "\n  sinks " in done.stdout
+
+
+def test_sinks_are_those_of_the_library(workbench, model):
+    got = workbench("sinks", model, "--text", TEXT, "--json").json
+    loaded = wb.load(model)
+    result = wb.sinks(loaded.run(TEXT, maps=wb.capture()))
+    assert got["tokens"][:3] == ["<bos>", "When", "Mary"]
+    assert got["sink_score"] == pytest.approx(result.sink_score)
+    assert got["f_attn"] == pytest.approx(result.f_attn)
+    want = result.frame()
+    assert len(got["rows"]) == len(want) == 2 * 2 * len(got["tokens"])
+    assert [row["share"] for row in got["rows"]] == pytest.approx(want["share"].tolist())
+    assert {"layer", "head", "key", "token", "share"} <= set(got["rows"][0])
+    assert got["provenance"]["model"] == "random"
+
+
+def test_sinks_for_people_name_heads_and_tokens(workbench, model):
+    answer = workbench("sinks", model, "--text", TEXT, "--epsilon", "0.01")
+    best = wb.sinks(wb.load(model).run(TEXT, maps=wb.capture())).strongest()[0]
+    assert answer.code == 0
+    assert f"head {best.layer}.{best.head} gives {100 * best.share:.0f}% of its weight to '{best.token}'" in answer.out
+    assert answer.err == ""
+
+
+def test_sinks_of_one_layer(workbench, model):
+    rows = workbench("sinks", model, "--text", TEXT, "--layer", "1", "--json").json["rows"]
+    assert {row["layer"] for row in rows} == {1}
+
+
+def test_sinks_compare_two_models(workbench, model, gated):
+    got = workbench("sinks", "--compare", model, gated, "--text", TEXT, "--json").json
+    one = workbench("sinks", gated, "--text", TEXT, "--json").json
+    assert got["compare"][1]["rows"] == one["rows"]
+    first = {(r["layer"], r["head"]): r for r in got["difference"]}
+    for row in one["rows"]:
+        if row["key"] == 0:
+            assert first[row["layer"], row["head"]]["second"] == row["share"]
+    shown = workbench("sinks", "--compare", model, gated)
+    assert shown.code == 0
+    assert "generated text" in shown.err
+    assert "largest difference: head" in shown.out
+
+
+def test_prompt_from_file_is_the_prompt(workbench, model, tmp_path):
+    for name, raw in (("a", TEXT.encode()), ("b", TEXT.encode() + b"\n"), ("c", b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n")):
+        (tmp_path / name).write_bytes(raw)
+        got = workbench("sinks", model, "--file", tmp_path / name, "--json").json
+        assert got["rows"] == workbench("sinks", model, "--text", TEXT, "--json").json["rows"]
+
+
+def test_tokens_that_look_like_markup_are_shown_as_they_are(workbench, model):
+    answer = workbench("capture", model, "--text", "[bold] Mary [/bold] $x^2$ \x1b[31m", "--blocks", "4")
+    assert answer.code == 0
+    assert "tokens are unknown to the tokenizer" in answer.err
+
+
+def test_capture(workbench, model, tmp_path):
+    got = workbench(
+        "capture", model, "--text", TEXT, "--blocks", "4", "--layer", "0", "--check", "--out", tmp_path / "new" / "atlas", "--json"
+    ).json
+    run = wb.load(model).run(TEXT, maps=wb.capture(layers=0))
+    assert got["parity"] == 0
+    assert got["blocks"] == {"size": 4, "shape": {"0": [2, 4, 4]}}
+    entropy = run.maps[0].entropy()[0].double().mean(-1)
+    assert [row["entropy"] for row in got["rows"]] == pytest.approx(entropy.tolist(), rel=1e-5)
+    from workbench.results import load_result
+
+    saved = load_result(tmp_path / "new" / "atlas")
+    weights = run.maps[0].dense()[0].double()
+    assert saved.tensors["blocks.0"][1, 1, 0] == pytest.approx(float(weights[1, 4:8, 0:4].sum()) / 4, rel=1e-5)
+    assert saved.tensors["peaks.0"][1, 1, 0] == pytest.approx(float(weights[1, 4:8, 0:4].max()), rel=1e-5)
+
+
+def test_heads_on_text_and_on_random_repeats(workbench, model):
+    on_text = workbench("heads", model, "--text", TEXT, "--json").json
+    want = wb.head_scores(wb.load(model).run(TEXT, maps=wb.capture())).frame()
+    assert on_text["source"] == "text"
+    assert [row["value"] for row in on_text["rows"]] == pytest.approx(want["value"].tolist(), nan_ok=True)
+    random = workbench("heads", model, "--json").json
+    assert random["source"] == "random repeats"
+    assert {row["kind"] for row in random["rows"]} == {"previous", "duplicate", "induction"}
+    assert "looks at the previous token" in workbench("heads", model, "--text", TEXT).out
+
+
+def test_undefined_numbers_are_null(workbench, model):
+    got = workbench("heads", model, "--text", "Mary went", "--json").json
+    duplicate = [row for row in got["rows"] if row["kind"] == "duplicate"]
+    assert all(row["value"] is None for row in duplicate)
+    assert "no token occurs twice" in got["undefined"]["duplicate"]
+    assert json.loads(to_json({"a": float("nan"), "b": float("inf")})) == {"a": None, "b": "inf"}
+
+
+def test_retrieval_of_a_compiled_model(workbench):
+    got = workbench("retrieval", "compiled-needle", "--lengths", "64,96", "--depths", "2", "--json").json
+    head = max((row for row in got["rows"]), key=lambda row: row["score"])
+    assert (head["layer"], head["head"], head["score"]) == (1, 1, 1.0)
+    assert [(cell["length"], cell["depth"], cell["recall"]) for cell in got["grid"]] == [
+        (64, 0.0, 1.0),
+        (64, 1.0, 1.0),
+        (96, 0.0, 1.0),
+        (96, 1.0, 1.0),
+    ]
+    shown = workbench("retrieval", "compiled-needle", "--lengths", "64", "--depths", "1")
+    assert "1 retrieval heads: 1.1 (copies 100% of the needle" in shown.out.replace("1 retrieval head:", "1 retrieval heads:")
+
+
+def test_tasks_and_methods(workbench):
+    assert {row["name"] for row in workbench("tasks", "--json").json["rows"]} == set(wb.tasks())
+    assert {row["name"] for row in workbench("methods", "--json").json["rows"]} == set(wb.methods())
+    assert "eap-ig" in workbench("methods").out
+    assert "needle" in workbench("tasks").out
+
+
+def test_tasks_show_draws_the_tokens(workbench):
+    got = workbench("tasks", "show", "ioi", "--json").json["examples"][0]
+    words = [row["clean"] for row in got["tokens"]]
+    named = {name: row["clean"] for row in got["tokens"] for name in row["span"].split(", ") if name}
+    assert words[0] == "<bos>"
+    assert got["answer"] == [named["IO"]]
+    assert got["wrong"] == [named["S1"]] == [named["S2"]]
+    assert [row["corrupt"] for row in got["tokens"] if row["corrupt"]] == [named["IO"]]
+    other = workbench("tasks", "show", "ioi", "--task-option", "corruption=abc", "--json").json["examples"][0]
+    assert sum(row["corrupt"] != "" for row in other["tokens"]) == 2
+    assert "answer:" in workbench("tasks", "show", "needle", "--task-option", "length=40").out
+
+
+def test_circuit_and_its_faithfulness(workbench, tmp_path):
+    folder = tmp_path / "circuit"
+    words = ("compiled-induction", "induction", "-n", "4")
+    got = workbench("circuit", *words, "--method", "patching", "--level", "node", "--top", "2", "--out", folder, "--json").json
+    assert {row["node"] for row in got["rows"] if row["kept"]} == {"a0.h1", "a1.h2"}
+    judged = workbench("faithfulness", *words, "--circuit", folder, "--json").json
+    assert judged["rows"][-1]["faithfulness"] == pytest.approx(1)
+    assert judged["cpr"] is not None
+    shown = workbench("circuit", *words, "--method", "eap-ig", "--option", "steps=2", "--level", "node")
+    assert "strongest heads:" in shown.out
+
+
+def test_models(workbench, model):
+    listed = {row["name"]: row for row in workbench("models", "--json").json["rows"]}
+    assert set(listed) == set(wb.bundled())
+    assert listed["compiled-induction"]["layers"] == 2
+    got = workbench("models", model, "--json").json
+    assert got["shape"]["heads"] == 2
+    assert [row["layer"] for row in got["rows"]] == [0, 1]
+    assert "2 layers x 2 heads" in workbench("models", model).out
+
+
+def test_doctor(workbench):
+    got = workbench("doctor", "--json")
+    checks = json.loads(got.out)["checks"]
+    assert [c for c in checks if c["status"] == "failed"] == []
+    assert got.code == 0
+    states = {(c["group"], c["name"]): c["status"] for c in checks}
+    assert states["kernel", "cpu"] == states["kernel", "reference"] == "ok"
+    assert states["layout", "import datasets"] == "ok"
+    for name in wb.bundled():
+        assert states["bundled model", name] == "ok"
+
+
+def test_doctor_says_what_is_broken(workbench, monkeypatch):
+    from workbench.kernels import attention_stats as kernel
+
+    plain = kernel.attention_stats
+
+    def wrong(*args, impl=None, **options):
+        out = plain(*args, impl=impl, **options)
+        out.received.mul_(1.01 if impl == "cpu" else 1)
+        return out
+
+    monkeypatch.setattr(kernel, "attention_stats", wrong)
+    got = workbench("doctor", "--json")
+    failed = [(c["group"], c["name"]) for c in json.loads(got.out)["checks"] if c["status"] == "failed"]
+    assert got.code == 1
+    assert ("kernel", "cpu") in failed
+    assert ("kernel", "reference") not in failed
