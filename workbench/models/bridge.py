@@ -167,15 +167,15 @@ class BridgeModel:
                         f"of {EAGER_LIMIT:,}: {reason}; ask for maps alone, or shorten the input"
                     )
             requests.check_logits(logits, *given.ids.shape, self.shape, torch.finfo(self._dtype).bits // 8)
-            return self._run_hooked(
-                given, reads, edits, maps, wanted, logits, past, cached=past is not None or cache is True
-            )
+            return self._run_hooked(given, reads, edits, maps, wanted, logits, cache)
 
     # ---------------------------------------------------------------- helpers
 
     def _run_hooked(
-        self, given: Tokens, reads: Any, edits: Any, maps: Any, wanted: Any, logits: Any, past: Any, *, cached: bool
+        self, given: Tokens, reads: Any, edits: Any, maps: Any, wanted: Any, logits: Any, cache: Any
     ) -> Run:
+        past = None if cache is None or isinstance(cache, bool) else cache
+        cached = past is not None or cache is True
         model = self.bridge.original_model
         arguments = forward_arguments(model, given, self.shape, past, self._inner._device(), cached=cached)
         if not cached:
@@ -183,9 +183,18 @@ class BridgeModel:
         ids = arguments.pop("input_ids", None)
         if ids is None:
             raise WorkbenchError(f"a bridge takes token ids; got {sorted(arguments)}")
-        hooks = Hooks(self.bridge, reads, edits, maps, wanted, kv_heads=self.shape.kv_heads, name=self.name)
+        hooks = Hooks(self.bridge, reads, edits, maps, wanted, shape=self.shape, real=given.mask, name=self.name)
         with self._gates(hooks.names), hooks.installed():
             found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
+        if hooks.without_scores:
+            reason = "the run has edits" if edits else self._only_bridge()
+            if reason is not None:
+                raise Refused(
+                    f"{hooks.without_scores[0]}: this bridge leaves attention to the Hugging Face module and shows no scores, "
+                    f"and {reason}; read it in a run of its own"
+                )
+            with unwrapped(model):
+                hooks.acts.update(self._inner.run(given, hooks.without_scores, logits=None, cache=cache).acts)
         hooks.finish()
         mask = full_mask(given, past, cache_length(past))
         if cached and new is not None:

@@ -15,7 +15,7 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.mixers.explicit import ExplicitMap
 from workbench.models.hookpoints import attached
-from workbench.models.protocol import Edit
+from workbench.models.protocol import Edit, Shape
 from workbench.models.requests import MAP_KINDS, apply_edits, edited, site_from_map
 from workbench.sites import Site
 
@@ -26,6 +26,7 @@ _GATES = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
+_DERIVED = ("result", "q_input", "k_input", "v_input")
 
 
 def settable(name: str) -> str | None:
@@ -58,14 +59,18 @@ class Hooks:
         request: Capture | None,
         wanted: Iterable[int | str],
         *,
-        kv_heads: int,
+        shape: Shape,
+        real: Tensor,
         name: str,
     ) -> None:
         self.acts: dict[Site | str, Tensor] = {}
         self.maps: dict[int | str, AttentionMap] = {}
+        self.without_scores: list[Site] = []
+        """LSE that were asked for in layers whose attention runs inside the Hugging Face module."""
         self._bridge, self._request, self._wanted = bridge, request, set(wanted)
-        self._kv_heads, self._name = kv_heads, name
+        self._shape, self._real, self._name = shape, real, name
         self._reads, self._edits = list(reads), dict(edits)
+        self._derived = [] if torch.is_grad_enabled() else [key for key in self._reads if self._derivable(key)]
         self._fired: set[Site | str] = set()
         self._scores: dict[int | str, tuple[Tensor, Tensor]] = {}
         self._done: set[int] = set()
@@ -82,15 +87,29 @@ class Hooks:
     @property
     def names(self) -> list[str]:
         """Hook names of the run."""
-        return [key.hook if isinstance(key, Site) else key for key in [*self._reads, *self._edits]]
+        return [_hook(key) for key in [*self._reads, *self._edits] if key not in self._derived]
+
+    def _derivable(self, key: Site | str) -> bool:
+        """Whether a read can be computed beside the run, instead of switching the bridge to a path that computes it."""
+        return (
+            isinstance(key, Site)
+            and key.kind in _DERIVED
+            and all(_hook(other) != key.hook for other in self._edits)
+            and (key.kind != "result" or isinstance(self._w_o(key.layer), Tensor))
+        )
+
+    def _w_o(self, layer: int | None) -> Any:
+        return getattr(self._bridge.blocks[layer].attn, "W_O", None)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         points = self._bridge.hook_dict
         tensors: dict[str, list[Site | str]] = {}
         for key in [*self._reads, *self._edits]:
-            if isinstance(key, str) or key.kind not in MAP_KINDS or key.kind == "pattern":
-                tensors.setdefault(key.hook if isinstance(key, Site) else key, []).append(key)
+            if key not in self._derived and (
+                isinstance(key, str) or key.kind not in MAP_KINDS or key.kind == "pattern"
+            ):
+                tensors.setdefault(_hook(key), []).append(key)
         placed: list[tuple[HookPoint, Any]] = []
         edited_layers = {
             key.layer for key in self._edits if isinstance(key, Site) and key.kind in ("pattern", "attn_scores")
@@ -99,6 +118,10 @@ class Hooks:
             placed.append((points[f"blocks.{layer}.attn.hook_z"], self._after_attention(layer)))
         for name, keys in tensors.items():
             placed.append((points[name], self._tensor_hook(keys)))
+        for key in self._derived:
+            assert isinstance(key, Site)
+            source = "attn.hook_z" if key.kind == "result" else "hook_resid_pre"
+            placed.append((points[f"blocks.{key.layer}.{source}"], self._derive(key)))
         for layer in self._mapped:
             placed.append((points[f"blocks.{layer}.attn.hook_attn_scores"], self._see_scores(layer)))
             placed.append((points[f"blocks.{layer}.attn.hook_pattern"], self._see_pattern(layer)))
@@ -136,6 +159,18 @@ class Hooks:
 
         return act
 
+    def _derive(self, key: Site) -> Callable[..., None]:
+        heads = self._shape.kv_heads if key.kind in ("k_input", "v_input") else self._shape.heads
+
+        def act(value: Tensor, hook: Any) -> None:
+            if key.kind == "result":
+                whole = torch.einsum("bthe,hed->bthd", value, self._w_o(key.layer))
+            else:
+                whole = value[:, :, None].expand(-1, -1, heads, -1)
+            self.acts[key] = whole if key.head is None else whole.select(key.head_axis, key.head)
+
+        return act
+
     def _may_edit(self, key: Site | str) -> None:
         if isinstance(key, Site) and key.layer in self._done:
             raise Refused(
@@ -160,25 +195,37 @@ class Hooks:
     def _see_pattern(self, layer: int | str) -> Callable[..., None]:
         def act(value: Tensor, hook: Any) -> None:
             with torch.no_grad():
-                self.maps[layer] = found = self._map(layer, value.detach())
+                found = self._map(layer, value.detach())
                 for key in self._reads:
-                    if isinstance(key, Site) and key.layer == layer and key.kind in MAP_KINDS and key.kind != "pattern":
+                    if (
+                        not isinstance(key, Site)
+                        or key.layer != layer
+                        or key.kind not in MAP_KINDS
+                        or key.kind == "pattern"
+                    ):
+                        continue
+                    if key.kind == "lse" and not isinstance(found, ExplicitMap):
+                        self.without_scores.append(key)
+                    else:
                         self.acts[key] = site_from_map(found, key, self._request)
                 if layer in self._wanted and self._request is not None:
-                    found.precompute(self._request)
+                    self.maps[layer] = found.precompute(self._request)
 
         return act
 
     def _map(self, layer: int | str, pattern: Tensor) -> AttentionMap:
         queries, keys = pattern.shape[2:]
+        blind = ~self._real.to(pattern.device)[:, None].expand(pattern.shape[:3])
         if layer not in self._scores:
-            return AttentionMap.from_dense(pattern, offset=keys - queries, kv_heads=self._kv_heads)
+            pattern = pattern.masked_fill(blind[..., None], 0.0)
+            return AttentionMap.from_dense(pattern, offset=keys - queries, kv_heads=self._shape.kv_heads)
         top, at = self._scores[layer]
-        weight = pattern.gather(-1, at)
-        lse = (top - weight.log()).squeeze(-1)
+        lse = (top - pattern.gather(-1, at).log()).squeeze(-1)
         # A query that sees no key has nothing but the most negative number as scores.
-        blind = top.squeeze(-1) <= torch.finfo(top.dtype).min / 2
-        pattern = pattern.masked_fill(blind[..., None], 0.0)
-        return ExplicitMap(
-            pattern, lse.masked_fill(blind, float("-inf")), offset=keys - queries, kv_heads=self._kv_heads
-        )
+        blind = blind | (top.squeeze(-1) <= torch.finfo(top.dtype).min / 2)
+        pattern, lse = pattern.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
+        return ExplicitMap(pattern, lse, offset=keys - queries, kv_heads=self._shape.kv_heads)
+
+
+def _hook(key: Site | str) -> str:
+    return key.hook if isinstance(key, Site) else key

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class NativeModel:
     """A ``NativeNet`` with its tokenizer, behind the ``Model`` protocol.
 
-    Sites are read after edits. Reading ``pattern`` takes it from the captured map; editing ``pattern`` or touching
-    ``attn_scores`` builds the scores explicitly in that layer, which changes the last bits of the output.
+    Sites are read after edits. ``pattern`` and ``attn_scores`` are read off the map, detached, which changes no bit of the
+    output; editing one of them builds the scores explicitly in that layer, which changes the last bits.
     ``ground_truth`` is the circuit of a hand-compiled model, ``None`` otherwise.
     """
 
@@ -193,7 +193,8 @@ class NativeModel:
 
         acts: dict[Site, Tensor] = {}
         captured: dict[int | str, AttentionMap] = {}
-        from_maps = [s for s in reads if s.kind in MAP_KINDS]
+        explicit = {s.layer for s in edits if s.kind in ("pattern", "attn_scores")}
+        from_maps = [s for s in reads if s.kind in MAP_KINDS or (s.kind == "attn_scores" and s.layer not in explicit)]
         needed = {s.layer for s in from_maps} | set(wanted)
 
         def on_map(layer: int, amap: AttentionMap) -> None:
@@ -205,7 +206,7 @@ class NativeModel:
             if maps is not None and layer in wanted:
                 captured[layer] = amap.precompute(maps)
 
-        points = {s.whole for s in [*reads, *edits] if s.kind not in MAP_KINDS or s in edits}
+        points = {s.whole for s in edits} | {s.whole for s in reads if s not in from_maps}
         fired: set[Site] = set()
         hooks = [
             (self.net.hook_dict[self._point(site)], self._hook(site, reads, edits, acts, fired)) for site in points

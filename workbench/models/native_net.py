@@ -1,7 +1,8 @@
 """A small transformer built on TransformerLens hook points, which takes any sequence mixer.
 
 Every intermediate tensor has TransformerLens's name and passes a ``HookPoint``. Hook points that cost something
-(``hook_q_input``, ``hook_k_input``, ``hook_v_input``, ``hook_result``) are computed only while a hook is attached.
+(``hook_q_input``, ``hook_k_input``, ``hook_v_input``, ``hook_result``) are computed only while a hook is attached, and the
+output is computed through them only if a hook changes them or gradients are on; a look without gradients changes no bit.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class NativeConfig:
     scale: float | None = None
     theta: float = 10000.0
     tied: bool = False
+    bias: bool = False
+    """Biases ``b_Q b_K b_V`` on queries, keys and values: with rotary positions a head that looks at a distance needs them."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -121,6 +124,9 @@ class Attention(nn.Module):
         self.W_K = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
         self.W_V = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
         self.W_O = nn.Parameter(torch.randn(h, e, d) * (h * e * 2 * config.layers) ** -0.5)
+        sizes = {"b_Q": h, "b_K": g, "b_V": g}
+        for name, heads in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(heads, e)) if config.bias else None)
         self.mixer = MIXERS[config.mixer](config)
         rotated = ("rot_q", "rot_k") if config.positions == "rotary" else ()
         for name in ("q", "k", "v", *rotated, "z", "result"):
@@ -137,9 +143,9 @@ class Attention(nn.Module):
         on_map: OnMap | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """``x*``: ``[B, T, D]``, or ``[B, T, H or G, D]`` where each head has an input of its own."""
-        q = self.hook_q(_project(xq, self.W_Q))
-        k = self.hook_k(_project(xk, self.W_K))
-        v = self.hook_v(_project(xv, self.W_V))
+        q = self.hook_q(_project(xq, self.W_Q, self.b_Q))
+        k = self.hook_k(_project(xk, self.W_K, self.b_K))
+        v = self.hook_v(_project(xv, self.W_V, self.b_V))
         if rotary is not None:
             q, k = self.hook_rot_q(_rotate(q, *rotary)), self.hook_rot_k(_rotate(k, *rotary))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -149,10 +155,11 @@ class Attention(nn.Module):
         z = self.hook_z(z.transpose(1, 2))
         if on_map is not None:
             on_map(self.layer, amap)
+        out = z.flatten(2) @ self.W_O.flatten(0, 1)
         if self.hook_result.fwd_hooks:
-            out = self.hook_result(torch.einsum("bthe,hed->bthd", z, self.W_O)).sum(2)
-        else:
-            out = z.flatten(2) @ self.W_O.flatten(0, 1)
+            result = torch.einsum("bthe,hed->bthd", z, self.W_O)
+            new = self.hook_result(result)
+            out = new.sum(2) if _replaces(new, result) else out
         return out, (k, v)
 
 
@@ -192,13 +199,21 @@ class Block(nn.Module):
         on_map: OnMap | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x = self.hook_resid_pre(x)
-        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        if any(point.fwd_hooks for point in points):
-            counts = (self.heads, self.kv_heads, self.kv_heads)
-            split = (point(x[:, :, None].expand(-1, -1, n, -1)) for point, n in zip(points, counts, strict=True))
-            inputs = [self.ln1(part) for part in split]
-        else:
-            inputs = [self.ln1(x)] * 3
+        inputs = []
+        shared = None
+        for point, n in (
+            (self.hook_q_input, self.heads),
+            (self.hook_k_input, self.kv_heads),
+            (self.hook_v_input, self.kv_heads),
+        ):
+            if point.fwd_hooks:
+                split = x[:, :, None].expand(-1, -1, n, -1)
+                new = point(split)
+                if _replaces(new, split):
+                    inputs.append(self.ln1(new))
+                    continue
+            shared = self.ln1(x) if shared is None else shared
+            inputs.append(shared)
         out, kv = self.attn(*inputs, mask, rotary, past, on_map)
         x = x + self.hook_attn_out(out)
         if self.mlp is not None:
@@ -271,12 +286,19 @@ class NativeNet(nn.Module):
         return x @ self.unembed
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """``[B, T, D]`` or ``[B, T, N, D]`` with ``W [N, D, E]`` to ``[B, T, N, E]``."""
+def _replaces(new: Tensor, old: Tensor) -> bool:
+    """Whether a hook changed its tensor, or was handed it with a graph that has to lead through it."""
+    return new is not old or old.requires_grad
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[B, T, D]`` or ``[B, T, N, D]`` with ``W [N, D, E]`` and ``b [N, E]`` to ``[B, T, N, E]``."""
     if x.ndim == 4:
-        return torch.einsum("btnd,nde->btne", x, weight)
-    n, d, e = weight.shape
-    return (x @ weight.transpose(0, 1).reshape(d, n * e)).unflatten(-1, (n, e))
+        out = torch.einsum("btnd,nde->btne", x, weight)
+    else:
+        n, d, e = weight.shape
+        out = (x @ weight.transpose(0, 1).reshape(d, n * e)).unflatten(-1, (n, e))
+    return out if bias is None else out + bias
 
 
 def _angles(positions: Tensor, config: NativeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.maps import DENSE_LIMIT, AttentionMap
 from workbench.models.protocol import Edit, Shape, Tokens
 from workbench.sites import Site
 
 if TYPE_CHECKING:
     from workbench.captures import Capture
-    from workbench.maps import AttentionMap
 
 MAP_KINDS = ("pattern", "lse", "received", "entropy", "block_mass", "block_max")
 """Site kinds that are read off the captured attention map rather than off the forward pass."""
@@ -155,6 +155,12 @@ def site_from_map(amap: AttentionMap, site: Site, request: Capture | None) -> Te
     if site.kind == "pattern":
         # With a gate the site is the softmax pattern, as hook_pattern edits it; the map is what multiplies the values.
         value = getattr(amap, "raw", amap).dense()
+    elif site.kind == "attn_scores":
+        inner: Any = getattr(amap, "raw", amap)
+        batch, heads, queries, keys = inner.shape
+        if batch * heads * queries * keys > DENSE_LIMIT:
+            raise Refused(f"{site} of {[batch, heads, queries, keys]} is over the limit of {DENSE_LIMIT:,} numbers")
+        value = inner.scores.tile(slice(0, queries), slice(0, keys))
     elif site.kind == "lse":
         raw: Any = getattr(amap, "raw", amap)
         if not (hasattr(type(raw), "lse") or "lse" in vars(raw)):
