@@ -113,7 +113,7 @@ class HeadScores(Result):
         if kind not in self.kinds and kind == "induction":
             kind = self.kinds[0]
         at = self._index(kind)
-        title = f"{kind.capitalize()} score of each head: {self.provenance.model}"
+        title = f"{kind.capitalize()} score of each head\n{self.provenance.model}"
         rows = [value[at] for value in self.value.values()]
         return head_map(ax, rows, list(self.value), title=title, unit="mean attention mass", limits=(0.0, 1.0))
 

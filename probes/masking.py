@@ -74,7 +74,7 @@ class MaskingResult(Result):
         ax = axis(ax)
         names = {"none": "nothing", "top": "retrieval heads", "random": "random heads"}
         ax.bar([names[name] for name in mean.index], mean.to_numpy(), yerr=spread, capsize=4, color="tab:blue")
-        title = f"Answer probability after removing heads: {self.provenance.model}"
+        title = f"Answer probability after removing heads\n{self.provenance.model}"
         ax.set(ylabel="probability of the answer", xlabel="removed (bars: range over draws)", title=title, ylim=(0, 1))
         return ax
 

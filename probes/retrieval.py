@@ -80,7 +80,7 @@ class RetrievalResult(Result):
     @property
     def used(self) -> Tensor:
         """Trials in which the model retrieved the needle, bool ``[R]``."""
-        return self.recall > RECALL
+        return _retrieved(self.recall)
 
     @property
     def score(self) -> Tensor:
@@ -136,7 +136,7 @@ class RetrievalResult(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Layer x head heat map of the copy score."""
-        title = f"Retrieval heads: {self.provenance.model}"
+        title = f"Retrieval heads\n{self.provenance.model}"
         if self.reason:
             title += "\n(undefined: the needle was never retrieved)"
         return head_map(ax, list(self.score), self.layers, title=title, unit="copy score", limits=(0.0, 1.0))
@@ -148,7 +148,7 @@ class RetrievalResult(Result):
         image = ax.imshow(table.to_numpy(), aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
         ax.set_xticks(range(table.shape[1]), [str(length) for length in table.columns])
         ax.set_yticks(range(table.shape[0]), [f"{depth:.0%}" for depth in table.index])
-        title = f"Needle recall: {self.provenance.model}"
+        title = f"Needle recall\n{self.provenance.model}"
         ax.set(xlabel="context length (tokens)", ylabel="depth of the needle", title=title)
         ax.get_figure().colorbar(image, ax=ax, label="recall")  # type: ignore[union-attr]
         return ax
@@ -264,6 +264,10 @@ def default_prompts(
         return wb.task("needle", length=length, depth=depth, split="test").build(seed, model.tokenizer, trials)
 
     return build
+
+
+def _retrieved(recall: Tensor) -> Tensor:
+    return recall > RECALL
 
 
 class _Cell(NamedTuple):

@@ -51,6 +51,8 @@ def shares(
     """Shares of the first ``keys`` keys of the layer ``name``; see ``probes/sinks.py`` for the quantities."""
     if amap.domain in ("channel", "frequency"):
         raise Refused(f"layer {name!r}: columns of a {amap.domain} map are no tokens, so no token can be a sink")
+    if raw and amap.row_sum == "gate" and not isinstance(amap, GatedMap):
+        raise Refused(f"layer {name!r}: {amap!r} does not hold the attention inside its gate; ask with raw=False")
     inner = amap.raw if isinstance(amap, GatedMap) else amap
     pad = padding(name, amap, tokens)
     seen = visibility(amap, mask=mask, real=pad.queries, keys=pad.keys)
@@ -106,11 +108,8 @@ def maps_of(source: object) -> dict[int | str, AttentionMap]:
 def _received(amap: AttentionMap, pad: Padding, seen: Visibility) -> Tensor:
     """Column sums over real queries, ``[B, H, K]`` in float64."""
     hidden = seen.mask.queries
-    if (
-        pad.queries is None
-        or bool(pad.queries.all())
-        or (hidden is not None and not bool((hidden.cpu() & ~pad.queries).any()))
-    ):
+    emptied = hidden is not None and pad.queries is not None and not bool((hidden.cpu() & ~pad.queries).any())
+    if pad.queries is None or emptied or bool(pad.queries.all()):
         return amap.received().detach().cpu().double()
     b, h, queries, keys = amap.shape
     step = max(1, _CHUNK // max(1, b * h * keys))

@@ -172,7 +172,7 @@ class SinkResult(Result):
         rows = {layer: torch.full((len(share),), float("nan")) for layer, share in self.share.items()}
         for sink in self.strongest():
             rows[sink.layer][sink.head] = sink.share
-        title = f"Strongest sink of each head: {self.provenance.model}"
+        title = f"Strongest sink of each head\n{self.provenance.model}"
         unit = "mean attention weight, not gated" if self.raw else "mean attention weight"
         top = max((sink.share for sink in self.strongest()), default=1.0)
         return head_map(ax, list(rows.values()), list(rows), title=title, unit=unit, limits=(0.0, max(1.0, top)))

@@ -146,7 +146,7 @@ def head_map(
     grid = np.full((len(values), heads), np.nan)
     for i, row in enumerate(values):
         grid[i, : len(row)] = row.detach().double().cpu().numpy()
-    ax = axis(ax, 2.5 + 0.32 * heads, 1.8 + 0.32 * len(values))
+    ax = axis(ax, max(4.8, 2.5 + 0.32 * heads), max(2.6, 1.8 + 0.32 * len(values)))
     image = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
     step = max(1, len(values) // 16)
     ax.set_yticks(range(0, len(values), step), [str(layer) for layer in list(layers)[::step]])

@@ -278,7 +278,7 @@ def test_what_is_unknown_is_refused():
 def test_result_is_drawn_shown_and_saved(tmp_path):
     result = head_scores(Planted(), kinds=("previous", "induction"), batches=1, sequences=2, period=(5, 5), layers=(1,))
     assert list(result.value) == [1]
-    assert result.plot().get_title() == "Induction score of each head: planted"
+    assert result.plot().get_title() == "Induction score of each head\nplanted"
     assert result.plot(kind="previous").get_title().startswith("Previous")
     assert "<table" in result._repr_html_()
     saved = load_result(result.save(tmp_path / "heads"))

@@ -120,6 +120,7 @@ def test_looking_is_not_copying():
     assert found[1, 1].looks == pytest.approx(2 / 3)
     assert found[1, 1].score == 0
     assert found[0, 0].looks == 0
+    assert found[1, 0].looks_null == 0
     assert found[0, 0].looks_null == pytest.approx(3 / (12 - 3))
     assert found[0, 1].looks_null == pytest.approx(1 / 3 * 3 / (12 - 3))  # later rows look at tokens it wrote itself
     assert all(row.null == 0 for row in found.values())
@@ -168,9 +169,12 @@ def test_the_gate_is_recall_above_one_half():
     result = retrieval_heads(two, 12, 1, prompts=prompts())
     assert result.recall.tolist() == pytest.approx([2 / 3] * 2)
     assert scores(result)[1, 0].score == pytest.approx(2 / 3)
+    parrot = Copier(says=lambda needle: [needle[0]] * 4 + [STOP])
+    assert retrieval_heads(parrot, 12, 1, prompts=prompts()).recall.tolist() == pytest.approx([1 / 3] * 2)
     half = retrieval_heads(two, 12, 1, prompts=prompts(needle=(5, 6, 7, 8)))
     assert half.recall.tolist() == [0.5, 0.5]
     assert half.reason
+    assert half.score.isnan().all()
 
 
 def test_a_model_that_never_retrieves_has_no_scores(tmp_path):
@@ -286,7 +290,7 @@ def test_masking_takes_other_layers_only_when_it_must():
 
 def test_results_are_drawn_shown_and_saved(tmp_path):
     result = retrieval_heads(Copier(), (12, 20), 2, prompts=prompts())
-    assert result.plot().get_title() == "Retrieval heads: copier"
+    assert result.plot().get_title() == "Retrieval heads\ncopier"
     ax = result.plot_grid()
     assert [label.get_text() for label in ax.get_xticklabels()] == ["12", "20"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["0%", "100%"]

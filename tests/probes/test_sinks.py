@@ -218,6 +218,19 @@ def test_only_column_sums_are_read(monkeypatch):
     assert sinks(amap, mask=Mask(causal=True)).f_attn > 0
 
 
+def test_rows_that_the_mask_empties_are_not_walked(monkeypatch):
+    from workbench.mixers.softmax import SoftmaxMap
+
+    q, k = (torch.randn(1, 2, T, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    real = torch.tensor([[False, False, True, True, True, True]])
+    walked = SoftmaxMap(q, k, mask=Mask(causal=True, keys=real))
+    emptied = SoftmaxMap(q, k, mask=Mask(causal=True, keys=real, queries=real))
+    emptied.received()
+    monkeypatch.setattr(emptied, "rows", lambda *args: pytest.fail("rows were built"))
+    torch.testing.assert_close(sinks(emptied).share[0], sinks(walked).share[0], equal_nan=True)
+    assert sinks(emptied).f_attn == pytest.approx(sinks(walked).f_attn)
+
+
 def test_runs_mappings_lists_and_single_maps_agree():
     maps = {
         0: AttentionMap.from_dense(softmax_rows(1, 2, T, T)),
@@ -288,6 +301,8 @@ def test_what_cannot_be_answered_is_refused():
         sinks({})
     with pytest.raises(Refused, match="channel map"):
         sinks(AttentionMap.from_dense(torch.eye(3).expand(1, 1, 3, 3), domain="channel"))
+    with pytest.raises(Refused, match="inside its gate"):
+        sinks(AttentionMap.from_dense(torch.eye(3).expand(1, 1, 3, 3), row_sum="gate"), raw=True)
     with pytest.raises(UnknownName, match="f_attn"):
         sinks(amap).per_sequence("f-attn")
 

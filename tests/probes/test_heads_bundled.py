@@ -1,0 +1,76 @@
+"""Models whose heads are known, and a small one of another make."""
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.datasets.words import words
+from workbench.pairs import Pairs
+from workbench.probes.masking import masking
+
+
+@pytest.fixture(scope="module")
+def needle():
+    return wb.load("compiled-needle")
+
+
+@pytest.fixture(scope="module")
+def retrieval(needle):
+    return wb.retrieval_heads(needle, lengths=(48, 96), depths=(0.2, 0.9), trials=2)
+
+
+def test_the_compiled_retrieval_head_is_found_alone(retrieval):
+    table = retrieval.frame()
+    found = dict(zip(zip(table["layer"], table["head"], strict=True), table["score"], strict=True))
+    assert found.pop((1, 1)) == 1.0
+    assert set(found.values()) == {0.0}
+    assert retrieval.grid()["recall"].tolist() == [1.0] * 4
+
+
+def test_its_removal_and_no_other_changes_the_answer(needle, retrieval):
+    table = masking(needle, retrieval, random=2, lengths=(48,)).frame().set_index("condition")
+    assert table.loc["none", "accuracy"] == 1.0
+    assert table.loc["top", "heads"] == "1.1"
+    assert table.loc["top", "accuracy"] < 0.3
+    assert table.loc["top", "probability"] < 0.1 * table.loc["none", "probability"]
+    assert table.loc["random", "probability"].tolist() == pytest.approx([table.loc["none", "probability"]] * 2)
+
+
+def test_compiled_induction_heads_are_found():
+    model = wb.load("compiled-induction")
+    result = wb.head_scores(model, batches=1, sequences=4, period=(8, 12), words=words("symbols"))
+    best = result.top("induction")
+    assert best[0][:2] == (1, 2)
+    assert best[0].value > 0.99
+    assert best[0].null < 0.2
+    assert best[1].value < 0.01
+    assert (0, 1) in [head[:2] for head in result.top("previous") if head.value > 0.99]
+
+
+def test_the_start_token_is_the_sink_of_a_resting_head(needle):
+    run = needle.run("The royal box holds honey .", maps=wb.capture(stats=("received",)))
+    result = wb.sinks(run)
+    first = {(sink.layer, sink.head): sink for sink in result.strongest()}[1, 0]
+    assert (first.key, first.token) == (0, "<bos>")
+    assert first.share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_cached_and_whole_runs_of_a_transformers_model_agree():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=31, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    model = wb.load(LlamaForCausalLM(config).eval())
+
+    def prompts(length, depth, seed):
+        ids = torch.randint(3, 31, (3, length), generator=torch.Generator().manual_seed(seed))
+        span = torch.tensor([[4, 8]] * 3)
+        return Pairs(ids, ids, ids[:, 4:8], torch.full((3, 1), -1), torch.full((3,), length - 1), {"NEEDLE": span})
+
+    options = {"lengths": (16,), "depths": 2, "prompts": prompts, "max_new_tokens": 3}
+    cached, whole = wb.retrieval_heads(model, **options), wb.retrieval_heads(model, cache=False, **options)
+    assert cached.looks.equal(whole.looks)
+    assert cached.looks.sum() > 0
+    assert cached.copied.equal(whole.copied)
+    assert cached.reason.startswith("LlamaForCausalLM retrieved no needle")
