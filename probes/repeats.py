@@ -69,11 +69,12 @@ def vocabulary(model: Model, words: Sequence[int | str] | None = None) -> tuple[
 
 
 def _id(word: int | str, tokenizer: Any, size: int) -> int:
+    number = word
     if isinstance(word, str):
         found = tokenizer(word, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
         if len(found) != 1 or found[0] == getattr(tokenizer, "unk_token_id", None):
             raise WorkbenchError(f"{word!r} is not one token of this model's tokenizer")
-        word = found[0]
-    if not 0 <= word < size:
-        raise WorkbenchError(f"token ids lie in [0, {size}); got {word}")
-    return int(word)
+        number = found[0]
+    if not 0 <= int(number) < size:
+        raise WorkbenchError(f"token ids lie in [0, {size}); got {number}")
+    return int(number)

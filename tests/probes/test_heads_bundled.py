@@ -5,6 +5,7 @@ import torch
 
 import workbench as wb
 from workbench.datasets.words import words
+from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs
 from workbench.probes.masking import masking
 
@@ -45,6 +46,19 @@ def test_compiled_induction_heads_are_found():
     assert best[0].null < 0.2
     assert best[1].value < 0.01
     assert (0, 1) in [head[:2] for head in result.top("previous") if head.value > 0.99]
+
+
+def test_words_to_draw_are_tokens_of_the_model(needle):
+    options = {"batches": 1, "sequences": 1, "period": (4, 4)}
+    for words_given, said in (
+        (["xylophonist"] * 9, "not one token"),
+        (["royal box"], "not one token"),
+        ([10**6], "lie in"),
+    ):
+        with pytest.raises(WorkbenchError, match=said):
+            wb.head_scores(needle, words=words_given, **options)
+    with pytest.raises(WorkbenchError, match="7 different tokens"):
+        wb.head_scores(needle, words=words("symbols")[:7] * 2, **options)
 
 
 def test_the_start_token_is_the_sink_of_a_resting_head(needle):
