@@ -100,12 +100,13 @@ def test_every_site_can_be_read_in_its_shape_without_changing_a_bit(case):
     assert torch.equal(answer(run), plain)
     for site in sites:
         value = run.acts[site]
-        assert value.ndim == (4 if site.kind in ("pattern", "block_mass", "block_max") or (site.head_axis == 2 and site.kind
-                              in ("q", "k", "v", "z", "rot_q", "rot_k", "result", "gate", "q_input", "k_input", "v_input",
-                                  "attn_scores")) else 3), str(site)  # fmt: skip
+        square = ("pattern", "attn_scores", "block_mass", "block_max")
+        by_head = ("q", "k", "v", "z", "rot_q", "rot_k", "result", "q_input", "k_input", "v_input")
+        assert value.ndim == (4 if site.kind in (*square, *by_head) else 3), str(site)
         if site.kind == "pattern":
             key = f"{site.stack}.{site.layer}" if site.stack else site.layer
-            assert torch.allclose(value.double(), run.maps[key].dense().double(), atol=1e-6)
+            softmax = getattr(run.maps[key], "raw", run.maps[key])  # a gate scales the map, not the pattern
+            assert torch.allclose(value.double(), softmax.dense().double(), atol=1e-6)
 
 
 def test_residual_stream_adds_up(case):

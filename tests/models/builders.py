@@ -272,6 +272,55 @@ def hugging_face(name: str, implementation: str | None = None, dtype: torch.dtyp
     return Case(HFModel(made, name=name), given, keys(name), made, isinstance(given, torch.Tensor))
 
 
+def native(**options: Any) -> Case:
+    from workbench.models.native import NativeModel
+    from workbench.models.native_net import NativeConfig, NativeNet
+
+    sizes = {"layers": L, "heads": H, "kv_heads": G, "width": D, "head_width": 8, "vocab": V, "mlp_width": F}
+    torch.manual_seed(0)
+    made = NativeNet(NativeConfig(**{**sizes, **options}, context=64)).double().eval()
+    return Case(NativeModel(made), ids(), tuple(range(L)), made)
+
+
+BRIDGED = ("gpt2", "llama", "qwen2", "gemma2", "mistral", "opt")
+
+
+@cache
+def bridged(name: str) -> Case:
+    """In float32: a bridge does its softmax in it, whatever the type of the model."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from workbench.models.bridge import BridgeModel
+
+    made = NETS[name](dtype=torch.float32)
+    made.config.architectures = [type(made).__name__]
+    bridge = TransformerBridge.boot_transformers(name, hf_model=made, tokenizer=tokenizer())
+    return Case(BridgeModel(bridge), ids(), tuple(range(L)), made)
+
+
+def tokenizer() -> Any:
+    """A word-level tokenizer that was loaded from a folder, as TransformerLens wants it."""
+    import atexit
+    import shutil
+    import tempfile
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, V)}}
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<eos>"}
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    hf.PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(folder)
+    return hf.AutoTokenizer.from_pretrained(folder)
+
+
 BUILDERS: dict[str, Callable[[], Case]] = {
     **{f"hf-{name}": (lambda name=name: hugging_face(name, dtype=DTYPES.get(name, torch.float64))) for name in NETS},
+    "native-softmax": native,
+    "native-gated": lambda: native(mixer="gated-softmax"),
+    "native-plain": lambda: native(positions="learned", norm="none", kv_heads=None, tied=True),
+    "native-encoder": lambda: native(causal=False),
+    **{f"bridge-{name}": (lambda name=name: bridged(name)) for name in BRIDGED},
 }

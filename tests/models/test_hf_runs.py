@@ -337,3 +337,66 @@ def test_left_padding_and_cache_together():
     assert torch.allclose(second.logits, whole.logits[:, 6:], atol=1e-10)
     assert (second.maps[0].dense()[..., :2] == 0).all()
     assert torch.allclose(second.maps[0].dense()[..., 2:], whole.maps[0].dense()[:, :, 6:], atol=1e-10)
+
+
+def test_the_last_hidden_state_comes_with_every_run():
+    for name in ("llama", "gpt2", "vit", "bloom"):
+        case = B.hugging_face(name)
+        run = case.model.run(case.inputs, read=["ln_final.hook_normalized"])
+        assert torch.equal(run.output, run.acts["ln_final.hook_normalized"])
+    case = B.hugging_face("llama")
+    run = case.model.run(case.inputs, logits=None)
+    assert torch.equal(run.output @ case.model.weight("W_U"), case.model.run(case.inputs).logits)
+
+
+def test_the_last_logits_of_two_stacks_are_the_decoders():
+    case = B.hugging_face("t5")
+    ids = case.inputs["input_ids"]
+    given = {**case.inputs, "attention_mask": torch.arange(9).expand(2, 9) < 6, "decoder_input_ids": ids}
+    whole, last = case.model.run(given).logits, case.model.run(given, logits="last").logits
+    assert torch.allclose(whole[:, -1:], last)
+
+
+def test_an_edited_pattern_is_the_map():
+    case = B.hugging_face("gpt2", "eager")
+    run = case.model.run(case.inputs, edit={"blocks.0.attn.hook_pattern[2]": torch.zeros_like}, maps=capture(blocks=4))
+    assert (run.maps[0].dense()[:, 2] == 0).all()
+    assert (run.maps[0].dense()[:, 1].sum(-1) > 0.99).all()
+
+
+def test_eager_runs_that_do_not_fit_are_refused(monkeypatch):
+    from workbench.models import inputs
+
+    monkeypatch.setattr(inputs, "free_memory", lambda device: 10_000)
+    with pytest.raises(Refused, match=r"11 x 11 positions.*attn_implementation='sdpa'"):
+        B.hugging_face("llama", "eager").model.run(B.ids())
+    B.hugging_face("llama").model.run(B.ids())
+
+
+def test_inputs_nobody_understands_are_refused():
+    case = B.hugging_face("llama")
+    for thing in ([[1, 2], [3]], {"input_ids": [1, 2]}, object()):
+        with pytest.raises(WorkbenchError, match="cannot run a|is a tensor"):
+            case.model.run(thing)
+    assert torch.equal(case.model.run(case.inputs.tolist()).logits, case.model.run(case.inputs).logits)
+
+
+def test_shared_layers_are_not_mixed_up():
+    torch.manual_seed(0)
+    config = hf.AlbertConfig(
+        vocab_size=20, embedding_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    model = HFModel(hf.AlbertModel(config).eval())
+    assert model.run(torch.tensor([[3, 4]])).output.shape == (1, 2, 16)
+    with pytest.raises(Refused, match="ran twice"):
+        model.run(torch.tensor([[3, 4]]), maps=capture())
+
+
+def test_keep_false_lets_queries_and_keys_go():
+    case = B.hugging_face("llama")
+    kept = case.model.run(case.inputs, maps=capture(blocks=4, stats=("received",))).maps[1]
+    summary = case.model.run(case.inputs, maps=capture(blocks=4, stats=("received",), keep=False)).maps[1]
+    assert torch.equal(summary.blocks(4), kept.blocks(4))
+    assert torch.equal(summary.received(), kept.received())
+    with pytest.raises(Refused, match="keep=False"):
+        summary.dense()

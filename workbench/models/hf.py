@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import requests
-from workbench.models.inputs import cache_length, forward_arguments, full_mask, given_tokens
+from workbench.models.inputs import cache_length, check_eager, forward_arguments, full_mask, given_tokens
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
@@ -38,7 +38,7 @@ class HFModel:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
-        self.revision = revision
+        self.revision = revision or getattr(self.model.config, "_commit_hash", None) or ""
         self._layers = attention_layers(model)
         self._places = places(model, self._layers)
         self._globals = Globals(model, self._layers)
@@ -121,7 +121,8 @@ class HFModel:
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
         taps = Taps(self._places, self._globals, session)
         switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
-        head = _Head(self._head(), logits, full_mask(given, past, cache_length(past)), given.ids.shape[1])
+        self._check_memory(given, past, width, device)
+        head = _Head(self._head(), self._last_norm(), logits, self._row_ends(given))
         with (
             taps.installed(),
             head.installed(),
@@ -136,7 +137,7 @@ class HFModel:
         return Run(
             tokens=given,
             logits=head.logits(outputs),
-            output=getattr(outputs, "last_hidden_state", None),
+            output=head.hidden if getattr(outputs, "last_hidden_state", None) is None else outputs.last_hidden_state,
             acts=Activations(session.acts),
             maps=Maps({key: session.maps[key] for key in self.layers() if key in wanted}),
             provenance=self._provenance(session),
@@ -184,7 +185,7 @@ class HFModel:
         )
 
     @contextmanager
-    def _recording(self, session: Session) -> Any:
+    def _recording(self, session: Session) -> Iterator[None]:
         from workbench.models.recorders import recording
 
         layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
@@ -224,6 +225,21 @@ class HFModel:
         except (AttributeError, NotImplementedError):
             return None
 
+    def _last_norm(self) -> nn.Module | None:
+        found = self._globals.modules
+        return found.get(("final_norm", "decoder")) or found.get(("final_norm", ""))
+
+    def _row_ends(self, given: Tokens) -> Tensor | None:
+        """Index of the last real token of every row, where the logits belong to ``given.ids``."""
+        if not given.ids.shape[1] or getattr(self.model.config, "is_encoder_decoder", False):
+            return None
+        return given.ids.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
+
+    def _check_memory(self, given: Tokens, past: Any, width: int, device: torch.device) -> None:
+        length = given.ids.shape[1]
+        if any(self._implementation(layer) == "eager" for layer in self._layers) and length:
+            check_eager(len(given.ids), self.shape.heads, length, length + cache_length(past), width, device)
+
     def _provenance(self, session: Session) -> Provenance:
         kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in session.maps.values())
         parameter = next(self.model.parameters())
@@ -242,39 +258,42 @@ class HFModel:
 
 
 class _Head:
-    """Cuts the hidden states before the unembedding, so that logits nobody asked for are never computed."""
+    """Keeps the last hidden states and cuts them before the unembedding: logits nobody asked for are not computed."""
 
-    def __init__(self, module: nn.Module | None, which: str | None, mask: Tensor, length: int) -> None:
-        self.module, self.which, self.length = module, which, length
-        self._last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1) if mask.numel() else None
-        self._last = None if self._last is None else (self._last - (mask.shape[1] - length)).clamp(min=0)
+    def __init__(self, module: Any, norm: Any, which: str | None, ends: Tensor | None) -> None:
+        self.module, self.norm, self.which, self.ends = module, norm, which, ends
+        self.hidden: Tensor | None = None
         self._cut = False
 
     @contextmanager
-    def installed(self) -> Any:
-        if self.module is None or self.which == "all":
-            yield
-            return
-        handle = self.module.register_forward_pre_hook(self._before)
+    def installed(self) -> Iterator[None]:
+        handles = []
+        if self.norm is not None:
+            handles.append(self.norm.register_forward_hook(self._keep))
+        if self.module is not None and self.which != "all":
+            handles.append(self.module.register_forward_pre_hook(self._before))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, _: nn.Module, args: Any, output: Any) -> None:
+        self.hidden = output if isinstance(output, Tensor) and output.ndim == 3 else None
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        hidden = args[0]
-        if hidden.ndim != 3:
+        if args[0].ndim != 3:
             return None
         self._cut = True
-        return (self._take(hidden), *args[1:])
+        return (self._take(args[0]), *args[1:])
 
     def _take(self, hidden: Tensor) -> Tensor:
         if self.which is None:
             return hidden[:, :0]
-        if self._last is None or hidden.shape[1] != self.length:
+        if self.ends is None:
             return hidden[:, -1:]
         rows = torch.arange(len(hidden), device=hidden.device)
-        return hidden[rows, self._last.to(hidden.device)][:, None]
+        return hidden[rows, self.ends.to(hidden.device)][:, None]
 
     def logits(self, outputs: Any) -> Tensor | None:
         found = getattr(outputs, "logits", None)

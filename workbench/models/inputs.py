@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,13 @@ def given_tokens(model: Any, tokens: Any, tokenizer: Any, shape: Shape) -> Token
     if isinstance(tokens, Mapping):
         return _from_mapping(model, tokens, tokenizer)
     if not isinstance(tokens, Tensor):
-        tokens = torch.as_tensor(tokens)
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise WorkbenchError(
+                f"cannot run a {type(tokens).__name__}; pass a text, a list of texts, token ids [B, T], Tokens, or a mapping "
+                "of the model's inputs"
+            ) from error
     if tokens.is_floating_point():
         name = model.main_input_name
         if name == "input_ids":
@@ -116,6 +123,26 @@ def _counts_padding_itself(model: nn.Module) -> bool:
     """Whether positions start behind a padding index (RoBERTa and its kin derive them from the ids)."""
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     return any(getattr(table, "padding_idx", None) is not None for table in tables)
+
+
+def check_eager(batch: int, heads: int, queries: int, keys: int, bytes_each: int, device: torch.device) -> None:
+    """Refuse an eager run whose scores, which it builds in full, would not fit the memory that is free."""
+    need, free = 3 * batch * heads * queries * keys * bytes_each, free_memory(device)
+    if need > free:
+        raise Refused(
+            f"eager attention over {queries} x {keys} positions builds about {need / 1e9:.1f} GB per layer and "
+            f"{free / 1e9:.1f} GB are free; load the model with attn_implementation='sdpa', or shorten the input"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**63
 
 
 def cache_length(past: Any) -> int:

@@ -126,8 +126,8 @@ class Session:
         bias: Any = None,
     ) -> None:
         """Build the layer's map, compute what was asked for, keep it."""
-        if layer.key in self.maps:
-            raise Refused(f"layer {layer.key} of {self.family}: {layer.name} ran twice in one run; its maps would mix")
+        if self._pattern_edits(layer):
+            return
         with torch.no_grad():
             q, k = q.detach(), k.detach()
             real = self._real
@@ -135,18 +135,24 @@ class Session:
                 mask = replace(mask, queries=real.to(q.device))
             if self._fresh:
                 k = k.clone()
-            found = SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias)
+            self._keep(layer, SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias))
+
+    def _keep(self, layer: AttentionLayer, found: AttentionMap) -> None:
+        if layer.key in self.maps:
+            raise Refused(f"layer {layer.key} of {self.family}: {layer.name} ran twice in one run; its maps would mix")
+        with torch.no_grad():
+            kept = found
             if layer.key in self._wanted and self.request is not None:
-                found.precompute(self.request)
-            self.maps[layer.key] = found
+                kept = found.precompute(self.request)
             for site in self._from_maps:
                 if (site.stack, site.layer) == (layer.stack, layer.index):
                     self.acts[site] = site_from_map(found, site, self.request)
+            self.maps[layer.key] = kept if layer.key in self._wanted else found
 
     def on_pattern(self, layer: AttentionLayer, weights: Tensor | None, v: Tensor, output: Tensor, base: str) -> Tensor:
         """The pattern of an eager layer ``[B, H, Q, K]``: read with its graph, and edited by recomputing the output."""
         site = Site("pattern", layer.index, stack=layer.stack)
-        edits = [key for key in self.edits if key.whole == site]
+        edits = self._pattern_edits(layer)
         if weights is None:
             if edits:
                 raise Refused(
@@ -161,8 +167,15 @@ class Session:
         if not edits:
             return output
         self.mark(edits)
+        if self.wants_map(layer):
+            offset = max(0, new.shape[3] - new.shape[2]) if layer.stack != "cross" else 0
+            self._keep(layer, AttentionMap.from_dense(new.detach(), offset=offset, kv_heads=v.shape[1]))
         values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
         return (new.to(values.dtype) @ values).transpose(1, 2).contiguous()
+
+    def _pattern_edits(self, layer: AttentionLayer) -> list[Site]:
+        site = Site("pattern", layer.index, stack=layer.stack)
+        return [key for key in self.edits if key.whole == site]
 
     def on_output(self, layer: AttentionLayer, output: Any) -> Any:
         """Output of the attention function, ``[B, Q, H, E]``."""
