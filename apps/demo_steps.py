@@ -24,6 +24,7 @@ RETRIEVAL_LENGTHS, DEPTHS = (256, 512, 1024), 5
 EXAMPLES = 64
 BLOCK = 64
 NEEDLES = 3
+OPTIONS: dict[str, dict[str, Any]] = {"discrete-sae": {}, "eap-ig": {}}
 
 
 def steps(long: int) -> list[tuple[str, Callable[[Work], list[str]]]]:
@@ -63,7 +64,27 @@ def capture(work: Work) -> list[str]:
             answer = model.tokenizer.convert_ids_to_tokens(best)
             lines.append(f"{visible(text)} continues with {visible(str(answer))}")
             work.keep("prompt", atlas(run))
+            lines += _answer_head(work, run, answer)
     return lines
+
+
+def _answer_head(work: Work, run: Run, answer: str) -> list[str]:
+    """The head whose last token looks hardest at the word that the model says, drawn in full."""
+    labels = run.tokens.labels[0]
+    if answer not in labels:
+        return []
+    at, last = labels.index(answer), len(labels) - 1
+    weight, layer, head = max(
+        (float(row[0, h, 0, at]), int(layer), h)
+        for layer, amap in run.maps.items()
+        for row in [amap.rows(last, last + 1)]
+        for h in range(row.shape[1])
+    )
+    work.keep("prompt-head", tile(run, layer, head, slice(None), slice(None), "query down: where each token of the prompt looks"))
+    return [
+        f"head {head_name(layer, head)} looks at it hardest: {visible(labels[last])} gives {percent(weight)} of its weight to "
+        f"{visible(answer)} at position {at}"
+    ]
 
 
 def sinks(work: Work) -> list[str]:
@@ -120,7 +141,8 @@ def eap_ig(work: Work) -> list[str]:
 def _circuit(work: Work, method: str, corruption: str) -> list[str]:
     model = _model(work, SOFTMAX)
     task = wb.task("ioi", corruption=corruption)
-    circuit = wb.find_circuit(model, task.build(seed=SEED, tokenizer=model.tokenizer, n=EXAMPLES), method=method)
+    pairs = task.build(seed=SEED, tokenizer=model.tokenizer, n=EXAMPLES)
+    circuit = wb.find_circuit(model, pairs, method=method, **OPTIONS[method])
     if circuit.level == "node":
         circuit = circuit.top(min(10, len(circuit.names)))
     else:

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 SHADES = "viridis"
 COLOURS = ("#2a7f9e", "#d1703c", "#7a6fb0", "#4c9a62")
 NULL = "#8a949c"
+DARK = "#1d2328"
 _ANNOTATED = 160
 
 
@@ -88,4 +90,20 @@ def grid(table: pd.DataFrame, xlabel: str, ylabel: str, unit: str) -> Figure:
     ax.spines[:].set_visible(False)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=ax, label=unit)
+    return figure
+
+
+def block_maps(maps: Mapping[str, Tensor], size: int, columns: int = 3) -> Figure:
+    """Block maps ``[rows, columns]`` of single heads, positions in tokens on both axes, each on a square-root scale of its own."""
+    across = min(columns, len(maps))
+    figure, axes = panels(across, -(-len(maps) // across), 3.1, 3.1)
+    for ax in axes[len(maps) :]:
+        ax.set_axis_off()
+    for ax, (title, numbers) in zip(axes, maps.items(), strict=False):
+        rows, keys = numbers.shape
+        shown = numbers.float().clamp(min=0).sqrt().numpy()
+        ax.imshow(shown, cmap="magma", vmin=0, extent=(0, keys * size, rows * size, 0), interpolation="nearest")
+        ax.set_title(title)
+        ax.tick_params(labelsize=7)
+        ax.set(xlabel="key position", ylabel="query position")
     return figure

@@ -21,6 +21,10 @@ from workbench.results import SavedResult
 Saved = SavedResult | Circuit
 _SHOWN_HEADS = 8
 _SHOWN_EDGES = 30
+_SCORES = {
+    "discrete-sae": "Score: codes that only the clean prompts use; null_mean, null_sd, z and p from shuffled labels; "
+    "mean_difference and probe are baselines without an autoencoder",
+}
 
 
 def report_of(folder: str | Path, path: str | Path) -> Path:
@@ -64,10 +68,10 @@ def parts_of(saved: Mapping[str, Saved]) -> Iterator[Part]:
         "Tile": _tiles,
     }
     for kind, members in groups.items():
-        yield from draw.get(kind, _tables)(members)
+        yield from draw.get(kind, _tables)(members, saved)
 
 
-def _sinks(group: Mapping[str, Any]) -> Iterator[Part]:
+def _sinks(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     frames = {model_of(thing): thing.table for thing in group.values()}
     first = {name: frame[frame["key"] == 0] for name, frame in frames.items()}
     yield Picture(
@@ -78,12 +82,13 @@ def _sinks(group: Mapping[str, Any]) -> Iterator[Part]:
     for name, frame in frames.items():
         seen = frame[frame["queries"] >= frame["queries"].max() / 2]
         best = seen.loc[seen.groupby(["layer", "head"])["share"].idxmax().dropna()]
-        rows.append(best.assign(model=name)[["model", "layer", "head", "key", "token", "share", "uniform"]])
+        best = best.assign(model=name, token=best["token"].replace("", "(differs)"))
+        rows.append(best[["model", "layer", "head", "key", "token", "share", "uniform"]])
     table = pd.concat(rows, ignore_index=True).sort_values("share", ascending=False, kind="stable")
     yield Numbers(table, "Favourite key of each head; uniform is what even attention would give it", rows=20)
 
 
-def _heads(group: Mapping[str, Any]) -> Iterator[Part]:
+def _heads(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for thing in group.values():
         kinds = list(dict.fromkeys(thing.table["kind"]))
         tables = {kind: thing.table[thing.table["kind"] == kind] for kind in kinds}
@@ -98,26 +103,27 @@ def _heads(group: Mapping[str, Any]) -> Iterator[Part]:
         yield Numbers(best, "Strongest heads with a 95% interval over sequences; null is the same keys where nothing repeats")
 
 
-def _retrieval(group: Mapping[str, Any]) -> Iterator[Part]:
+def _retrieval(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for thing in group.values():
         table, tensors = thing.table, thing.tensors
-        yield Picture(
-            figures.heads_grid({model_of(thing): table}, "score", "copy score"),
-            "Copy score: how much of the answer each head fetched from the needle.",
-        )
         rows = pd.DataFrame({name: tensors[name].numpy() for name in ("length", "depth", "recall")})
         yield Picture(
             figures.grid(rows.pivot_table(index="depth", columns="length", values="recall"), "length in tokens", "depth", "recall"),
             "Part of the needles that the model retrieved, by length of the text and depth of the needle.",
         )
+        if thing.labels.get("reason"):
+            yield Prose((f"The scores of the heads are undefined: {thing.labels['reason']}.",))
+            continue
+        yield Picture(
+            figures.heads_grid({model_of(thing): table}, "score", "copy score"),
+            "Copy score: how much of the answer each head fetched from the needle.",
+        )
         best = table.sort_values("score", ascending=False).head(_SHOWN_HEADS)
         shown = best[["layer", "head", "score", "low", "high", "null", "looks", "looks_null", "trials"]]
         yield Numbers(shown, "Best heads with a 95% interval over trials; null counts random positions outside of the needle")
-        if thing.labels.get("reason"):
-            yield Prose((f"The scores are undefined: {thing.labels['reason']}.",))
 
 
-def _faithfulness(group: Mapping[str, Any]) -> Iterator[Part]:
+def _faithfulness(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     lines, nulls, rows = {}, {}, []
     for thing in group.values():
         table = thing.table
@@ -147,20 +153,23 @@ def _area(x: Sequence[float], y: Sequence[float] | pd.Series) -> float:
     return float(np.trapezoid(np.asarray(y, float), np.asarray(x, float)))
 
 
-def _circuits(group: Mapping[str, Any]) -> Iterator[Part]:
+def _circuits(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for circuit in group.values():
         about = circuit.provenance
         drawn = circuit if circuit.level == "node" else circuit.top(min(_SHOWN_EDGES, len(circuit.names)))
         figure, (ax,) = figures.panels(1, width=6.5, height=3.6 if circuit.level == "node" else 4.8)
         drawn.plot(ax)
+        for text in ax.texts:
+            text.set_color(figures.DARK)
         said = f"{about.get('method', 'circuit')}: " if about.get("method") else ""
         yield Picture(figure, f"{said}{'scores of all nodes, kept ones framed' if circuit.level == 'node' else f'the {len(drawn)} strongest edges'}.")
         frame = circuit.frame()
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        yield Numbers(frame.loc[order], "A positive score supports the clean behaviour", rows=15)
+        meaning = _SCORES.get(about.get("method", ""), "A positive score supports the clean behaviour")
+        yield Numbers(frame.loc[order], meaning, rows=15)
 
 
-def _atlas(group: Mapping[str, Any]) -> Iterator[Part]:
+def _atlas(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for thing in group.values():
         size, tensors, table = thing.labels["size"], thing.tensors, thing.table
         if size is not None:
@@ -172,10 +181,20 @@ def _atlas(group: Mapping[str, Any]) -> Iterator[Part]:
                 f"Every head's attention over all {tokens:,} tokens, in blocks of {size} (query down, key to the right, brighter is "
                 "more, each head on a square-root scale of its own).",
             )
+            close = _close_ups(saved, tensors)
+            if close:
+                yield Picture(figures.block_maps(close, size), "The same for the heads that are looked at in detail below.")
         yield Numbers(table, "Per head: entropy in nats and distance in tokens, averaged over queries; the key with the largest share")
 
 
-def _tiles(group: Mapping[str, Any]) -> Iterator[Part]:
+def _close_ups(saved: Mapping[str, Saved], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Block maps of the heads that have exact tiles among ``saved``."""
+    tiles = [t.labels for t in saved.values() if not isinstance(t, Circuit) and t.type == "Tile"]
+    heads = dict.fromkeys((tile["layer"], tile["head"]) for tile in tiles)
+    return {f"head {layer}.{head}": tensors[f"blocks.{layer}"][head] for layer, head in heads}
+
+
+def _tiles(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for thing in group.values():
         about = thing.labels
         weights = thing.tensors["weights"]
@@ -184,10 +203,10 @@ def _tiles(group: Mapping[str, Any]) -> Iterator[Part]:
         keys = [f"{about['key_start'] + i} {token}" for i, token in enumerate(about["key_tokens"])]
         draw_tile(ax, weights, queries, keys)
         ax.set_title(f"head {about['layer']}.{about['head']}")
-        yield Picture(figure, f"Exact weights, computed from the stored queries and keys. {about.get('note', '')}".strip())
+        yield Picture(figure, f"Exact weights in head {about['layer']}.{about['head']}, {about['note']}." if about.get("note") else "Exact weights.")
 
 
-def _tables(group: Mapping[str, Any]) -> Iterator[Part]:
+def _tables(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
     for name, thing in group.items():
         yield Numbers(thing.frame(), name)
 

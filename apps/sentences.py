@@ -70,10 +70,10 @@ def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult
     ]
     both = frame.dropna(subset=["difference"])
     if len(both):
-        row = both.loc[both["difference"].abs().idxmax()]
+        best = max(both.itertuples(index=False), key=lambda row: abs(row.difference))
         lines.append(
-            f"largest difference: head {head_name(row['layer'], int(row['head']))} gives the first token "
-            f"{percent(row['first'])} in {names[0]} and {percent(row['second'])} in {names[1]}"
+            f"largest difference: head {head_name(best.layer, best.head)} gives the first token "
+            f"{percent(best.first)} in {names[0]} and {percent(best.second)} in {names[1]}"
         )
     return lines
 
