@@ -97,13 +97,14 @@ class Mask:
             last = min(last, max(hi + self.offset + self.window - 1, self.prefix))
         if self.window is not None and not self.prefix:
             first = max(0, lo + self.offset - self.window + 1)
+        first = min(first, last)
         if self.documents is not None:
             here = self.documents[:, lo + self.offset : hi + self.offset]
             seen = torch.stack([torch.isin(row, own) for row, own in zip(self.documents, here, strict=True)])
             first, last = _narrow(seen, first, last)
         if self.keys is not None:
             first, last = _narrow(self.keys, first, last)
-        return min(first, last), last
+        return first, last
 
     def open(self, lo: int, hi: int, first: int, last: int) -> tuple[int, int]:
         """A key range inside ``[first, last)`` in which every query row in ``[lo, hi)`` sees every key; may be empty."""

@@ -41,6 +41,8 @@ def prefix(length: int) -> Mod:
 
 def sink(keys: int = 1) -> Mod:
     """The first ``keys`` keys, for queries after them: mass a query gives away to the start of the text."""
+    if keys < 1:
+        raise WorkbenchError(f"a sink has at least one key; got {keys}")
     return lambda b, h, q, k: (k < keys) & (q >= keys)
 
 
@@ -56,27 +58,50 @@ def diagonal() -> Mod:
 
 def span(lo: int, hi: int) -> Mod:
     """Keys in ``[lo, hi)``."""
+    if not 0 <= lo < hi:
+        raise WorkbenchError(f"a span [lo, hi) holds at least one key; got [{lo}, {hi})")
     return lambda b, h, q, k: (k >= lo) & (k < hi) & (q == q)
 
 
+def spans(ranges: Tensor) -> Mod:
+    """Keys in the example's own ``[lo, hi)``: ``ranges`` is ``[B, 2]``, as in ``Pairs.spans`` (a needle, a name). A range that
+    is absent (-1) holds no key."""
+    if ranges.ndim != 2 or ranges.shape[1] != 2:
+        raise WorkbenchError(f"spans are [B, 2]; got {list(ranges.shape)}")
+
+    def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if int(b.max()) >= len(ranges):
+            raise WorkbenchError(f"spans of {len(ranges)} examples, asked for example {int(b.max())}")
+        lo, hi = ranges.to(b.device)[b].unbind(-1)
+        return (k >= lo) & (k < hi) & (lo >= 0) & (q == q)
+
+    return mod
+
+
 def document(ids: Tensor) -> Mod:
-    """Keys of the query's own document; ``ids`` is ``[B, T]`` or ``[T]``."""
-    table = ids if ids.ndim == 2 else ids[None]
+    """Keys of the query's own document; ``ids`` is ``[B, T]`` or ``[T]``, one number per token."""
+    table = _table(ids)
     return lambda b, h, q, k: _at(table, b, q) == _at(table, b, k)
 
 
 def same_token(ids: Tensor) -> Mod:
-    """Earlier keys with the query's token: what a duplicate-token head looks at."""
-    return lambda b, h, q, k: (_at(ids, b, q) == _at(ids, b, k)) & (k < q)
+    """Earlier keys with the query's token, what a duplicate-token head looks at; ``ids`` is ``[B, T]`` or ``[T]``."""
+    table = _table(ids)
+    return lambda b, h, q, k: (_at(table, b, q) == _at(table, b, k)) & (k < q)
 
 
 def induction(ids: Tensor) -> Mod:
-    """Keys right after an earlier occurrence of the query's token: what an induction head looks at."""
-    return lambda b, h, q, k: (k >= 1) & (_at(ids, b, (k - 1).clamp(min=0)) == _at(ids, b, q)) & (k <= q)
+    """Keys right after an earlier occurrence of the query's token, what an induction head looks at; ``ids`` is ``[B, T]`` or
+    ``[T]``."""
+    table = _table(ids)
+    return lambda b, h, q, k: (k >= 1) & (_at(table, b, (k - 1).clamp(min=0)) == _at(table, b, q)) & (k <= q)
 
 
 def distance(limit: int | None = None) -> Mod:
     """Weight ``|q - k|``, cut at ``limit``: its mass is the expected attention distance."""
+    if limit is not None and limit < 1:
+        raise WorkbenchError(f"a distance is cut at one token or more; got {limit}")
+
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         far = (q - k).abs()
         return far if limit is None else far.clamp(max=limit)
@@ -86,6 +111,9 @@ def distance(limit: int | None = None) -> Mod:
 
 def both(*mods: Mod) -> Mod:
     """The product of mods: conjunction of conditions, weights multiplied."""
+    if not mods:
+        raise WorkbenchError("both() takes at least one mod")
+
     def mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         out = mods[0](b, h, q, k)
         for other in mods[1:]:
@@ -96,8 +124,18 @@ def both(*mods: Mod) -> Mod:
     return mod
 
 
+def _table(ids: Tensor) -> Tensor:
+    table = ids[None] if ids.ndim == 1 else ids
+    if table.ndim != 2 or table.is_floating_point():
+        raise WorkbenchError(f"ids are integers [B, T] or [T]; got {ids.dtype} {list(ids.shape)}")
+    return table
+
+
 def _at(table: Tensor, b: Tensor, position: Tensor) -> Tensor:
-    """``table[b, position]``; rows are shared if the table has one."""
-    table = table.to(position.device)
-    batch = b.clamp(max=table.shape[0] - 1) if table.shape[0] == 1 else b
-    return table[batch, position.clamp(max=table.shape[1] - 1)]
+    """``table[b, position]``; a table of one row serves every example."""
+    rows, length = table.shape
+    if int(position.max()) >= length:
+        raise WorkbenchError(f"ids for {length} positions, asked for position {int(position.max())}")
+    if rows > 1 and int(b.max()) >= rows:
+        raise WorkbenchError(f"ids of {rows} examples, asked for example {int(b.max())}")
+    return table.to(position.device)[b if rows > 1 else torch.zeros_like(b), position]
