@@ -24,6 +24,7 @@ RETRIEVAL_LENGTHS, DEPTHS = (256, 512, 1024), 5
 EXAMPLES = 64
 BLOCK = 64
 NEEDLES = 3
+KEPT_NODES, KEPT_EDGES = 10, 0.02
 OPTIONS: dict[str, dict[str, Any]] = {"discrete-sae": {}, "eap-ig": {}}
 
 
@@ -80,7 +81,10 @@ def _answer_head(work: Work, run: Run, answer: str) -> list[str]:
         for row in [amap.rows(last, last + 1)]
         for h in range(row.shape[1])
     )
-    work.keep("prompt-head", tile(run, layer, head, slice(None), slice(None), "query down: where each token of the prompt looks"))
+    work.keep(
+        "prompt-head",
+        tile(run, layer, head, slice(None), slice(None), "query down: where each token of the prompt looks"),
+    )
     return [
         f"head {head_name(layer, head)} looks at it hardest: {visible(labels[last])} gives {percent(weight)} of its weight to "
         f"{visible(answer)} at position {at}"
@@ -100,7 +104,10 @@ def sinks(work: Work) -> list[str]:
         results.append(wb.sinks(run))
         work.keep(f"sinks-{name}", results[-1])
     work.found["sinks"] = results[0]
-    return [*compared_lines((SOFTMAX, GATED), *results), *(f"{SOFTMAX}: {line}" for line in sink_lines(results[0])[:-1])]
+    return [
+        *compared_lines((SOFTMAX, GATED), *results),
+        *(f"{SOFTMAX}: {line}" for line in sink_lines(results[0])[:-1]),
+    ]
 
 
 def heads(work: Work) -> list[str]:
@@ -143,10 +150,8 @@ def _circuit(work: Work, method: str, corruption: str) -> list[str]:
     task = wb.task("ioi", corruption=corruption)
     pairs = task.build(seed=SEED, tokenizer=model.tokenizer, n=EXAMPLES)
     circuit = wb.find_circuit(model, pairs, method=method, **OPTIONS[method])
-    if circuit.level == "node":
-        circuit = circuit.top(min(10, len(circuit.names)))
-    else:
-        circuit = circuit.top(len(circuit.names) // 50)
+    scored = len(circuit.names)
+    circuit = circuit.top(min(KEPT_NODES, scored) if circuit.level == "node" else round(KEPT_EDGES * scored))
     work.keep(f"circuit-{method}", circuit)
     work.found[method] = circuit
     return [f"{method} on IOI, {EXAMPLES} pairs, {len(circuit.names):,} {circuit.level}s scored; {_strongest(circuit)}"]
@@ -246,6 +251,7 @@ def _strongest(circuit: Circuit, n: int = 5) -> str:
     if circuit.level == "node":
         return "strongest: " + ", ".join(f"{row.node} ({row.score:.2f})" for row in best.itertuples())
     named = [
-        f"{r.source}->{r.target}{'' if r.channel == 'in' else f' [{r.channel}]'} ({r.score:.2f})" for r in best.itertuples()
+        f"{r.source}->{r.target}{'' if r.channel == 'in' else f' [{r.channel}]'} ({r.score:.2f})"
+        for r in best.itertuples()
     ]
     return "strongest: " + ", ".join(named)

@@ -63,14 +63,18 @@ def _versions() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     import torch
 
-    yield Check("device", "cpu", "info", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    yield Check(
+        "device", "cpu", "info", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
     if not torch.cuda.is_available():
         yield Check("device", "cuda", "absent", "no GPU that this torch can use; everything runs on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         size = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield Check("device", f"cuda:{index}", "ok", f"{properties.name}, {size}, compute {properties.major}.{properties.minor}")
+        yield Check(
+            "device", f"cuda:{index}", "ok", f"{properties.name}, {size}, compute {properties.major}.{properties.minor}"
+        )
 
 
 def _layout() -> Iterator[Check]:
@@ -82,7 +86,10 @@ def _layout() -> Iterator[Check]:
         state = "failed" if shadow.exists() else "ok"
         detail = f"remove {shadow}: it shadows another package of that name" if shadow.exists() else "a plain folder"
         if not (root / name).is_dir():
-            state, detail = "failed", f"{root / name} is missing; git needs symbolic links to be enabled in this checkout"
+            state, detail = (
+                "failed",
+                f"{root / name} is missing; git needs symbolic links to be enabled in this checkout",
+            )
         yield Check("layout", f"workbench.{name}", state, detail)
     for name in ("datasets", "kernels"):
         spec = importlib.util.find_spec(name)
@@ -91,7 +98,12 @@ def _layout() -> Iterator[Check]:
         elif spec.origin is None or Path(spec.origin).resolve().is_relative_to(root.parent / name):
             # A folder without __init__.py is found only where no real package of that name is installed.
             state = "info" if spec.origin is None else "failed"
-            yield Check("layout", f"import {name}", state, f"finds {list(spec.submodule_search_locations or [])}, no real package")
+            yield Check(
+                "layout",
+                f"import {name}",
+                state,
+                f"finds {list(spec.submodule_search_locations or [])}, no real package",
+            )
         else:
             yield Check("layout", f"import {name}", "ok", f"finds the installed package, {spec.origin}")
 
@@ -146,7 +158,11 @@ def _models() -> Iterator[Check]:
                 run = model.run(torch.zeros(1, 8, dtype=torch.long), maps=wb.capture(stats=("received",)))
             assert run.logits is not None
             fine = bool(torch.isfinite(run.logits).all()) and len(run.maps) == model.shape.layers
-            detail = f"{model.shape.layers} layers x {model.shape.heads} heads" if fine else "gives no finite logits or no maps"
+            detail = (
+                f"{model.shape.layers} layers x {model.shape.heads} heads"
+                if fine
+                else "gives no finite logits or no maps"
+            )
             yield Check("bundled model", name, "ok" if fine else "failed", detail)
         except (WorkbenchError, RuntimeError) as error:
             yield Check("bundled model", name, "failed", str(error))

@@ -84,7 +84,9 @@ def grid(table: pd.DataFrame, xlabel: str, ylabel: str, unit: str) -> Figure:
     image = ax.imshow(numbers, cmap=SHADES, vmin=0, vmax=1, aspect="auto")
     for (y, x), number in np.ndenumerate(numbers):
         if np.isfinite(number):
-            ax.text(x, y, f"{number:.2f}", ha="center", va="center", fontsize=8, color="white" if number < 0.6 else "black")
+            ax.text(
+                x, y, f"{number:.2f}", ha="center", va="center", fontsize=8, color="white" if number < 0.6 else "black"
+            )
     ax.set_xticks(range(numbers.shape[1]), [f"{c:,}" for c in table.columns])
     ax.set_yticks(range(numbers.shape[0]), [f"{100 * d:.0f}%" for d in table.index])
     ax.spines[:].set_visible(False)
@@ -94,7 +96,7 @@ def grid(table: pd.DataFrame, xlabel: str, ylabel: str, unit: str) -> Figure:
 
 
 def block_maps(maps: Mapping[str, Tensor], size: int, columns: int = 3) -> Figure:
-    """Block maps ``[rows, columns]`` of single heads, positions in tokens on both axes, each on a square-root scale of its own."""
+    """Block maps ``[rows, columns]`` of single heads, positions in tokens on both axes, each on its own square-root scale."""
     across = min(columns, len(maps))
     figure, axes = panels(across, -(-len(maps) // across), 3.1, 3.1)
     for ax in axes[len(maps) :]:

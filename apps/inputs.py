@@ -24,10 +24,14 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A bundled n
 TextOption = Annotated[str | None, typer.Option("--text", "-t", help="The prompt.")]
 FileOption = Annotated[
     str | None,
-    typer.Option("--file", "-f", help="A UTF-8 text file with the prompt, or - for stdin; one newline at its end is dropped."),
+    typer.Option(
+        "--file", "-f", help="A UTF-8 text file with the prompt, or - for stdin; one newline at its end is dropped."
+    ),
 ]
 LayerOption = Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be given several times.")]
-HeadOption = Annotated[list[int] | None, typer.Option("--head", help="Show only this head; may be given several times.")]
+HeadOption = Annotated[
+    list[int] | None, typer.Option("--head", help="Show only this head; may be given several times.")
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
@@ -35,7 +39,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 def prompt(text: str | None, file: str | None) -> str:
     """The prompt from ``--text`` or ``--file``; refuses none, both, and what is empty or not text."""
     if (text is None) == (file is None):
-        raise WorkbenchError("give the prompt with either --text or --file" + ("; got both" if text is not None else ""))
+        raise WorkbenchError(
+            "give the prompt with either --text or --file" + ("; got both" if text is not None else "")
+        )
     if text is not None:
         if not text.strip():
             raise WorkbenchError("the prompt is empty: --text holds no words")
@@ -45,7 +51,9 @@ def prompt(text: str | None, file: str | None) -> str:
     try:
         decoded = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise WorkbenchError(f"{name} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}") from None
+        raise WorkbenchError(
+            f"{name} is not UTF-8 text: byte 0x{raw[error.start]:02x} at position {error.start}"
+        ) from None
     if "\0" in decoded:
         raise WorkbenchError(f"{name} is not text: it holds zero bytes")
     decoded = decoded.replace("\r\n", "\n").removesuffix("\n")
@@ -76,7 +84,9 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise WorkbenchError(f"{option} wants whole numbers separated by commas, such as 512,2048; got {text!r}") from None
+        raise WorkbenchError(
+            f"{option} wants whole numbers separated by commas, such as 512,2048; got {text!r}"
+        ) from None
     if any(number < 1 for number in found):
         raise WorkbenchError(f"{option} wants numbers of at least 1; got {text!r}")
     return found
@@ -131,5 +141,8 @@ def run(name: str, text: str, request: Capture, read: Sequence[str] = ()) -> tup
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     lost = 0 if unknown is None else int((found.tokens.ids == unknown).sum())
     if lost:
-        log(f"{lost} of {found.tokens.ids.numel()} tokens are unknown to the tokenizer of {model.name} and run as its unknown token")
+        log(
+            f"{lost} of {found.tokens.ids.numel()} tokens are unknown to the tokenizer of {model.name} "
+            "and run as its unknown token"
+        )
     return model, found

@@ -100,13 +100,17 @@ def render(sections: Sequence[Section], *, title: str, facts: Iterable[tuple[str
     def view(section: Section, number: int) -> dict[str, Any]:
         parts: list[dict[str, Any]] = []
         for i, part in enumerate(section.parts):
-            drawn = Markup(inline(part.figure, f"f{number}-{i}")) if isinstance(part, Picture) else None  # noqa: S704
+            drawn = Markup(inline(part.figure, f"f{number}-{i}")) if isinstance(part, Picture) else None
             parts.append({"kind": type(part).__name__, "part": part, "svg": drawn})
         return {"title": section.title, "anchor": f"s{number}", "parts": parts}
 
     folder = Path(__file__).resolve().parent / "templates"
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     views = [view(section, number) for number, section in enumerate(sections)]
     return environment.get_template(TEMPLATE).render(title=title, facts=list(facts), sections=views)

@@ -100,7 +100,9 @@ def _heads(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Par
         best = best.sort_values(["kind", "value"], ascending=[True, False])[
             ["kind", "layer", "head", "value", "low", "high", "null", "uniform", "z"]
         ]
-        yield Numbers(best, "Strongest heads with a 95% interval over sequences; null is the same keys where nothing repeats")
+        yield Numbers(
+            best, "Strongest heads with a 95% interval over sequences; null is the same keys where nothing repeats"
+        )
 
 
 def _retrieval(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
@@ -108,7 +110,12 @@ def _retrieval(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator
         table, tensors = thing.table, thing.tensors
         rows = pd.DataFrame({name: tensors[name].numpy() for name in ("length", "depth", "recall")})
         yield Picture(
-            figures.grid(rows.pivot_table(index="depth", columns="length", values="recall"), "length in tokens", "depth", "recall"),
+            figures.grid(
+                rows.pivot_table(index="depth", columns="length", values="recall"),
+                "length in tokens",
+                "depth",
+                "recall",
+            ),
             "Part of the needles that the model retrieved, by length of the text and depth of the needle.",
         )
         if thing.labels.get("reason"):
@@ -120,7 +127,9 @@ def _retrieval(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator
         )
         best = table.sort_values("score", ascending=False).head(_SHOWN_HEADS)
         shown = best[["layer", "head", "score", "low", "high", "null", "looks", "looks_null", "trials"]]
-        yield Numbers(shown, "Best heads with a 95% interval over trials; null counts random positions outside of the needle")
+        yield Numbers(
+            shown, "Best heads with a 95% interval over trials; null counts random positions outside of the needle"
+        )
 
 
 def _faithfulness(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:
@@ -141,7 +150,10 @@ def _faithfulness(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Itera
         figures.curves(lines, nulls, "part of the model kept", "faithfulness"),
         "Behaviour that remains when only the best-scored parts keep their clean values: 1 is all of it, 0 none.",
     )
-    yield Numbers(pd.DataFrame(rows), "Areas under these curves: CPR higher is better, CMD (distance to the model) lower is better")
+    yield Numbers(
+        pd.DataFrame(rows),
+        "Areas under these curves: CPR higher is better, CMD (distance to the model) lower is better",
+    )
 
 
 def _random_cmd(thing: Any) -> float:
@@ -162,7 +174,10 @@ def _circuits(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[
         for text in ax.texts:
             text.set_color(figures.DARK)
         said = f"{about.get('method', 'circuit')}: " if about.get("method") else ""
-        yield Picture(figure, f"{said}{'scores of all nodes, kept ones framed' if circuit.level == 'node' else f'the {len(drawn)} strongest edges'}.")
+        what = (
+            "scores of all nodes, kept ones framed" if circuit.level == "node" else f"the {len(drawn)} strongest edges"
+        )
+        yield Picture(figure, f"{said}{what}.")
         frame = circuit.frame()
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
         meaning = _SCORES.get(about.get("method", ""), "A positive score supports the clean behaviour")
@@ -178,13 +193,18 @@ def _atlas(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Par
             tokens = len(thing.labels["tokens"])
             yield Picture(
                 figure,
-                f"Every head's attention over all {tokens:,} tokens, in blocks of {size} (query down, key to the right, brighter is "
-                "more, each head on a square-root scale of its own).",
+                f"Every head's attention over all {tokens:,} tokens, in blocks of {size} (query down, key to the right, "
+                "brighter is more, each head on a square-root scale of its own).",
             )
             close = _close_ups(saved, tensors)
             if close:
-                yield Picture(figures.block_maps(close, size), "The same for the heads that are looked at in detail below.")
-        yield Numbers(table, "Per head: entropy in nats and distance in tokens, averaged over queries; the key with the largest share")
+                yield Picture(
+                    figures.block_maps(close, size), "The same for the heads that are looked at in detail below."
+                )
+        yield Numbers(
+            table,
+            "Per head: entropy in nats and distance in tokens, averaged over queries; the key with the largest share",
+        )
 
 
 def _close_ups(saved: Mapping[str, Saved], tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +223,12 @@ def _tiles(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Par
         keys = [f"{about['key_start'] + i} {token}" for i, token in enumerate(about["key_tokens"])]
         draw_tile(ax, weights, queries, keys)
         ax.set_title(f"head {about['layer']}.{about['head']}")
-        yield Picture(figure, f"Exact weights in head {about['layer']}.{about['head']}, {about['note']}." if about.get("note") else "Exact weights.")
+        yield Picture(
+            figure,
+            f"Exact weights in head {about['layer']}.{about['head']}, {about['note']}."
+            if about.get("note")
+            else "Exact weights.",
+        )
 
 
 def _tables(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Part]:

@@ -39,7 +39,9 @@ def sink_lines(result: SinkResult, top: int = 3) -> list[str]:
         best = f"; the largest: {sink_line(strongest[0])}" if strongest else ""
         lines = [f"no head gives more than {percent(result.epsilon)} of its weight to one token{best}"]
     elif over > top:
-        lines.append(f"{over} of {len(strongest)} heads give more than {percent(result.epsilon)} of their weight to one token")
+        lines.append(
+            f"{over} of {len(strongest)} heads give more than {percent(result.epsilon)} of their weight to one token"
+        )
     lines.append(
         f"attention to the first token: {percent(result.f_attn)} on average; "
         f"sink score {result.sink_score:.2f} (part of the heads whose first token gets more than {percent(result.epsilon)})"
@@ -70,10 +72,11 @@ def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult
     ]
     both = frame.dropna(subset=["difference"])
     if len(both):
-        best = max(both.itertuples(index=False), key=lambda row: abs(row.difference))
+        rows = both.to_dict("records")
+        best = max(rows, key=lambda row: abs(row["difference"]))
         lines.append(
-            f"largest difference: head {head_name(best.layer, best.head)} gives the first token "
-            f"{percent(best.first)} in {names[0]} and {percent(best.second)} in {names[1]}"
+            f"largest difference: head {head_name(best['layer'], best['head'])} gives the first token "
+            f"{percent(best['first'])} in {names[0]} and {percent(best['second'])} in {names[1]}"
         )
     return lines
 
@@ -104,7 +107,7 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
     """The retrieval heads with their nulls, and where the model finds the needle."""
     grid = result.grid()
     found = f"the model retrieves {percent(float(result.used.double().mean()))} of {len(result.used)} needles"
-    worst = grid.loc[grid["recall"].idxmin()]
+    worst = grid.sort_values("recall", kind="stable").iloc[0]
     if float(worst["recall"]) < 1:
         found += f", fewest at {int(worst['length']):,} tokens and depth {percent(float(worst['depth']))}"
     if result.reason:
@@ -112,7 +115,10 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
     heads = result.heads()
     if not heads:
         return [found, f"no head has a copy score of {result.threshold:g} or more"]
-    named = [f"{head_name(h.layer, h.head)} (copies {percent(h.score)} of the needle, null {percent(h.null)})" for h in heads[:4]]
+    named = [
+        f"{head_name(h.layer, h.head)} (copies {percent(h.score)} of the needle, null {percent(h.null)})"
+        for h in heads[:4]
+    ]
     more = f" and {len(heads) - 4} more" if len(heads) > 4 else ""
     return [found, f"{len(heads)} retrieval heads: {', '.join(named)}{more}"]
 

@@ -50,7 +50,9 @@ def stored(folder: str | Path) -> list[Stored]:
     pending = [(root, 0)]
     while pending:
         at, depth = pending.pop()
-        kinds = [k for k, files in (("circuit", _CIRCUIT), ("result", _RESULT)) if any((at / f).exists() for f in files)]
+        kinds = [
+            k for k, files in (("circuit", _CIRCUIT), ("result", _RESULT)) if any((at / f).exists() for f in files)
+        ]
         if kinds:
             found.append(Stored(str(at.relative_to(root)), at, kinds[0]))
         elif depth < _DEPTH:
@@ -77,7 +79,9 @@ def account(folder: str | Path) -> Mapping[str, Any] | None:
     known = {thing.name for thing in stored(root)}
     for name in listed:
         if name not in known:
-            raise WorkbenchError(f"{path} lists {name}, which is not there: the results are incomplete; run the demo again")
+            raise WorkbenchError(
+                f"{path} lists {name}, which is not there: the results are incomplete; run the demo again"
+            )
     return written
 
 

@@ -38,7 +38,7 @@ def style() -> Any:
     """The look of figures in reports; draw and turn into SVG within ``with style():``."""
     import matplotlib as mpl
 
-    return mpl.rc_context(_STYLE)
+    return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def inline(figure: Figure, name: str) -> str:
@@ -54,4 +54,9 @@ def inline(figure: Figure, name: str) -> str:
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     width, height = (float(v) for v in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups())  # type: ignore[union-attr]
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}"', text, 1)
+    return re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"',
+        f'width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}"',
+        text,
+        count=1,
+    )

@@ -40,10 +40,13 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 class Commands(TyperGroup):
     """A command group that turns every mistake of the user into one line on stderr and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
-        sys.exit(guarded(lambda: super(Commands, self).main(*args, standalone_mode=False, **extra)))
+    def main(self, *args: Any, **extra: Any) -> Any:
+        standalone = extra.pop("standalone_mode", True)
+
+        def run() -> Any:
+            return super(Commands, self).main(*args, **{**extra, "standalone_mode": False})
+
+        return sys.exit(guarded(run)) if standalone else run()
 
 
 def guarded(work: Callable[[], Any]) -> int:

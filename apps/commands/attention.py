@@ -29,9 +29,12 @@ def capture(
     layer: LayerOption = None,
     head: HeadOption = None,
     site: Annotated[
-        list[str] | None, typer.Option("--site", help="Read this activation too, by TransformerLens's name; repeatable.")
+        list[str] | None,
+        typer.Option("--site", help="Read this activation too, by TransformerLens's name; repeatable."),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Run again without capture and report max |delta logits|.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run again without capture and report max |delta logits|.")
+    ] = False,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +54,12 @@ def capture(
         if target is not None:
             result.save(target)
     sites = [
-        {"site": name, "shape": list(value.shape), "mean": float(value.double().mean()), "largest": float(value.abs().max())}
+        {
+            "site": name,
+            "shape": list(value.shape),
+            "mean": float(value.double().mean()),
+            "largest": float(value.abs().max()),
+        }
         for name, value in result.acts.items()
     ]
     payload = {
@@ -67,7 +75,10 @@ def capture(
     }
 
     def show(console: Console) -> None:
-        rows = [[r["layer"], r["head"], r["entropy"], r["distance"], r["token"], r["key"], r["share"]] for r in records(frame)]
+        rows = [
+            [r["layer"], r["head"], r["entropy"], r["distance"], r["token"], r["key"], r["share"]]
+            for r in records(frame)
+        ]
         columns = ["layer", "head", "entropy (nats)", "distance (tokens)", "largest share to", "at", "share"]
         console.print(table(f"{model}: {len(result.tokens)} tokens", dict.fromkeys(columns, "right"), rows))
         if sites:
@@ -90,7 +101,9 @@ def sinks(
     file: FileOption = None,
     layer: LayerOption = None,
     head: HeadOption = None,
-    epsilon: Annotated[float, typer.Option("--epsilon", help="A first token with a larger share counts as a sink.")] = 0.3,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", help="A first token with a larger share counts as a sink.")
+    ] = 0.3,
     raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show two models on the same text side by side.")] = False,
     out: OutOption = None,
@@ -118,7 +131,9 @@ def sinks(
             frames.append(inputs.only(results[-1].frame(), head))
             if target is not None:
                 results[0].save(target)
-    payloads = [_sink_payload(model, result, frame) for model, result, frame in zip(models, results, frames, strict=True)]
+    payloads = [
+        _sink_payload(model, result, frame) for model, result, frame in zip(models, results, frames, strict=True)
+    ]
     if not compare:
         payload = {"command": "sinks", **payloads[0], "saved": target}
         answer(as_json, payload, lambda c: _show_sinks(c, models[0], results[0], head))
@@ -227,7 +242,9 @@ def heads(
 
 def retrieval(
     model: ModelArgument,
-    lengths: Annotated[str, typer.Option("--lengths", help="Lengths of the texts in tokens, separated by commas.")] = "512,2048",
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Lengths of the texts in tokens, separated by commas.")
+    ] = "512,2048",
     depths: Annotated[int, typer.Option("--depths", min=1, help="Number of depths at which the needle stands.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the texts.")] = 0,
     out: OutOption = None,

@@ -24,14 +24,18 @@ _SHOWN = 15
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="A task; `workbench tasks` lists them.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
 LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; the finest the method has by default.")]
-AblationOption = Annotated[str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")]
+AblationOption = Annotated[
+    str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")
+]
 ExamplesOption = Annotated[int, typer.Option("-n", "--examples", help="Number of pairs of prompts.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the examples.")]
 TaskOptions = Annotated[list[str] | None, typer.Option("--task-option", help="An option of the task, as name=value.")]
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
 
 tasks = typer.Typer(
-    invoke_without_command=True, rich_markup_mode=None, help="The tasks.\n\n`tasks show NAME` draws an example token by token."
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="The tasks.\n\n`tasks show NAME` draws an example token by token.",
 )
 
 
@@ -47,7 +51,11 @@ def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
 
     known = wb.tasks()
     payload = {"command": "tasks", "rows": [{"name": name, "description": line} for name, line in known.items()]}
-    answer(as_json, payload, lambda c: c.print(table("tasks", ["name", "what it asks"], [list(row) for row in known.items()])))
+    answer(
+        as_json,
+        payload,
+        lambda c: c.print(table("tasks", ["name", "what it asks"], [list(row) for row in known.items()])),
+    )
 
 
 @tasks.command("show")
@@ -56,7 +64,9 @@ def show_task(
     examples: ExamplesOption = 1,
     seed: SeedOption = 0,
     options: TaskOptions = None,
-    model: Annotated[str | None, typer.Option("--model", help="Use this model's tokenizer, not the bundled one.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Use this model's tokenizer, not the bundled one.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw examples of a task: clean and corrupted tokens, answers, named spans."""
@@ -88,13 +98,24 @@ def methods(as_json: JsonOption = False) -> None:
         import workbench as wb
 
         rows = [
-            {"name": m.name, "description": m.description, "levels": m.levels, "ablations": m.ablations, "options": m.options}
+            {
+                "name": m.name,
+                "description": m.description,
+                "levels": m.levels,
+                "ablations": m.ablations,
+                "options": m.options,
+            }
             for m in wb.methods().values()
         ]
 
     def show(console: Console) -> None:
         cells = [
-            [r["name"], r["description"], ", ".join(r["levels"]), ", ".join(f"{k}={v}" for k, v in r["options"].items())]
+            [
+                r["name"],
+                r["description"],
+                ", ".join(r["levels"]),
+                ", ".join(f"{k}={v}" for k, v in r["options"].items()),
+            ]
             for r in rows
         ]
         console.print(table("methods", ["name", "score", "levels", "options"], cells))
@@ -192,7 +213,9 @@ def faithfulness(
     def show(console: Console) -> None:
         rows = [list(row) for row in frame.itertuples(index=False)]
         console.print(table(f"{model}, {task}: faithfulness", dict.fromkeys(frame.columns, "right"), rows))
-        console.print(f"CPR {result.cpr:.3f} (area under the curve, higher is better), CMD {result.cmd:.3f} (lower is better)")
+        console.print(
+            f"CPR {result.cpr:.3f} (area under the curve, higher is better), CMD {result.cmd:.3f} (lower is better)"
+        )
         if target is not None:
             console.print(f"saved in {target}")
 
@@ -255,7 +278,13 @@ def _show_circuit(console: Console, title: str, found: Circuit) -> None:
     best = frame.loc[order].head(_SHOWN)
     columns = {n: "right" if frame[n].dtype.kind == "f" else "left" for n in frame.columns}
     more = f", the {_SHOWN} strongest" if len(frame) > _SHOWN else ""
-    console.print(table(f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, best.values.tolist()))
-    heads = [name for name in best.get("node", best.get("source")) if name.startswith("a")]
+    console.print(
+        table(
+            f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, best.values.tolist()
+        )
+    )
+    heads = [name for name in best["node" if found.level == "node" else "source"] if name.startswith("a")]
     if heads:
-        console.print(f"strongest heads: {', '.join(dict.fromkeys(n.removeprefix('a').replace('.h', '.') for n in heads))}")
+        console.print(
+            f"strongest heads: {', '.join(dict.fromkeys(n.removeprefix('a').replace('.h', '.') for n in heads))}"
+        )

@@ -24,7 +24,9 @@ _COLOURS = {"ok": "green", "failed": "bold red", "absent": "dim", "info": "defau
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Show this model: bundled, a folder, or a hub id.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Show this model: bundled, a folder, or a hub id.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """The bundled models, or one model's manifest.
@@ -48,8 +50,9 @@ def models(
     def show(console: Console) -> None:
         context = "unbounded" if shape.context is None else f"{shape.context:,} tokens"
         console.print(
-            f"{model.name}: {shape.layers} layers x {shape.heads} heads ({shape.kv_heads} key-value heads) of {shape.head_width}, "
-            f"width {shape.width}, vocabulary {shape.vocab}, context {context}, {'causal' if shape.causal else 'bidirectional'}"
+            f"{model.name}: {shape.layers} layers x {shape.heads} heads ({shape.kv_heads} key-value heads) "
+            f"of {shape.head_width}, width {shape.width}, vocabulary {shape.vocab}, context {context}, "
+            f"{'causal' if shape.causal else 'bidirectional'}"
         )
         console.print(table("attention layers", list(frame.columns), frame.values.tolist()))
 
@@ -63,7 +66,11 @@ def _described(name: str) -> dict[str, Any]:
     card = (folder / "card.md").read_text() if (folder / "card.md").is_file() else ""
     prose = [part for part in card.split("\n\n") if part.strip() and not part.lstrip().startswith(("#", "|", "-", "`"))]
     first = " ".join(prose[0].split()).split(". ")[0].rstrip(".") if prose else ""
-    return {"name": name, **{key: config.get(key) for key in ("layers", "heads", "width", "mixer")}, "description": first}
+    return {
+        "name": name,
+        **{key: config.get(key) for key in ("layers", "heads", "width", "mixer")},
+        "description": first,
+    }
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -81,7 +88,9 @@ def doctor(as_json: JsonOption = False) -> None:
         rows = [[check.group, check.name, check.status, check.detail] for check in checks]
         styles = [_COLOURS[check.status] for check in checks]
         console.print(table("doctor", ["", "what", "state", "detail"], rows, styles))
-        console.print(f"{len(failed)} problem{'s' * (len(failed) != 1)}" if failed else "everything that should work does")
+        console.print(
+            f"{len(failed)} problem{'s' * (len(failed) != 1)}" if failed else "everything that should work does"
+        )
 
     answer(as_json, {"command": "doctor", "ok": not failed, "checks": checks}, show)
     if failed:
@@ -90,7 +99,9 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def report(
     store: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="The results folder.")] = Path("results"),
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.html; the results folder by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for report.html; the results folder by default.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html from a results folder.
@@ -125,7 +136,9 @@ def app(
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise WorkbenchError(f"cannot listen on port {port} of 127.0.0.1: {error.strerror}; choose another --port") from None
+            raise WorkbenchError(
+                f"cannot listen on port {port} of 127.0.0.1: {error.strerror}; choose another --port"
+            ) from None
     url = f"http://127.0.0.1:{port}"
     if as_json:
         print(to_json({"command": "app", "url": url, "store": store.absolute()}), flush=True)
@@ -142,4 +155,4 @@ def app(
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     arguments = [sys.executable, "-m", "streamlit", "run", str(page), *flags, "--", "--store", str(store.absolute())]
-    os.execv(sys.executable, arguments)  # noqa: S606
+    os.execv(sys.executable, arguments)

@@ -24,7 +24,18 @@ def test_help_needs_no_torch():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("models", "tasks", "methods", "capture", "sinks", "retrieval", "heads", "circuit", "faithfulness", "doctor"):
+    for name in (
+        "models",
+        "tasks",
+        "methods",
+        "capture",
+        "sinks",
+        "retrieval",
+        "heads",
+        "circuit",
+        "faithfulness",
+        "doctor",
+    ):
         assert f"\n  {name}" in done.stdout
 
 
@@ -77,7 +88,11 @@ def test_sinks_compare_two_models(workbench, model, gated):
 
 
 def test_prompt_from_file_is_the_prompt(workbench, model, tmp_path):
-    for name, raw in (("a", TEXT.encode()), ("b", TEXT.encode() + b"\n"), ("c", b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n")):
+    for name, raw in (
+        ("a", TEXT.encode()),
+        ("b", TEXT.encode() + b"\n"),
+        ("c", b"\xef\xbb\xbf" + TEXT.encode() + b"\r\n"),
+    ):
         (tmp_path / name).write_bytes(raw)
         got = workbench("sinks", model, "--file", tmp_path / name, "--json").json
         assert got["rows"] == workbench("sinks", model, "--text", TEXT, "--json").json["rows"]
@@ -91,7 +106,18 @@ def test_tokens_that_look_like_markup_are_shown_as_they_are(workbench, model):
 
 def test_capture(workbench, model, tmp_path):
     got = workbench(
-        "capture", model, "--text", TEXT, "--blocks", "4", "--layer", "0", "--check", "--out", tmp_path / "new" / "atlas", "--json"
+        "capture",
+        model,
+        "--text",
+        TEXT,
+        "--blocks",
+        "4",
+        "--layer",
+        "0",
+        "--check",
+        "--out",
+        tmp_path / "new" / "atlas",
+        "--json",
     ).json
     run = wb.load(model).run(TEXT, maps=wb.capture(layers=0))
     assert got["parity"] == 0
@@ -136,7 +162,9 @@ def test_retrieval_of_a_compiled_model(workbench):
         (96, 1.0, 1.0),
     ]
     shown = workbench("retrieval", "compiled-needle", "--lengths", "64", "--depths", "1")
-    assert "1 retrieval heads: 1.1 (copies 100% of the needle" in shown.out.replace("1 retrieval head:", "1 retrieval heads:")
+    assert "1 retrieval heads: 1.1 (copies 100% of the needle" in shown.out.replace(
+        "1 retrieval head:", "1 retrieval heads:"
+    )
 
 
 def test_tasks_and_methods(workbench):
@@ -162,7 +190,9 @@ def test_tasks_show_draws_the_tokens(workbench):
 def test_circuit_and_its_faithfulness(workbench, tmp_path):
     folder = tmp_path / "circuit"
     words = ("compiled-induction", "induction", "-n", "4")
-    got = workbench("circuit", *words, "--method", "patching", "--level", "node", "--top", "2", "--out", folder, "--json").json
+    got = workbench(
+        "circuit", *words, "--method", "patching", "--level", "node", "--top", "2", "--out", folder, "--json"
+    ).json
     assert {row["node"] for row in got["rows"] if row["kept"]} == {"a0.h1", "a1.h2"}
     judged = workbench("faithfulness", *words, "--circuit", folder, "--json").json
     assert judged["rows"][-1]["faithfulness"] == pytest.approx(1)

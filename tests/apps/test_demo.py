@@ -196,7 +196,9 @@ def test_report_escapes_everything(tmp_path):
 def test_report_replaces_a_page_in_one_step_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
-    monkeypatch.setattr("workbench.apps.report.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "workbench.apps.report.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(WorkbenchError, match="No space left"):
         write_report([], path, title="new")
     assert path.read_text() == "old"

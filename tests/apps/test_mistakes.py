@@ -32,7 +32,10 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("capture", "MODEL", "--text", TEXT, "--head", "2"), "no head '2'; known: 0, 1"),
         (("sinks", "MODEL", "--text", TEXT, "--head", "7"), "no head '7'; known: 0, 1"),
         (("heads", "MODEL", "--text", TEXT, "--head", "7"), "no head '7'; known: 0, 1"),
-        (("capture", "MODEL", "--text", TEXT, "--site", "blocks.0.attn.hook_patern"), "no site 'blocks.0.attn.hook_patern'"),
+        (
+            ("capture", "MODEL", "--text", TEXT, "--site", "blocks.0.attn.hook_patern"),
+            "no site 'blocks.0.attn.hook_patern'",
+        ),
         (("capture", "MODEL", "--text", TEXT, "--site", "blocks.7.attn.hook_z"), "blocks.7.attn.hook_z"),
         (("capture", "MODEL", "--text", TEXT, "--blocks", "0"), "at least 1; got 0"),
         (("capture", "MODEL", "--text", TEXT, "--blocks", "four"), "Invalid value for '--blocks'"),
@@ -80,7 +83,12 @@ def test_a_prompt_longer_than_the_context_says_by_how_much(workbench):
 
 @pytest.mark.parametrize(
     ("raw", "said"),
-    [(b"", "the prompt is empty"), (b"\n", "the prompt is empty"), (b"\x89PNG\xff", "is not UTF-8 text: byte 0x89"), (b"a\0b", "zero bytes")],
+    [
+        (b"", "the prompt is empty"),
+        (b"\n", "the prompt is empty"),
+        (b"\x89PNG\xff", "is not UTF-8 text: byte 0x89"),
+        (b"a\0b", "zero bytes"),
+    ],
 )
 def test_files_that_are_no_text(workbench, model, tmp_path, raw, said):
     path = tmp_path / "prompt.txt"
