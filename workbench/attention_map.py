@@ -175,7 +175,7 @@ class AttentionMap(ABC):
         parts = []
         for lo, hi, rows in self._chunks():
             work = torch.promote_types(rows.dtype, v.dtype)
-            out = rows.to(work).view(b, g, h // g * (hi - lo), k) @ v.to(work)
+            out = rows.to(work).reshape(b, g, h // g * (hi - lo), k) @ v.to(work)
             parts.append(out.view(b, h, hi - lo, v.shape[3]).to(v.dtype))
         return torch.cat(parts, dim=2)
 
@@ -189,7 +189,7 @@ class AttentionMap(ABC):
         for lo, hi, rows in self._chunks():
             out = out.to(torch.promote_types(rows.dtype, out.dtype))
             part = y[:, :, lo:hi].to(out.dtype).reshape(b, g, h // g * (hi - lo), width)
-            out += rows.to(out.dtype).view(b, g, h // g * (hi - lo), k).transpose(-1, -2) @ part
+            out += rows.to(out.dtype).reshape(b, g, h // g * (hi - lo), k).transpose(-1, -2) @ part
         return out.to(y.dtype)
 
     # -------------------------------------------------- generic implementations

@@ -1,0 +1,378 @@
+"""The conformance suite of attention maps. A new representation adds one line to ``MAPS``.
+
+Every oracle here is literal: the mask is a Python condition per pair, the weights are a float64 softmax over that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from workbench import attention_map, mods
+from workbench.captures import capture
+from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.kernels import blocked
+from workbench.kernels.mask import Mask
+from workbench.maps import AttentionMap, DenseMap, GatedMap, SummaryMap
+from workbench.mixers.softmax import SoftmaxMap, gated_softmax_attention, softmax_attention
+
+B, H, G, N, E = 2, 4, 2, 13, 6
+
+
+@dataclass
+class Case:
+    """A map, the same as float64 numbers ``[B, H, Q, K]``, values and what the operator made of them."""
+
+    map: AttentionMap
+    dense: Tensor
+    v: Tensor
+    out: Tensor
+    tolerance: float = 1e-10
+    rounding: float = 1e-10
+    """Of values and output, which have the operator's own type."""
+
+
+def rand(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def softmax(
+    mask: Mask,
+    allowed: Callable[[int, int, int], bool],
+    *,
+    queries: int = N,
+    keys: int = N,
+    kv: int = G,
+    dtype: torch.dtype = torch.float64,
+    gate: Tensor | None = None,
+    direct: bool = False,
+    **options: Any,
+) -> Case:
+    """Softmax attention; ``allowed(b, i, j)`` says with absolute positions who sees whom."""
+    q, k, v = rand(0, B, H, queries, E).to(dtype), rand(1, B, kv, keys, E).to(dtype), rand(2, B, kv, keys, 3).to(dtype)
+    if gate is not None:
+        out, amap = gated_softmax_attention(q, k, v, gate, mask=mask, **options)
+    else:
+        out, amap = softmax_attention(q, k, v, mask=mask, **options)
+    if direct:
+        amap = SoftmaxMap(q, k, mask=mask, **options)
+    spread = [h * kv // H for h in range(H)]
+    scores = options.get("scale", E**-0.5) * q.double() @ k.double()[:, spread].transpose(-1, -2)
+    if "softcap" in options:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    if "bias" in options:
+        bias = options["bias"] if isinstance(options["bias"], Tensor) else options["bias"](0, queries)
+        scores = scores + bias
+    table = [[[allowed(b, i + mask.offset, j) for j in range(keys)] for i in range(queries)] for b in range(B)]
+    scores = scores.masked_fill(~torch.tensor(table)[:, None], float("-inf"))
+    if "sink" in options:
+        column = options["sink"].double()[None, :, None, None].expand(B, H, queries, 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1).nan_to_num(0.0)
+    if gate is not None:
+        weights = weights * gate[..., None]
+    exact = dtype == torch.float64
+    return Case(amap, weights, v, out, 1e-10 if exact else 1e-5, 1e-10 if exact else 4 * torch.finfo(dtype).eps)
+
+
+def dense(weights: Tensor, **options: Any) -> Case:
+    v = rand(2, weights.shape[0], options.get("kv_heads", weights.shape[1]), weights.shape[3], 3)
+    spread = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
+    tolerance = 1e-10 if weights.dtype == torch.float64 else 1e-5
+    out = weights.double() @ spread
+    return Case(AttentionMap.from_dense(weights, **options), weights.double(), v, out, tolerance, tolerance)
+
+
+def over(case: Case, gate: Tensor) -> Case:
+    """A gate put on another map."""
+    out = case.out * gate[..., None]
+    return Case(GatedMap(case.map, gate), case.dense * gate[..., None], case.v, out, case.tolerance, case.rounding)
+
+
+def causal(b: int, i: int, j: int) -> bool:
+    return j <= i
+
+
+def full(b: int, i: int, j: int) -> bool:
+    return True
+
+
+REAL = torch.tensor([[False] * 3 + [True] * (N - 3), [True] * N])
+RIGHT = REAL.flip(1)
+DOCS = torch.tensor([[0] * 4 + [1] * 5 + [2] * 4, [5] * N])
+SEEN = torch.rand(B, 1, N, N, generator=torch.Generator().manual_seed(5)) > 0.6
+GATE = torch.sigmoid(rand(9, B, H, N))
+BIAS = rand(7, 1, H, N, N)
+
+MAPS: dict[str, Callable[[], Case]] = {
+    "dense stochastic": lambda: dense(rand(3, B, H, N, N).softmax(-1)),
+    "dense float32": lambda: dense(rand(3, B, H, N, N).softmax(-1).float(), kv_heads=2),
+    "dense signed": lambda: dense(rand(3, B, H, N, 9), kv_heads=1),
+    "softmax causal": lambda: softmax(Mask(causal=True), causal),
+    "softmax lse on demand": lambda: softmax(Mask(causal=True), causal, direct=True),
+    "softmax full": lambda: softmax(Mask(), full),
+    "softmax float32": lambda: softmax(Mask(causal=True), causal, dtype=torch.float32),
+    "softmax bfloat16": lambda: softmax(Mask(causal=True), causal, dtype=torch.bfloat16),
+    "softmax window": lambda: softmax(Mask(causal=True, window=4), lambda b, i, j: 0 <= i - j < 4),
+    "softmax window 1": lambda: softmax(Mask(causal=True, window=1), lambda b, i, j: i == j),
+    "softmax window both sides": lambda: softmax(Mask(window=3), lambda b, i, j: abs(i - j) < 3),
+    "softmax prefix": lambda: softmax(Mask(causal=True, prefix=5), lambda b, i, j: j <= i or j < 5),
+    "softmax prefix and window": lambda: softmax(
+        Mask(causal=True, prefix=2, window=3), lambda b, i, j: 0 <= i - j < 3 or j < 2
+    ),
+    "softmax documents": lambda: softmax(
+        Mask(causal=True, documents=DOCS), lambda b, i, j: j <= i and bool(DOCS[b, i] == DOCS[b, j])
+    ),
+    "softmax padding left": lambda: softmax(Mask(causal=True, keys=REAL), lambda b, i, j: j <= i and bool(REAL[b, j])),
+    "softmax padding right": lambda: softmax(
+        Mask(keys=RIGHT, queries=RIGHT), lambda b, i, j: bool(RIGHT[b, i] and RIGHT[b, j])
+    ),
+    "softmax dense mask": lambda: softmax(Mask(dense=SEEN), lambda b, i, j: bool(SEEN[b, 0, i, j])),
+    "softmax one key head": lambda: softmax(Mask(causal=True), causal, kv=1),
+    "softmax no shared heads": lambda: softmax(Mask(causal=True), causal, kv=4),
+    "softmax softcap": lambda: softmax(Mask(causal=True), causal, softcap=0.7),
+    "softmax sink": lambda: softmax(Mask(causal=True), causal, sink=rand(4, H)),
+    "softmax sink and padding": lambda: softmax(
+        Mask(causal=True, keys=REAL), lambda b, i, j: j <= i and bool(REAL[b, j]), sink=rand(4, H)
+    ),
+    "softmax bias": lambda: softmax(Mask(causal=True), causal, bias=BIAS),
+    "softmax bias rows": lambda: softmax(Mask(), full, bias=lambda lo, hi: BIAS[:, :, lo:hi]),
+    "softmax scale": lambda: softmax(Mask(causal=True), causal, scale=2.0),
+    "softmax decode": lambda: softmax(Mask(causal=True, offset=7), causal, queries=3, keys=10),
+    "softmax decode window": lambda: softmax(
+        Mask(causal=True, window=4, offset=9), lambda b, i, j: 0 <= i - j < 4, queries=1, keys=10
+    ),
+    "softmax rectangular": lambda: softmax(Mask(), full, queries=5, keys=11),
+    "softmax one token": lambda: softmax(Mask(causal=True), causal, queries=1, keys=1),
+    "gated": lambda: softmax(Mask(causal=True), causal, gate=GATE),
+    "gated with closed gates": lambda: softmax(Mask(causal=True), causal, gate=GATE * (GATE > 0.5)),
+    "gated with sink and padding": lambda: softmax(
+        Mask(causal=True, keys=REAL), lambda b, i, j: j <= i and bool(REAL[b, j]), sink=rand(4, H), gate=GATE
+    ),
+    "gated dense": lambda: over(dense(rand(3, B, H, N, N).softmax(-1)), GATE),
+    "gated signed": lambda: over(dense(rand(3, B, H, N, N).softmax(-1)), GATE - 0.5),
+}
+
+
+@pytest.fixture(params=["whole", "chunked"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with everything in one chunk, once with chunks of a few rows."""
+    if request.param == "chunked":
+        monkeypatch.setattr(blocked, "CHUNK", 150)
+        monkeypatch.setattr(attention_map, "CHUNK", 200)
+
+
+@pytest.fixture(params=list(MAPS))
+def case(request: pytest.FixtureRequest, sizes: None) -> Case:
+    return MAPS[request.param]()
+
+
+def close(got: Tensor, wanted: Tensor, case: Case) -> None:
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got.double(), wanted.double(), rtol=case.tolerance, atol=case.tolerance)
+
+
+def positions(case: Case) -> tuple[Tensor, Tensor]:
+    _, _, q, k = case.map.shape
+    return torch.arange(q)[:, None] + case.map.offset, torch.arange(k)[None]
+
+
+def test_metadata_is_stated(case: Case) -> None:
+    assert tuple(case.map.shape) == tuple(case.dense.shape)
+    assert case.map.domain in ("token", "block", "agent", "channel", "frequency")
+    assert case.map.sign in ("nonnegative", "signed")
+    assert case.map.row_sum in ("1", "<=1", "gate", "free", "columns")
+    assert case.map.exactness in ("exact", "jacobian", "approximation")
+    assert case.map.native() is case.map
+    assert type(case.map).__name__ in repr(case.map)
+
+
+def test_rows_tiles_and_dense_agree(case: Case) -> None:
+    _, _, q, k = case.map.shape
+    close(case.map.tile(slice(0, q // 2), slice(k // 3, k)), case.dense[:, :, : q // 2, k // 3 :], case)
+    close(case.map.tile(slice(q - 1, None), slice(-2, None)), case.dense[:, :, q - 1 :, -2:], case)
+    close(case.map.rows(q // 2, q), case.dense[:, :, q // 2 :], case)
+    assert case.map.rows(q, q).shape[2] == 0
+    close(case.map.dense(), case.dense, case)
+    close(case.map.tile(slice(0, q // 2), slice(k // 3, k)), case.map.rows(0, q // 2)[..., k // 3 :], case)
+    with pytest.raises(Refused, match=r"use blocks\(size\)"):
+        case.map.dense(limit=case.dense.numel() - 1)
+    with pytest.raises(WorkbenchError, match="outside of this map"):
+        case.map.rows(0, q + 1)
+    with pytest.raises(WorkbenchError, match="without a step"):
+        case.map.tile(slice(0, q, 2), slice(0, k))
+
+
+def test_the_map_times_the_values_is_the_operators_output(case: Case) -> None:
+    out = case.map.matvec(case.v)
+    assert out.dtype == case.v.dtype
+    torch.testing.assert_close(out.double(), case.out.double(), rtol=case.rounding, atol=case.rounding)
+    with pytest.raises(WorkbenchError, match="matvec takes values"):
+        case.map.matvec(case.v[:, :, :-1] if case.v.shape[2] > 1 else case.v[0])
+
+
+def test_rmatvec_is_the_adjoint_of_matvec(case: Case) -> None:
+    b, h, q, _ = case.map.shape
+    v, y = case.v.double(), rand(8, b, h, q, 3)
+    back = case.map.rmatvec(y)
+    assert back.shape == v.shape
+    left, right = (case.map.matvec(v) * y).sum(), (v * back).sum()
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+    with pytest.raises(WorkbenchError, match="rmatvec takes"):
+        case.map.rmatvec(y[..., 0])
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 64])
+def test_blocks_are_pooled_cells(case: Case, size: int) -> None:
+    _, _, q, k = case.map.shape
+    pools: dict[str, Callable[[Tensor], Tensor]] = {
+        "sum": lambda c: c.sum((-2, -1)),
+        "mean": lambda c: c.mean((-2, -1)),
+        "max": lambda c: c.amax((-2, -1)),
+        "abs": lambda c: c.abs().sum((-2, -1)),
+    }
+    for name, pool in pools.items():
+        got = case.map.blocks(size, name)
+        assert got.shape[2:] == (-(-q // size), -(-k // size))
+        for i in range(got.shape[2]):
+            for j in range(got.shape[3]):
+                cell = case.dense[:, :, i * size : (i + 1) * size, j * size : (j + 1) * size]
+                close(got[:, :, i, j], pool(cell), case)
+    close(case.map.blocks(size).sum((-2, -1)), case.dense.sum((-2, -1)), case)
+    with pytest.raises(UnknownName, match="no block reduction 'median'; known: sum, mean, max, abs"):
+        case.map.blocks(size, "median")
+    with pytest.raises(WorkbenchError, match="at least one token"):
+        case.map.blocks(0)
+
+
+def test_received_is_the_column_sum(case: Case) -> None:
+    close(case.map.received(), case.dense.sum(2), case)
+
+
+def test_entropy_is_that_of_the_rows_or_refused(case: Case) -> None:
+    if case.map.sign == "signed":
+        with pytest.raises(Refused, match="no distribution"):
+            case.map.entropy()
+        return
+    plain = torch.where(case.dense > 0, -case.dense * case.dense.clamp(min=1e-300).log(), 0.0).sum(-1)
+    close(case.map.entropy(), plain, case)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_distance_is_the_weighted_gap(case: Case, window: int | None) -> None:
+    q, k = positions(case)
+    far = (q - k).abs() if window is None else (q - k).abs().clamp(max=window)
+    scaled = Case(case.map, case.dense, case.v, case.out, case.tolerance * case.dense.shape[3])
+    close(case.map.distance(window), (case.dense * far).sum(-1), scaled)
+    with pytest.raises(WorkbenchError, match="one token or more"):
+        case.map.distance(0)
+
+
+def test_topk_finds_the_largest_weights(case: Case) -> None:
+    keys = case.map.shape[3]
+    for count in {1, min(3, keys)}:
+        got = case.map.topk(count)
+        close(got.values, case.dense.topk(count, -1).values, case)
+        nothing = (got.values == 0) & (case.map.sign == "nonnegative")
+        assert torch.equal(got.indices == -1, nothing)
+        at = case.dense.gather(-1, got.indices.clamp(min=0))
+        close(torch.where(nothing, 0.0, at), case.dense.topk(count, -1).values, case)
+    with pytest.raises(WorkbenchError, match="topk wants"):
+        case.map.topk(keys + 1)
+
+
+def test_mass_is_the_sum_under_a_mod(case: Case) -> None:
+    b, _, q, k = case.map.shape
+    i, j = positions(case)
+    ids = torch.randint(0, 3, (b, int(max(i.max(), j.max())) + 1), generator=torch.Generator().manual_seed(3))
+    wanted = {
+        mods.sink(2): (j < 2) & (i >= 2),
+        mods.previous(): i - j == 1,
+        mods.window(3): (i - j >= 0) & (i - j < 3),
+        mods.full(): torch.ones(q, k),
+        mods.same_token(ids): ((ids[:, i[:, 0], None] == ids[:, None, j[0]]) & (j < i))[:, None],
+    }
+    for mod, weight in wanted.items():
+        close(case.map.mass(mod), (case.dense * weight).sum(-1), case)
+    for bad in (lambda b, h, q, k: True, lambda b, h, q, k: torch.ones(7, 1, 1, 1)):
+        with pytest.raises(WorkbenchError, match="a mod returns a tensor"):
+            case.map.mass(bad)  # type: ignore[arg-type]
+
+
+def test_the_declared_row_sums_and_sign_hold(case: Case) -> None:
+    sums = case.dense.sum(-1)
+    close(case.map.row_sums(), sums, case)
+    if case.map.row_sum == "1":
+        assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+    if case.map.row_sum == "<=1":
+        assert (sums <= 1 + 1e-5).all()
+    if case.map.sign == "nonnegative":
+        assert (case.dense >= 0).all()
+    else:
+        assert (case.dense < 0).any()
+
+
+def test_nothing_is_nan_and_empty_rows_are_zero(case: Case) -> None:
+    found = [
+        case.map.dense(),
+        case.map.received(),
+        case.map.distance(),
+        case.map.blocks(5, "max"),
+        case.map.topk().values,
+    ]
+    if case.map.sign == "nonnegative":
+        found.append(case.map.entropy())
+    assert all(torch.isfinite(value).all() for value in found)
+    empty = case.dense.abs().sum(-1) == 0
+    assert (case.map.dense()[empty] == 0).all()
+    assert (case.map.distance()[empty] == 0).all()
+
+
+def test_heads_are_a_map_of_those_heads(case: Case) -> None:
+    some = case.map.heads([3, 0])
+    assert some.shape[1] == 2
+    chosen = Case(some, case.dense[:, [3, 0]], case.v, case.out, case.tolerance)
+    close(some.dense(), chosen.dense, chosen)
+    close(some.received(), chosen.dense.sum(2), chosen)
+    with pytest.raises(UnknownName, match="no head '4'"):
+        case.map.heads([4])
+
+
+def test_precompute_remembers_and_a_summary_answers_nothing_else(case: Case) -> None:
+    stats = ("received", "distance", "top1") + (("entropy",) if case.map.sign == "nonnegative" else ())
+    request = capture(blocks=5, reduce=("sum", "max"), stats=stats)
+    kept = case.map.precompute(request)
+    assert kept is case.map
+    small = case.map.precompute(capture(blocks=5, reduce=("sum", "max"), stats=stats, keep=False))
+    assert isinstance(small.raw if isinstance(small, GatedMap) else small, SummaryMap)
+    assert (small.sign, small.row_sum, small.offset) == (case.map.sign, case.map.row_sum, case.map.offset)
+    close(small.received(), case.dense.sum(2), case)
+    close(small.blocks(5, "sum"), kept.blocks(5, "sum"), case)
+    close(small.topk(1).values, kept.topk(1).values, case)
+    b, h, q, k = case.map.shape
+    if q * k > 1:
+        assert [t.shape for t in tensors(small) if t.numel() > b * h * max(q, k)] == []
+    for refused in (small.dense, lambda: small.blocks(4), lambda: small.mass(mods.sink()), lambda: small.topk(2)):
+        if case.map.shape[3] > 1:
+            with pytest.raises(Refused, match=r"keep=False and answers only blocks\(5, 'sum'\)"):
+                refused()
+
+
+def tensors(amap: AttentionMap) -> list[Tensor]:
+    """Every tensor that a map holds, masks apart."""
+    found: list[Tensor] = []
+    for value in vars(amap).values():
+        for part in value.values() if isinstance(value, dict) else [value]:
+            for one in part if isinstance(part, tuple) else [part]:
+                if isinstance(one, Tensor):
+                    found.append(one)
+                elif isinstance(one, AttentionMap):
+                    found += tensors(one)
+                assert not isinstance(one, SoftmaxMap | DenseMap) or not isinstance(amap, SummaryMap)
+    return found
