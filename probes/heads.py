@@ -30,6 +30,7 @@ from workbench.maps import AttentionMap
 from workbench.models.protocol import Model, Tokens
 from workbench.mods import Mod
 from workbench.probes.bootstrap import interval
+from workbench.probes.masses import mean_masses
 from workbench.probes.padding import padding
 from workbench.probes.repeats import repeats
 from workbench.probes.shares import maps_of
@@ -157,10 +158,9 @@ def head_scores(
     if isinstance(source, Run):
         tokens = source.tokens
         maps, skipped = _token_maps(maps_of(source), tokens, raw)
+        shuffled = _shuffles(tokens, shuffles, generator)
         measured = {
-            name: _measure(
-                kinds, amap, amap, tokens, _seen(name, amap, tokens), _shuffles(tokens.ids, shuffles, generator)
-            )
+            name: _measure(kinds, amap, amap, tokens, _seen(name, amap, tokens), shuffled, generator)
             for name, amap in maps.items()
         }
         return _scores(kinds, [measured], "text", skipped, source.provenance)
@@ -221,12 +221,14 @@ def _seen(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
     return visibility(amap, real=pad.queries, keys=pad.keys)
 
 
-def _shuffles(ids: Tensor, draws: int, generator: torch.Generator) -> list[Tensor]:
-    """Token identities permuted over all positions but the first, the same way in every row."""
-    found = []
-    for _ in range(draws):
-        order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(ids.shape[1] - 1, generator=generator)])
-        found.append(ids.cpu()[:, order])
+def _shuffles(tokens: Tokens, draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Token identities permuted over the real positions of each row, the first one kept."""
+    ids, real = tokens.ids.cpu(), tokens.mask.cpu()
+    found = [ids.clone() for _ in range(draws)]
+    for b in range(len(ids)):
+        places = real[b].nonzero()[1:, 0]
+        for shuffled in found:
+            shuffled[b, places] = ids[b, places[torch.randperm(len(places), generator=generator)]]
     return found
 
 
@@ -237,51 +239,28 @@ def _measure(
     tokens: Tokens,
     seen: Visibility,
     shuffled: list[Tensor] | None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> _Measured:
     """Scores of one layer. The null is ``control`` on the same keys, or the same map on the keys of
-    ``shuffled`` tokens."""
-    generator = generator if generator is not None else torch.Generator().manual_seed(0)
+    ``shuffled`` tokens; for ``previous`` the same map on random keys."""
     ids = tokens.ids.cpu()
     draws = 1 if shuffled is None else len(shuffled)
-    values, evens, nulls = [], [], []
+    mods = [KINDS[kind](ids) for kind in kinds]
+    others: dict[str, list[Mod]] = {}
     for kind in kinds:
-        mod = KINDS[kind](ids)
-        hits = _hits(seen, mod, len(ids))
-        values.append(_mean_mass(amap, mod, hits))
-        evens.append(_over(hits / seen.keys().clamp(min=1), hits > 0).expand(amap.shape[:2]))
         if kind == "previous":
-            others = [_random_earlier(ids, generator) for _ in range(draws)]
-            nulls.append(torch.stack([_mean_mass(amap, other, _hits(seen, other, len(ids))) for other in others]))
-        elif shuffled is None:
-            nulls.append(_mean_mass(control, mod, hits)[None])
-        else:
-            others = [KINDS[kind](row) for row in shuffled]
-            nulls.append(torch.stack([_mean_mass(amap, other, _hits(seen, other, len(ids))) for other in others]))
-    return _Measured(torch.stack(values, 1), torch.stack(evens, 1), torch.stack(nulls, 2))
-
-
-def _hits(seen: Visibility, mod: Mod, batch: int) -> Tensor:
-    """How many keys of the condition each query may see, ``[B, 1|H, Q]``; rows are walked in chunks."""
-    keys = torch.arange(seen.shape[1])[None, None, None, :]
-    rows = torch.arange(batch)[:, None, None, None]
-    parts = []
-    for lo, hi, tile in seen.tiles():
-        at = torch.arange(lo, hi)[None, None, :, None] + seen.mask.offset
-        named = mod(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), at, keys)
-        parts.append((named & tile).sum(-1, dtype=torch.float64))
-    return torch.cat(parts, dim=-1)
-
-
-def _mean_mass(amap: AttentionMap, mod: Mod, hits: Tensor) -> Tensor:
-    """Mean mass under ``mod`` over the queries with hits, ``[B, H]``; NaN where there is none."""
-    return _over(amap.mass(mod).detach().cpu().double(), hits > 0)
-
-
-def _over(values: Tensor, keep: Tensor) -> Tensor:
-    keep = keep.expand_as(values)
-    count = keep.sum(-1)
-    return torch.where(count > 0, values.masked_fill(~keep, 0.0).sum(-1) / count.clamp(min=1), float("nan"))
+            others[kind] = [_random_earlier(ids, generator) for _ in range(draws)]
+        elif shuffled is not None:
+            others[kind] = [KINDS[kind](row) for row in shuffled]
+    masses, even = mean_masses(amap, seen, [*mods, *(mod for found in others.values() for mod in found)])
+    nulls = dict(zip(others, masses[len(kinds) :].split(draws), strict=True)) if others else {}
+    if len(others) < len(kinds):
+        rest = [kind for kind in kinds if kind not in others]
+        broken, _ = mean_masses(control, seen, [KINDS[kind](ids) for kind in rest])
+        nulls |= {kind: broken[i : i + 1] for i, kind in enumerate(rest)}
+    count = len(kinds)
+    null = torch.stack([nulls[kind] for kind in kinds], 2)
+    return _Measured(masses[:count].transpose(0, 1), even[:count].transpose(0, 1), null)
 
 
 def _random_earlier(ids: Tensor, generator: torch.Generator) -> Mod:

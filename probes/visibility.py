@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Visibility:
 
     def keys(self) -> Tensor:
         """How many keys each query may see, ``[B|1, H|1, Q]``; 0 for padding queries."""
-        runs = self._runs()
+        runs = self._runs
         if runs is not None:
             shown = self._shown()
             until = torch.nn.functional.pad(shown.cumsum(-1), (1, 0))
@@ -40,7 +41,7 @@ class Visibility:
     def spread(self, weight: Tensor) -> Tensor:
         """Sum of ``weight`` ``[B|1, H|1, Q]`` over the real queries that may see each key, ``[B|1, H|1, K]``."""
         weight = weight.double().cpu() * self.real[:, None]
-        runs = self._runs()
+        runs = self._runs
         if runs is not None:
             steps = weight.new_zeros(*weight.shape[:2], self.shape[1] + 1)
             for begin, end in runs:
@@ -90,6 +91,7 @@ class Visibility:
             return torch.ones(1, self.shape[1], dtype=torch.float64)
         return self.mask.keys.double().cpu()
 
+    @cached_property
     def _runs(self) -> list[tuple[Tensor, Tensor]] | None:
         """Per query the runs of visible keys ``[lo, hi)``, before hidden keys; None for document and dense masks."""
         if self.mask.documents is not None or self.mask.dense is not None:

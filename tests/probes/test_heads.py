@@ -222,6 +222,26 @@ def test_padding_is_left_out():
     torch.testing.assert_close(left.value[0], plain.value[0])
 
 
+def test_padding_tokens_are_not_shuffled_into_the_text():
+    ids = torch.tensor([[0, 0, 0, 1, 2, 3, 4]])
+    weights = torch.eye(7).expand(1, 1, 7, 7)
+    result = head_scores(run_of({0: AttentionMap.from_dense(weights)}, ids, ids > 0))
+    assert result.null[0][1:].isnan().all()
+    assert set(result.undefined) == {"duplicate", "induction"}
+
+
+def test_rows_may_come_in_any_chunks(monkeypatch):
+    heads = {k: AttentionMap.from_dense(v) for k, v in heads_of(TEXT.repeat(2, 1), 2).items()}
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 6:] = False
+    whole = head_scores(run_of(heads, TEXT.repeat(2, 1), mask)).frame()
+    for module in ("masses", "visibility"):
+        monkeypatch.setattr(f"workbench.probes.{module}._CHUNK", 3 * 2 * 3 * 8)
+    chunked = head_scores(run_of(heads, TEXT.repeat(2, 1), mask)).frame()
+    for column in ("value", "null", "uniform"):
+        assert chunked[column].tolist() == pytest.approx(whole[column].tolist(), nan_ok=True)
+
+
 def test_streaming_and_dense_maps_agree():
     from workbench.mixers.softmax import SoftmaxMap
 

@@ -135,7 +135,8 @@ def test_a_key_nobody_may_see_is_undefined():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side):
+def test_padding_changes_nothing(side, monkeypatch):
+    monkeypatch.setattr("workbench.probes.shares._CHUNK", 2 * 2 * 2 * T)
     short, long = softmax_rows(1, 2, 4, 4, seed=1), softmax_rows(1, 2, T, T, seed=2)
     lo = 2 if side == "left" else 0
     padded = torch.full((1, 2, T, T), 1 / T, dtype=torch.float64)
