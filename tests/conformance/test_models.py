@@ -143,7 +143,7 @@ def test_identity_edits_change_no_bit(case):
         if site.kind in (*STATISTICS, "pattern", "attn_scores"):
             continue
         run = case.model.run(case.inputs, edit={site: lambda x: x})
-        assert torch.allclose(answer(run), plain, atol=1e-6), str(site)
+        assert torch.allclose(answer(run), plain, atol=tolerance(run)), str(site)
 
 
 def test_edits_live_for_one_run_and_reads_see_them(case):

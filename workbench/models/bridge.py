@@ -62,7 +62,7 @@ class BridgeModel:
         batch = requests.check_texts(self.tokenizer, texts)
         if self.tokenizer is not self.bridge.tokenizer:
             return requests.tokenize(self.tokenizer, batch, self.shape)
-        rows = [self.bridge.to_tokens(text)[0].cpu() for text in batch]
+        rows = [self.bridge.to_tokens(text, truncate=False)[0].cpu() for text in batch]
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         if pad is None and any(len(row) < length for row in rows):
@@ -273,9 +273,9 @@ class BridgeModel:
     @contextmanager
     def _gates(self, names: Iterable[str], *, lenient: bool = False) -> Any:
         """Switch on the settings without which the named hooks never fire, for the length of the block."""
-        wanted = dict.fromkeys(
-            flag for name in names if (flag := settable(name)) and not getattr(self.bridge.cfg, flag)
-        )
+        points = self.bridge.hook_dict
+        flags = (settable(points[name]) for name in names if name in points)
+        wanted = dict.fromkeys(flag for flag in flags if flag and not getattr(self.bridge.cfg, flag))
         with ExitStack() as undo:
             for flag in wanted:
                 try:

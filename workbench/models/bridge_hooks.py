@@ -29,23 +29,19 @@ _GATES = {
 _DERIVED = ("result", "q_input", "k_input", "v_input")
 
 
-def settable(name: str) -> str | None:
-    """The bridge setting without which the hook ``name`` never fires; None if it needs none."""
-    return next((flag for ending, flag in _GATES.items() if name.endswith(ending)), None)
+def settable(point: HookPoint) -> str | None:
+    """The bridge setting without which a hook point never fires; None if it needs none."""
+    return next((flag for ending, flag in _GATES.items() if (point.name or "").endswith(ending)), None)
 
 
 def user_hooks(bridge: Any) -> list[str]:
-    """Names of hook points that carry hooks which the bridge did not put there itself."""
-    found = []
+    """Hook points, each by one name, that carry hooks which the bridge did not put there itself."""
+    found: dict[int, str] = {}
     for name, point in bridge.hook_dict.items():
-        own = [
-            hook
-            for hook in point._forward_hooks.values()
-            if "_wire_symbolic_hooks" not in getattr(hook, "__name__", "")
-        ]
-        if own or point._backward_hooks:
-            found.append(name)
-    return found
+        placed = [getattr(hook, "__name__", "") for hook in point._forward_hooks.values()]
+        if point._backward_hooks or any("_wire_symbolic_hooks" not in made for made in placed):
+            found[id(point)] = name
+    return list(found.values())
 
 
 class Hooks:
@@ -91,10 +87,11 @@ class Hooks:
 
     def _derivable(self, key: Site | str) -> bool:
         """Whether a read can be computed beside the run, instead of switching the bridge to a path that computes it."""
+        points = self._bridge.hook_dict
         return (
             isinstance(key, Site)
             and key.kind in _DERIVED
-            and all(_hook(other) != key.hook for other in self._edits)
+            and all(points[_hook(other)] is not points[key.hook] for other in self._edits if _hook(other) in points)
             and (key.kind != "result" or isinstance(self._w_o(key.layer), Tensor))
         )
 
@@ -104,20 +101,21 @@ class Hooks:
     @contextmanager
     def installed(self) -> Iterator[None]:
         points = self._bridge.hook_dict
-        tensors: dict[str, list[Site | str]] = {}
+        tensors: dict[int, tuple[HookPoint, list[Site | str]]] = {}
         for key in [*self._reads, *self._edits]:
             if key not in self._derived and (
                 isinstance(key, str) or key.kind not in MAP_KINDS or key.kind == "pattern"
             ):
-                tensors.setdefault(_hook(key), []).append(key)
+                point = points[_hook(key)]
+                tensors.setdefault(id(point), (point, []))[1].append(key)
         placed: list[tuple[HookPoint, Any]] = []
         edited_layers = {
             key.layer for key in self._edits if isinstance(key, Site) and key.kind in ("pattern", "attn_scores")
         }
         for layer in edited_layers:
             placed.append((points[f"blocks.{layer}.attn.hook_z"], self._after_attention(layer)))
-        for name, keys in tensors.items():
-            placed.append((points[name], self._tensor_hook(keys)))
+        for point, keys in tensors.values():
+            placed.append((point, self._tensor_hook(keys)))
         for key in self._derived:
             assert isinstance(key, Site)
             source = "attn.hook_z" if key.kind == "result" else "hook_resid_pre"
@@ -155,7 +153,8 @@ class Hooks:
             for key in reads:
                 head = key.head if isinstance(key, Site) else None
                 self.acts[key] = new if head is None else new.select(key.head_axis, head)  # type: ignore[union-attr]
-            return None if not edits else new
+            # The bridge shows a reshaped copy: gradients reach it only if it is what the bridge goes on with.
+            return new if edits or torch.is_grad_enabled() else None
 
         return act
 
