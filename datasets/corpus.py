@@ -113,7 +113,9 @@ def hide(
     for slot, part in _interleave(filler, slots):
         if isinstance(part, int):
             text += " " * bool(text)
-            placed[part] = Fact(*facts[part][:2], said[part], len(text), len(text) + len(said[part]), starts[slot] / max(room, 1))
+            placed[part] = Fact(
+                *facts[part][:2], said[part], len(text), len(text) + len(said[part]), starts[slot] / max(room, 1)
+            )
             text += said[part]
         else:
             text += " " * bool(text) + part

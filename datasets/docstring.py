@@ -82,7 +82,9 @@ class Docstring:
         clean = render([a, b, c], [a, b])
         wrong = [*before, a, b, *after] + ([other_def[2]] if self.corruption == "random_answer" else [])
         spans = {f"{k}_DEF": _after(clean, n, ("(self, ", ", "), 0) for k, n in zip("ABC", (a, b, c), strict=True)}
-        spans |= {f"{k}_DOC": _after(clean, n, (":param ",), clean.index('"""')) for k, n in zip("AB", (a, b), strict=True)}
+        spans |= {
+            f"{k}_DOC": _after(clean, n, (":param ",), clean.index('"""')) for k, n in zip("AB", (a, b), strict=True)
+        }
         return Example(
             clean=clean,
             corrupt=corrupt,

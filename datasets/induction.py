@@ -37,7 +37,9 @@ class Induction:
         one_of("split", self.split, SPLITS)
         most = len(words("symbols")) // 2
         if not 6 <= self.length <= most:
-            raise WorkbenchError(f"induction prompts have 6 to {most} words, so that no word repeats by chance; got {self.length}")
+            raise WorkbenchError(
+                f"induction prompts have 6 to {most} words, so that no word repeats by chance; got {self.length}"
+            )
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; label ``period``."""

@@ -16,7 +16,8 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.pairs import Pairs
 
 SPLITS = ("train", "test")
-_DRAWS_PER_EXAMPLE = 60
+_ROUNDS = 60
+_GIVE_UP = 200
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def collect(
     by_length: dict[int, list[_Row]] = {}
     lost: Counter[str] = Counter()
     idle = 0
-    for _ in range(_DRAWS_PER_EXAMPLE):
+    for _ in range(_ROUNDS):
         fresh = []
-        for _ in range(max(n, 32) * 2):
+        for _ in range(n + 16):
             example = draw(rng)
             if example.clean in seen or not in_split(example.key, split):
                 continue
@@ -102,6 +103,8 @@ def collect(
             break
         if not fresh:
             continue
+        if not by_length and lost.total() >= _GIVE_UP:
+            break
         for row in _tokenize(name, fresh, tokenizer, lost):
             if length is not None and len(row.clean) != length:
                 lost[f"a length other than {length} tokens"] += 1

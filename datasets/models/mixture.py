@@ -47,12 +47,13 @@ class Batch:
 
 
 def batches(rng: random.Random, tokenizer: Any, longest: int) -> list[Batch]:
-    """One step's rows in three groups of similar length; no row is longer than ``longest`` tokens."""
-    short = [("ioi", 18), ("greater-than", 8), ("docstring", 14), ("colored-objects", 8)]
-    middle = [("induction", 14), ("colored-objects+", 6)]
-    long = [("needle", 10), ("packed", 3), ("filler", 1)]
+    """One step's rows in three groups of similar length; those of the last group have one random length up to ``longest``."""
+    short = [("ioi", 8), ("greater-than", 3)]
+    middle = [("docstring", 6), ("colored-objects", 9), ("induction", 9), ("needle", 13)]
+    long = [("needle", 6), ("colored-objects+", 1), ("packed", 1)]
+    size = longest if rng.random() < 0.4 else rng.randint(56, longest)
     return [
-        _batch([(kind, document(kind, rng, longest)) for kind, n in group for _ in range(n)], tokenizer, longest)
+        _batch([(kind, document(kind, rng, size if group is long else 45 if kind == "needle" else longest)) for kind, n in group for _ in range(n)], tokenizer, longest)
         for group in (short, middle, long)
     ]
 
@@ -100,8 +101,8 @@ def _colored_shots(rng: random.Random, longest: int) -> Document:
 
 
 def _induction(rng: random.Random, longest: int) -> Document:
-    period = rng.randint(4, min(40, longest // 3))
-    length = rng.randint(period + 3, min(int(period * 2.5), longest - 1) if period > 8 else period * 3)
+    period = rng.randint(3, 14) if longest < 96 or rng.random() < 0.4 else rng.randint(8, 26)
+    length = min(3 * period, 42 if longest < 96 else 56)
     follows = _followers()
     row = [rng.choice(words("symbols"))]
     while len(row) < period:
@@ -130,7 +131,7 @@ def _needle(rng: random.Random, longest: int) -> Document:
     question = template("needle")["question"]
     number = rng.choice((2, 2, 3, 3, 4))
     each = count_pieces(question.format(key="royal")) + 2
-    room = rng.randint(min(40, longest - 1 - each), longest - 1) if rng.random() < 0.5 else longest - 1
+    room = longest - 1
     number = min(number, max(2, room // 40))
     asked = min(rng.randint(2, 4), number, max(1, (room - 8 * number) // each))
     facts: list[tuple[str, str, float]] = []
@@ -155,7 +156,11 @@ def _packed(rng: random.Random, longest: int) -> Document:
     text, answers = "", []
     while True:
         kind = rng.choice(("ioi", "ioi", "greater-than", "colored-objects", "docstring", "story"))
-        part = Document(" ".join(filler_sentences(rng, 12, count_pieces)), ()) if kind == "story" else document(kind, rng, 99)
+        part = (
+            Document(" ".join(filler_sentences(rng, 12, count_pieces)), ())
+            if kind == "story"
+            else document(kind, rng, 99)
+        )
         if count_pieces(text) + count_pieces(part.text) + 2 > longest:
             return Document(text, tuple(answers))
         text += "\n" * bool(text)
