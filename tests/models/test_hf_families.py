@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch.overrides import TorchFunctionMode
 
 from workbench.captures import capture
+from workbench.models.hf import HFModel
+from workbench.sites import Site
 
 
 def _builders():
@@ -141,3 +144,36 @@ def test_half_precision(name, dtype):
     for key in case.keys:
         assert on.maps[key].dense().dtype == torch.float32
         assert (on.maps[key].dense() - reference[key].dense()).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "phi3", "opt", "bert", "vit",
+                                  "t5", "bloom", "mpt"])  # fmt: skip
+def test_heads_of_the_projections_are_the_heads_of_the_attention(name):
+    """Head 1 of the projected q (and k), taken out, is what is missing from the map's queries (and keys)."""
+    case = B.hugging_face(name)
+    for site in case.model.sites():
+        if site.kind not in ("q", "k"):
+            continue
+        key = f"{site.stack}.{site.layer}" if site.stack else site.layer
+        edit = {Site(site.kind, site.layer, 1, site.stack): torch.zeros_like}
+        with torch.no_grad():
+            before = case.model.run(case.inputs, maps=capture(layers=key)).maps[key].scores
+            after = case.model.run(case.inputs, edit=edit, maps=capture(layers=key)).maps[key].scores
+        old, new = (before.q, after.q) if site.kind == "q" else (before.k, after.k)
+        assert (new[:, 1] == 0).all(), str(site)
+        assert old[:, 1].abs().sum() > 0
+        others = [h for h in range(old.shape[1]) if h != 1]
+        assert torch.equal(old[:, others], new[:, others]), str(site)
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Mixtral", "Qwen3Moe", "Olmo3", "Starcoder2", "SmolLM3"])
+def test_further_families_are_wired_as_their_names_say(family):
+    net = B.net(getattr(hf, f"{family}ForCausalLM"), getattr(hf, f"{family}Config")(**B.DECODER), dtype=torch.float64)
+    model = HFModel(net)
+    names = [f"blocks.0.hook_{kind}" for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
+    with torch.no_grad():
+        acts = model.run(B.ids(), read=[*names, "blocks.1.hook_resid_pre"]).acts
+    pre, attention, middle, mlp, post = (acts[name] for name in names)
+    assert torch.allclose(middle, pre + attention)
+    assert torch.allclose(post, middle + mlp)
+    assert torch.equal(post, acts["blocks.1.hook_resid_pre"])

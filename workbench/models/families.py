@@ -175,6 +175,14 @@ WIRINGS: dict[str, Wiring] = {
     ),
 }
 
+for _name in ("Gemma", "Olmo", "SmolLM3", "Arcee", "Ernie4_5", "SeedOss", "Mixtral", "Qwen2Moe", "Qwen3Moe"):
+    WIRINGS[f"{_name}DecoderLayer"] = _LLAMA
+WIRINGS["Olmo3DecoderLayer"] = WIRINGS["Olmo2DecoderLayer"]
+WIRINGS["Starcoder2DecoderLayer"] = replace(_LLAMA, pre="mlp.c_fc", post="mlp.c_proj")
+for _name in ("XLMRoberta", "Electra", "Camembert", "Ernie"):
+    WIRINGS[f"{_name}Layer"] = _BERT
+WIRINGS["Dinov2WithRegistersLayer"] = WIRINGS["Dinov2Layer"]
+
 _CROSS: dict[str, Wiring] = {
     "T5Block": Wiring(out="layer.1.EncDecAttention.o", attn_out="layer.1.EncDecAttention.o"),
     "WhisperDecoderLayer": Wiring(out="encoder_attn.out_proj", attn_out="encoder_attn.out_proj"),

@@ -344,7 +344,10 @@ def _context(model: Any, config: Any) -> int | None:
         return config.max_seq_len
     if kind == "whisper":
         return config.max_target_positions
-    limit = getattr(config, "max_position_embeddings", None)
+    try:
+        limit = getattr(config, "max_position_embeddings", None)
+    except NotImplementedError:  # transformers' way of saying that there is no limit
+        return None
     if kind in ("roberta", "xlm-roberta", "camembert") and limit is not None:
         return limit - (config.pad_token_id or 0) - 1
     return limit if isinstance(limit, int) else None

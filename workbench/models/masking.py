@@ -44,6 +44,11 @@ class Masks:
     ) -> tuple[Mask, Tensor | None]:
         """Mask, and additive bias if the mask tensor carries one, of one attention call."""
         queries, keys = q.shape[2], k.shape[2]
+        if base not in ("eager", "sdpa", "flex_attention") and "flash" not in base:
+            raise Refused(
+                f"layer {layer.key} of {self.family}: what attention {base!r} makes of its mask is not known; load the model "
+                "with attn_implementation='sdpa' or 'eager'"
+            )
         causal = options.get("is_causal")
         if causal is None:
             causal = bool(getattr(layer.module, "is_causal", True))
@@ -77,7 +82,7 @@ class Masks:
         offset = max(0, keys - queries) if causal else 0
         if "flash" in base:
             return Mask(causal, window if causal else None, offset=offset)
-        if base != "eager" and causal and queries > 1:
+        if base == "sdpa" and causal and queries > 1:
             return Mask(True)
         return Mask(causal and queries == 1, offset=offset)
 

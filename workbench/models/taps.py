@@ -89,7 +89,7 @@ def head_counts(module: nn.Module) -> tuple[int, int, int]:
 
     heads = attribute("num_heads", "num_attention_heads", "n_heads", "n_head")
     groups = getattr(module, "num_key_value_groups", None)
-    if type(module).__name__.startswith("Falcon"):
+    if any(cls.__name__ == "FalconAttention" for cls in type(module).__mro__):
         kv_heads = heads if module.new_decoder_architecture else attribute("num_kv_heads")
     elif isinstance(groups, int) and groups:
         kv_heads = heads // groups
