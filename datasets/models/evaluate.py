@@ -12,11 +12,21 @@ from workbench.datasets.corpus import filler_text
 from workbench.models.native_net import NativeNet
 from workbench.pairs import accuracy
 
+_MIXTURE = (
+    "generated text: IOI, greater-than, colored objects, docstring, induction with random period, needles in filler, "
+    "filler, and rows of several documents (`mixture.py`); rows up to 192 tokens"
+)
+_START = (
+    "random, except that five heads of layer 0 start out attending 1, 1, 3, 4 and 6 tokens back (`look_back` in `train.py`); "
+    "what the other heads do is learned"
+)
+
 
 @torch.no_grad()
 def evaluate(net: NativeNet, tokenizer: Any, n: int, longest: int, lengths: bool = False) -> dict[str, float]:
-    """Accuracy per task on its test split (share of prompts whose largest logit is an answer), and the share of first-token attention.
+    """Accuracy per task on its test split, and ``sink``, the share of first-token attention.
 
+    Accuracy is the share of prompts whose largest logit is an answer.
     Needles at the longest trained length; with ``lengths=True`` also at half of it and beyond it.
     """
     found = {}
@@ -64,32 +74,36 @@ def first_token_share(net: NativeNet, tokenizer: Any) -> float:
     return round(sum(shares) / len(shares), 4)
 
 
-def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float]) -> str:
+def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float], longest: int) -> str:
     """The model's card in Markdown."""
     c = net.config
     rows = "\n".join(f"| {name} | {100 * value:.1f}% |" for name, value in found.items() if name != "sink")
     size = sum(p.numel() for p in net.parameters())
+    shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
+    parts = f"{c.positions} positions, {c.norm} norm, {'tied' if c.tied else 'untied'} embeddings"
+    before = ", before the gate" if "gated" in c.mixer else ""
     return f"""# {args.model}
 
 A small causal transformer that solves the tasks of this workbench, made to be looked into. Not a language model.
 
 | | |
 |-|-|
-| architecture | {c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}, {c.positions} positions, {c.norm} norm, {"tied" if c.tied else "untied"} embeddings |
+| architecture | {shape}, {parts} |
 | mixer | {c.mixer} |
 | parameters | {size:,}, stored as float16 |
 | vocabulary | {c.vocab} words (`tokenizer.json`; `<bos>` first) |
-| trained on | generated text: IOI, greater-than, colored objects, docstring, induction with random period, needles in filler, filler, and rows of several documents; rows up to 192 tokens |
+| trained on | {_MIXTURE} |
 | recipe | AdamW, peak rate {args.rate}, decay {args.decay}, {args.steps} steps, seed {args.seed} |
-| training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s) |
+| start | {_START} |
+| training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s), two models sharing one core most of the time |
 
 Again: `python -m workbench.datasets.models.train --model {args.model} --steps {args.steps} --seed {args.seed}`
 
 ## Accuracy
 
-Share of {args.examples} prompts of each test split (disjoint from training by construction) whose largest logit is an answer,
-measured on the stored weights. Needles without a length are at {192} tokens, the longest trained length; longer ones were
-never seen in training.
+Share of {args.examples} prompts of each test split (disjoint from training by construction) whose largest logit is an
+answer, measured on the stored weights. `needle` has {longest} tokens, the longest trained length, `induction` 24 words;
+longer needles were never seen in training.
 
 | task | accuracy |
 |-|-|
@@ -97,5 +111,6 @@ never seen in training.
 
 ## First-token sink
 
-Mean softmax weight on `<bos>`, over layers, heads and later queries, on 96 words of filler (0.05 if spread evenly){" (before the gate)" if "gated" in c.mixer else ""}: {found["sink"]:.3f}.
+Mean softmax weight on `<bos>`, over layers, heads and later queries, on 96 words of filler (evenly spread attention would
+give 0.05){before}: {found["sink"]:.3f}.
 """

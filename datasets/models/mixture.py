@@ -53,7 +53,15 @@ def batches(rng: random.Random, tokenizer: Any, longest: int) -> list[Batch]:
     long = [("needle", 6), ("colored-objects+", 1), ("packed", 1)]
     size = longest if rng.random() < 0.4 else rng.randint(56, longest)
     return [
-        _batch([(kind, document(kind, rng, size if group is long else 45 if kind == "needle" else longest)) for kind, n in group for _ in range(n)], tokenizer, longest)
+        _batch(
+            [
+                (kind, document(kind, rng, size if group is long else 45 if kind == "needle" else longest))
+                for kind, n in group
+                for _ in range(n)
+            ],
+            tokenizer,
+            longest,
+        )
         for group in (short, middle, long)
     ]
 
@@ -153,7 +161,8 @@ def _filler(rng: random.Random, longest: int) -> Document:
 
 
 def _packed(rng: random.Random, longest: int) -> Document:
-    text, answers = "", []
+    text = ""
+    answers: list[tuple[int, int]] = []
     while True:
         kind = rng.choice(("ioi", "ioi", "greater-than", "colored-objects", "docstring", "story"))
         part = (

@@ -49,7 +49,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def loss_of(net: NativeNet, rows: list[Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``, plus ``TEXT_WEIGHT`` times that of a quarter of the text."""
+    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``, plus ``TEXT_WEIGHT`` times that of the text.
+
+    A quarter of the text positions is drawn with ``generator``.
+    """
     logits, targets, kinds = [], [], []
     for row in rows:
         hidden, _ = net(row.ids, hidden=True)
@@ -75,7 +78,8 @@ def look_back(net: NativeNet, offsets: tuple[int, ...] = (1, 1, 3, 4, 6)) -> Non
     of r^2 cos(w_f (d - s)), largest at d = s. Content weights of these heads start at a tenth. Training goes on from there;
     without this the tasks that need such heads take several times as many steps.
     """
-    attn, config, fast, strength = net.blocks[0].attn, net.config, 4, 5.0
+    attn: Any = net.blocks[0].attn
+    config, fast, strength = net.config, 4, 5.0
     half = config.head_width // 2
     rates = config.theta ** (-torch.arange(half)[:fast] / half)
     for head, offset in enumerate(offsets):
@@ -137,7 +141,7 @@ def write(net: NativeNet, args: argparse.Namespace) -> None:
     NativeModel(net, word_tokenizer(), name=args.model).save(out, dtype=torch.float16)
     stored = NativeModel.load(out)
     found = evaluate(stored.net, stored.tokenizer, n=args.examples, longest=LENGTHS[-1][1], lengths=True)
-    (out / "card.md").write_text(card(args, stored.net, found))
+    (out / "card.md").write_text(card(args, stored.net, found, LENGTHS[-1][1]))
     _log(**found)
 
 
