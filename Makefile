@@ -50,7 +50,7 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict -q -f .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -f .mkdocs.yml
 
 # The model wrappers also serve the TransformerLens 3 series, which other tools still need.
 test-transformer-lens-3: $(INSTALLED)

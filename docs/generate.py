@@ -1,0 +1,148 @@
+"""Write the generated pages of the documentation, and the copy of the sources that the API reference is read from.
+
+    python docs/generate.py            write docs/families.md, docs/bundled.md, docs/cli.md and build/api/
+    python docs/generate.py --check    write nothing; exit 1 if a page is not what would be written
+
+The tables come from the code: the families from the builders of the conformance suite, so a family is listed if and only if it
+is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("probes", "kernels", "apps", "datasets")
+
+
+def families() -> str:
+    sys.path.insert(0, str(ROOT / "tests" / "models"))
+    from builders import BUILDERS
+
+    rows = []
+    for name, build in BUILDERS.items():
+        if not name.startswith("hf-"):
+            continue
+        case = build()
+        records = case.model.manifest().layers
+        rows.append(
+            (
+                f"`{type(case.model.model).__name__}`",
+                ", ".join(dict.fromkeys(r.mixer for r in records)),
+                ", ".join(dict.fromkeys(r.route for r in records)),
+                ", ".join(dict.fromkeys(r.exactness for r in records)),
+                ", ".join(dict.fromkeys(str(r.layer).split(".")[0] if isinstance(r.layer, str) else "0, 1, ..." for r in records)),
+            )
+        )
+    return (
+        "# Model families\n\n"
+        "Each of these runs through the whole conformance suite as a small random model: maps against the model's own eager\n"
+        "attention in float64, logits bit for bit equal with capture on and off, reads and edits, padding, caches, and nothing\n"
+        "left behind. Other families of transformers work if their attention goes through its attention interface; otherwise\n"
+        "capture is refused with the name of the layer. `model.manifest()` tells beforehand.\n\n"
+        + table(("model", "mixer", "route", "exactness", "layers are called"), rows)
+    )
+
+
+def bundled() -> str:
+    import workbench as wb
+
+    parts = ["# Bundled models and tasks\n", "## Tasks\n"]
+    parts.append(table(("task", "asks"), [(f"`{name}`", line) for name, line in wb.tasks().items()]))
+    parts.append("`workbench tasks show NAME` draws the token rows of an example.\n\n## Circuit methods\n")
+    rows = [
+        (f"`{m.name}`", m.description, ", ".join(m.levels), ", ".join(m.ablations), ", ".join(f"`{o}`" for o in m.options) or "none")
+        for m in wb.methods().values()
+    ]
+    parts.append(table(("method", "what it does", "levels", "ablations", "options"), rows))
+    parts.append("## Models\n")
+    for name in wb.bundled():
+        card = (ROOT / "datasets" / "models" / name / "card.md").read_text().strip()
+        body = "\n".join(f"##{line}" if line.startswith("#") else line for line in card.splitlines())
+        parts.append(body + "\n")
+    return "\n".join(parts)
+
+
+def command_line() -> str:
+    import typer
+
+    from workbench.apps.cli import app
+
+    parts = [
+        "# Command line\n",
+        "`workbench COMMAND --help` says the same. Every command takes `--json`: the answer as JSON alone on standard output, with\n"
+        "undefined numbers as `null`. A mistake of yours is one line on standard error and exit code 2.\n",
+    ]
+
+    def walk(command: object, path: str) -> None:
+        children = getattr(command, "commands", None)
+        if children:
+            for name in sorted(children):
+                walk(children[name], f"{path} {name}")
+            return
+        arguments = [p for p in command.params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]  # type: ignore[attr-defined]
+        names = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
+        parts.append(f"## `{f'{path} {names}'.strip()}`\n\n{command.help or ''}\n")  # type: ignore[attr-defined]
+        rows = [(f"`{', '.join(p.opts)}`", p.help or "", default(p)) for p in options]
+        if rows:
+            parts.append(table(("option", "meaning", "default"), rows))
+
+    walk(typer.main.get_command(app), "workbench")
+    return "\n".join(parts)
+
+
+def default(parameter: object) -> str:
+    value = getattr(parameter, "default", None)
+    return f"`{value}`" if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "" else ""
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "-|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def mirror() -> None:
+    """The package with real folders in place of the links, because the reference generator does not follow packages without
+    ``__init__.py``."""
+    target = ROOT / "build" / "api" / "workbench"
+    shutil.rmtree(target.parent, ignore_errors=True)
+    skip = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json", "*.parquet", "*.html")
+    shutil.copytree(ROOT / "workbench", target, ignore=skip)
+    for folder in FOLDERS:
+        for path in [target / folder, *(target / folder).rglob("*")]:
+            if path.is_dir():
+                (path / "__init__.py").touch()
+
+
+PAGES = {"families.md": families, "bundled.md": bundled, "cli.md": command_line}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, make in PAGES.items():
+        path = ROOT / "docs" / name
+        text = make().rstrip() + "\n"
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text)
+    if check:
+        for name in stale:
+            print(f"docs/{name} is not current: run `make docs`")
+        return bool(stale)
+    mirror()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
