@@ -80,7 +80,7 @@ def test_a_short_run_is_the_bridge_bit_for_bit(name, booted):
     assert torch.equal(off.logits, expected)
     assert torch.equal(on.logits, expected)
     assert torch.equal(on.acts["blocks.1.attn.hook_z"], cache["blocks.1.attn.hook_z"])
-    for layer in range(2):
+    for layer in range(2) if name not in OUTSIDE else ():
         pattern = cache["pattern", layer]
         assert torch.equal(on.maps[layer].dense(), pattern)
         torch.testing.assert_close(on.maps[layer].received(), pattern.sum(2))
@@ -98,9 +98,9 @@ def test_a_long_run_is_the_model_inside_bit_for_bit(name, booted, long):
     assert torch.equal(off.logits, twin(IDS).logits)
     assert on.provenance.attention == off.provenance.attention == twin.config._attn_implementation
     torch.testing.assert_close(off.logits, expected, rtol=1e-4, atol=1e-4)
-    patterns = model.bridge.run_with_cache(IDS)[1]
+    patterns = B.NETS[name]("eager", dtype=torch.float32)(IDS, output_attentions=True).attentions
     for layer in range(2):
-        torch.testing.assert_close(on.maps[layer].dense(), patterns["pattern", layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(on.maps[layer].dense(), patterns[layer], rtol=1e-4, atol=1e-5)
     assert state(model.bridge) == before
     assert torch.equal(model.bridge(IDS), expected)
 
@@ -375,16 +375,27 @@ def test_a_cache_goes_from_one_way_to_the_other(booted, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_edits_that_a_bridge_would_drop_are_refused(name, booted):
+def test_attention_that_a_bridge_leaves_to_the_module_inside(name, booted):
+    """Its pattern comes from that module; what would change nothing is refused."""
     model = booted(name)
+    eager = B.NETS[name]("eager", dtype=torch.float32)(IDS, output_attentions=True).attentions
+    read = ["blocks.0.attn.hook_pattern[1]", "blocks.1.attn.hook_lse", "blocks.1.attn.hook_z"]
+    run = model.run(IDS, read=read, maps=wb.capture())
+    torch.testing.assert_close(run.acts[read[0]], eager[0][:, 1], rtol=1e-4, atol=1e-5)
+    for layer in range(2):
+        torch.testing.assert_close(run.maps[layer].dense(), eager[layer], rtol=1e-4, atol=1e-5)
+    assert torch.equal(run.logits, model.bridge(IDS))
+    assert model.manifest().frame().route.tolist() == ["attention interface"] * 2
     for kind in ("pattern", "attn_scores"):
-        with pytest.raises(Refused, match="would change nothing; edit z"):
+        with pytest.raises(Refused, match="shows what came out; edit z"):
             model.run(IDS, edit={f"blocks.0.attn.hook_{kind}": lambda x: x * 0.5})
-    with pytest.raises(Refused, match="shows no scores, and the run has edits"):
-        model.run(IDS, read=["blocks.0.attn.hook_lse"], edit={"blocks.0.attn.hook_z": lambda z: z * 2})
-    assert not torch.allclose(
-        model.run(IDS, edit={"blocks.0.attn.hook_z": lambda z: z * 2}).logits, model.run(IDS).logits
-    )
+    with pytest.raises(Refused, match="edit z"):
+        model.run(IDS, read=["blocks.0.attn.hook_attn_scores"])
+    double = {"blocks.0.attn.hook_z": lambda z: z * 2}
+    for request in ({"read": ["blocks.0.attn.hook_lse"]}, {"maps": wb.capture()}):
+        with pytest.raises(Refused, match="in a pass of its own, and the run has edits"):
+            model.run(IDS, edit=double, **request)
+    assert not torch.allclose(model.run(IDS, edit=double).logits, model.run(IDS).logits)
 
 
 def test_what_cannot_be_done_is_refused_in_words(booted, long):

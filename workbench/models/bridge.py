@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class BridgeModel:
     A bridge computes attention itself, with the whole pattern in memory. Up to ``EAGER_LIMIT`` pattern entries a run is
     exactly the bridge's own forward, bit for bit, and maps are the patterns that its ``hook_pattern`` passes. Longer runs
     without reads and edits, with or without maps, go through the Hugging Face model inside the bridge and its fused
-    attention, which differs from the bridge in the last bits; ``Run.provenance.attention`` tells which one ran.
+    attention, which differs from the bridge in the last bits; ``Run.provenance.attention`` tells which one ran. Layers whose
+    attention the bridge leaves to the module inside (see ``manifest()``) give their maps by a second pass through it.
 
     ``read`` and ``edit`` take any hook name of the bridge, aliases included; names that are no ``Site`` are keys of
     ``Run.acts`` as they are. Hooks that are on the bridge already stay and act. Hooks and settings of a run are taken back
@@ -55,7 +57,7 @@ class BridgeModel:
         with unwrapped(model):
             self._inner = HFModel(model, self.tokenizer, name=self.name, revision=revision)
         self.shape = self._inner.shape
-        self._alive: frozenset[str] | None = None
+        self._alive: tuple[frozenset[str], frozenset[int]] | None = None
 
     def tokens(self, texts: str | Sequence[str]) -> Tokens:
         """As ``bridge.to_tokens`` makes them of each text (with or without a leading BOS, as the bridge is set)."""
@@ -80,20 +82,24 @@ class BridgeModel:
         return Tokens(ids, mask, labels)
 
     def layers(self) -> list[int]:
-        """Layers whose pattern the bridge shows."""
-        points = self.bridge.hook_dict
-        return [i for i in range(len(self.bridge.blocks)) if f"blocks.{i}.attn.hook_pattern" in points]
+        """Layers whose attention can be captured."""
+        with self._lock, unwrapped(self.bridge.original_model):
+            inside = {record.layer for record in self._inner.manifest().layers if record.route != "none"}
+        return [i for i in range(len(self.bridge.blocks)) if i in self._shown() or i in inside]
 
     def sites(self) -> list[Site]:
         """Every site that can be read, heads left out. Further hook names of the bridge: ``hooks()``."""
-        alive = self._fires()
+        alive, layers, shown = self._fires(), self.layers(), self._shown()
         found = []
         for kind in Site.kinds():
             try:
                 candidates = [Site(kind, layer) for layer in range(len(self.bridge.blocks))]
             except WorkbenchError:
                 candidates = [Site(kind)]
-            found += [s for s in candidates if s.hook in alive or (s.kind in MAP_KINDS and s.layer in self.layers())]
+            for site in candidates:
+                of_map = site.kind in MAP_KINDS or (site.kind == "attn_scores" and site.layer not in shown)
+                if (site.layer in layers and site.kind in MAP_KINDS) or (not of_map and site.hook in alive):
+                    found.append(site)
         return found
 
     def hooks(self) -> list[str]:
@@ -105,13 +111,15 @@ class BridgeModel:
             inner = {record.layer: record for record in self._inner.manifest().layers}
         records = []
         for layer in range(len(self.bridge.blocks)):
-            mixer = inner[layer].mixer if layer in inner else type(self.bridge.blocks[layer]).__name__
-            if layer in self.layers():
+            record = inner.get(layer)
+            mixer = type(self.bridge.blocks[layer]).__name__ if record is None else record.mixer
+            if layer in self._shown():
                 records.append(LayerRecord(layer, mixer, "bridge", "exact"))
+            elif record is not None and record.route != "none":
+                missing = "editing pattern and attn_scores (the bridge leaves attention to the module inside)"
+                records.append(LayerRecord(layer, mixer, record.route, record.exactness, missing))
             else:
-                records.append(
-                    LayerRecord(layer, mixer, "none", "none", "the bridge has no hook_pattern in this layer")
-                )
+                records.append(LayerRecord(layer, mixer, "none", "none", "the bridge shows no pattern in this layer"))
         return Manifest(self.name, tuple(records), tuple(map(str, self.sites())))
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:
@@ -166,7 +174,9 @@ class BridgeModel:
                         f"maps of {given.ids.shape[0]} x {keys} tokens need {entries:,} pattern entries here, over the limit "
                         f"of {EAGER_LIMIT:,}: {reason}; ask for maps alone, or shorten the input"
                     )
-            requests.check_logits(logits, *given.ids.shape, self.shape, torch.finfo(self._dtype).bits // 8)
+            requests.check_logits(
+                logits, len(given.ids), given.ids.shape[1], self.shape, torch.finfo(self._dtype).bits // 8
+            )
             return self._run_hooked(given, reads, edits, maps, wanted, logits, cache)
 
     # ---------------------------------------------------------------- helpers
@@ -183,33 +193,65 @@ class BridgeModel:
         ids = arguments.pop("input_ids", None)
         if ids is None:
             raise WorkbenchError(f"a bridge takes token ids; got {sorted(arguments)}")
-        hooks = Hooks(self.bridge, reads, edits, maps, wanted, shape=self.shape, real=given.mask, name=self.name)
-        with self._gates(hooks.names), hooks.installed():
-            found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
-        if hooks.without_scores:
+        reads, inside = self._split(reads, edits)
+        shown = self._shown() if wanted else frozenset()
+        here, beyond = [i for i in wanted if i in shown], tuple(i for i in wanted if i not in shown)
+        if inside or beyond:
             reason = "the run has edits" if edits else self._only_bridge()
             if reason is not None:
+                what = inside[0] if inside else f"the map of layer {beyond[0]}"
                 raise Refused(
-                    f"{hooks.without_scores[0]}: this bridge leaves attention to the Hugging Face module and shows no scores, "
-                    f"and {reason}; read it in a run of its own"
+                    f"{what}: this bridge leaves attention to the Hugging Face module, which gives it in a pass of its own, "
+                    f"and {reason}"
                 )
-            with unwrapped(model):
-                hooks.acts.update(self._inner.run(given, hooks.without_scores, logits=None, cache=cache).acts)
+        hidden = "unembed.hook_in"
+        last = [hidden] if hidden in self.bridge.hook_dict and hidden not in reads else []
+        hooks = Hooks(
+            self.bridge, [*reads, *last], edits, maps, here, shape=self.shape, real=given.mask, name=self.name
+        )
+        with self._gates(hooks.names), hooks.installed():
+            found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
         hooks.finish()
+        acts, captured = dict(hooks.acts), dict(hooks.maps)
+        output = acts.pop(hidden) if last else acts.get(hidden)
+        if inside or beyond:
+            request = None if maps is None else replace(maps, layers=beyond)
+            with unwrapped(model):
+                second = self._inner.run(given, inside, {}, request, logits=None, cache=past)
+            acts.update(second.acts)
+            captured.update(second.maps)
         mask = full_mask(given, past, cache_length(past))
         if cached and new is not None:
             new._workbench_mask = mask
         if isinstance(found, Tensor) and logits == "last":
-            last = given.mask.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
-            found = found[torch.arange(len(found)), last.to(found.device)][:, None]
+            at = given.mask.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
+            found = found[torch.arange(len(found)), at.to(found.device)][:, None]
         return Run(
             tokens=given,
             logits=None if logits is None else found,
-            acts=Activations(hooks.acts),
-            maps=Maps({layer: hooks.maps[layer] for layer in wanted}),
+            output=output,
+            acts=Activations(acts),
+            maps=Maps({layer: captured[layer] for layer in wanted}),
             provenance=self._provenance(),
             cache=new if cached else None,
         )
+
+    def _split(self, reads: list[Site | str], edits: Mapping[Site | str, Any]) -> tuple[list[Site | str], list[Site]]:
+        """Reads that the bridge answers, and properties of patterns that only the module inside knows."""
+        mine: list[Site | str] = []
+        inside: list[Site] = []
+        for key in [*reads, *edits]:
+            of_attention = isinstance(key, Site) and (key.kind in MAP_KINDS or key.kind == "attn_scores")
+            if not isinstance(key, Site) or not of_attention or key.layer in self._shown():
+                mine.append(key)
+            elif key in edits or key.kind == "attn_scores":
+                raise Refused(
+                    f"{key} of {self.name} can be neither edited nor, before the softmax, read: this bridge leaves attention "
+                    "to the Hugging Face module and shows what came out; edit z"
+                )
+            else:
+                inside.append(key)
+        return mine[: len(mine) - len(edits)], inside
 
     def _given(self, tokens: Any) -> Tokens:
         texts = isinstance(tokens, str) or (
@@ -248,26 +290,42 @@ class BridgeModel:
         return [*names, f"(heads 0-{self.shape.heads - 1}, kv heads 0-{self.shape.kv_heads - 1})"]
 
     def _fires(self) -> frozenset[str]:
-        """Hook names whose point passes a tensor, with the bridge's settings as they are or switched on for it.
+        """Hook names whose point passes a tensor, with the bridge's settings as they are or switched on for it."""
+        return self._probe()[0]
 
-        Found by two forward passes over two tokens.
-        """
+    def _shown(self) -> frozenset[int]:
+        """Layers in which the bridge computes attention itself: what its ``hook_pattern`` passes is what acts."""
+        return self._probe()[1]
+
+    def _probe(self) -> tuple[frozenset[str], frozenset[int]]:
+        """Found by two forward passes over two tokens, once."""
         if self._alive is None:
             points = self.bridge.hook_dict
-            seen: set[int] = set()
+            seen: list[int] = []
             ids = torch.zeros(1, min(2, self.shape.context or 2), dtype=torch.int64, device=self._inner._device())
             handles = []
             with self._lock, torch.no_grad():
                 try:
                     for point in {id(p): p for p in points.values()}.values():
                         handles.append(point.register_forward_hook(_note(point, seen)))
-                    for names in ((), points):
-                        with self._gates(names, lenient=True):
-                            self.bridge(ids)
+                    self.bridge(ids)
+                    order = {key: at for at, key in reversed(list(enumerate(seen)))}
+                    with self._gates(points, lenient=True):
+                        self.bridge(ids)
                 finally:
                     for handle in handles:
                         handle.remove()
-            self._alive = frozenset(name for name, point in points.items() if id(point) in seen)
+            when = {name: order.get(id(point), -1) for name, point in points.items()}
+            shown = [
+                i
+                for i in range(len(self.bridge.blocks))
+                if 0
+                <= when.get(f"blocks.{i}.attn.hook_attn_scores", -1)
+                < when.get(f"blocks.{i}.attn.hook_pattern", -1)
+                < when.get(f"blocks.{i}.attn.hook_z", -1)
+            ]
+            alive = frozenset(name for name, point in points.items() if id(point) in set(seen))
+            self._alive = alive, frozenset(shown)
         return self._alive
 
     @contextmanager
@@ -314,10 +372,10 @@ class BridgeModel:
         return f"BridgeModel({self.name!r}, {type(self.bridge.original_model).__name__}, {len(self.layers())} attention layers)"
 
 
-def _note(point: HookPoint, seen: set[int]) -> Any:
+def _note(point: HookPoint, seen: list[int]) -> Any:
     def hook(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            seen.add(id(point))
+            seen.append(id(point))
 
     return hook
 

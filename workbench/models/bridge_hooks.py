@@ -61,15 +61,12 @@ class Hooks:
     ) -> None:
         self.acts: dict[Site | str, Tensor] = {}
         self.maps: dict[int | str, AttentionMap] = {}
-        self.without_scores: list[Site] = []
-        """LSE that were asked for in layers whose attention runs inside the Hugging Face module."""
         self._bridge, self._request, self._wanted = bridge, request, set(wanted)
         self._shape, self._real, self._name = shape, real, name
         self._reads, self._edits = list(reads), dict(edits)
         self._derived = [] if torch.is_grad_enabled() else [key for key in self._reads if self._derivable(key)]
         self._fired: set[Site | str] = set()
-        self._scores: dict[int | str, tuple[Tensor, Tensor]] = {}
-        self._done: set[int] = set()
+        self._scores: dict[int, tuple[Tensor, Tensor]] = {}
         for key in self._edits:
             if isinstance(key, Site) and key.kind in MAP_KINDS and key.kind != "pattern":
                 raise WorkbenchError(
@@ -78,7 +75,7 @@ class Hooks:
         statistics = {
             s.layer for s in self._reads if isinstance(s, Site) and s.kind in MAP_KINDS and s.kind != "pattern"
         }
-        self._mapped = sorted(self._wanted | {layer for layer in statistics if layer is not None}, key=str)
+        self._mapped = sorted(layer for layer in self._wanted | statistics if isinstance(layer, int))
 
     @property
     def names(self) -> list[str]:
@@ -109,11 +106,6 @@ class Hooks:
                 point = points[_hook(key)]
                 tensors.setdefault(id(point), (point, []))[1].append(key)
         placed: list[tuple[HookPoint, Any]] = []
-        edited_layers = {
-            key.layer for key in self._edits if isinstance(key, Site) and key.kind in ("pattern", "attn_scores")
-        }
-        for layer in edited_layers:
-            placed.append((points[f"blocks.{layer}.attn.hook_z"], self._after_attention(layer)))
         for point, keys in tensors.values():
             placed.append((point, self._tensor_hook(keys)))
         for key in self._derived:
@@ -147,7 +139,6 @@ class Hooks:
                 )
             new = value
             for key, edit in edits.items():
-                self._may_edit(key)
                 new = apply_edits(new, key, {key: edit}) if isinstance(key, Site) else edited(new, key, edit)
                 self._fired.add(key)
             for key in reads:
@@ -170,54 +161,28 @@ class Hooks:
 
         return act
 
-    def _may_edit(self, key: Site | str) -> None:
-        if isinstance(key, Site) and key.layer in self._done:
-            raise Refused(
-                f"{key} cannot be edited in {self._name}: this bridge shows it after the layer's attention was computed, the "
-                "edit would change nothing; edit z"
-            )
-
-    def _after_attention(self, layer: int | None) -> Callable[..., None]:
-        def act(value: Tensor, hook: Any) -> None:
-            assert layer is not None
-            self._done.add(layer)
-
-        return act
-
-    def _see_scores(self, layer: int | str) -> Callable[..., None]:
+    def _see_scores(self, layer: int) -> Callable[..., None]:
         def act(value: Tensor, hook: Any) -> None:
             top, at = value.detach().max(-1, keepdim=True)
             self._scores[layer] = (top, at)
 
         return act
 
-    def _see_pattern(self, layer: int | str) -> Callable[..., None]:
+    def _see_pattern(self, layer: int) -> Callable[..., None]:
         def act(value: Tensor, hook: Any) -> None:
             with torch.no_grad():
                 found = self._map(layer, value.detach())
                 for key in self._reads:
-                    if (
-                        not isinstance(key, Site)
-                        or key.layer != layer
-                        or key.kind not in MAP_KINDS
-                        or key.kind == "pattern"
-                    ):
-                        continue
-                    if key.kind == "lse" and not isinstance(found, ExplicitMap):
-                        self.without_scores.append(key)
-                    else:
+                    if isinstance(key, Site) and key.layer == layer and key.kind in MAP_KINDS and key.kind != "pattern":
                         self.acts[key] = site_from_map(found, key, self._request)
                 if layer in self._wanted and self._request is not None:
                     self.maps[layer] = found.precompute(self._request)
 
         return act
 
-    def _map(self, layer: int | str, pattern: Tensor) -> AttentionMap:
+    def _map(self, layer: int, pattern: Tensor) -> AttentionMap:
         queries, keys = pattern.shape[2:]
         blind = ~self._real.to(pattern.device)[:, None].expand(pattern.shape[:3])
-        if layer not in self._scores:
-            pattern = pattern.masked_fill(blind[..., None], 0.0)
-            return AttentionMap.from_dense(pattern, offset=keys - queries, kv_heads=self._shape.kv_heads)
         top, at = self._scores[layer]
         lse = (top - pattern.gather(-1, at).log()).squeeze(-1)
         # A query that sees no key has nothing but the most negative number as scores.

@@ -181,7 +181,7 @@ class NativeModel:
         check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
         check_ids(given.ids, self.shape)
         width = torch.finfo(self.net.W_E.dtype).bits // 8
-        check_logits(logits, *given.ids.shape, self.shape, width)
+        check_logits(logits, len(given.ids), given.ids.shape[1], self.shape, width)
         reads = parse_sites(read, self._serves, self._names)
         edits = parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, range(self.shape.layers))

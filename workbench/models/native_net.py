@@ -116,6 +116,17 @@ def _norm(config: NativeConfig) -> nn.Module:
 class Attention(nn.Module):
     """Projections and rotary positions around a mixer. ``W_Q [H, D, E]``, ``W_K W_V [G, D, E]``, ``W_O [H, E, D]``."""
 
+    b_Q: Tensor | None
+    b_K: Tensor | None
+    b_V: Tensor | None
+    hook_q: HookPoint
+    hook_k: HookPoint
+    hook_v: HookPoint
+    hook_rot_q: HookPoint
+    hook_rot_k: HookPoint
+    hook_z: HookPoint
+    hook_result: HookPoint
+
     def __init__(self, config: NativeConfig, layer: int) -> None:
         super().__init__()
         h, g, d, e = config.heads, config.kv_heads or config.heads, config.width, config.head_width
@@ -179,6 +190,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    hook_resid_pre: HookPoint
+    hook_q_input: HookPoint
+    hook_k_input: HookPoint
+    hook_v_input: HookPoint
+    hook_attn_out: HookPoint
+    hook_resid_post: HookPoint
+
     def __init__(self, config: NativeConfig, layer: int) -> None:
         super().__init__()
         self.ln1, self.attn = _norm(config), Attention(config, layer)
