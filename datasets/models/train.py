@@ -30,13 +30,18 @@ from workbench.models.native_net import NativeConfig, NativeNet
 MODELS = {"tiny-softmax": "softmax", "tiny-gated": "gated-softmax"}
 CONFIG = NativeConfig(layers=4, heads=8, width=128, head_width=16, vocab=0, mlp_width=512, tied=True, bias=True)
 LENGTHS = ((0, 72), (1400, 128), (2000, 192))
-TEXT_WEIGHT = 0.3
+TEXT_WEIGHTS = ((0, 0.3), (1500, 1.5))
 WEIGHTS = {"induction": 1.5, "needle": 2.0, "greater-than": 0.7}
 
 
 def longest_row(step: int) -> int:
     """Tokens of the longest training row."""
-    return max(length for start, length in LENGTHS if step >= start)
+    return [length for start, length in LENGTHS if step >= start][-1]
+
+
+def text_weight(step: int) -> float:
+    """Weight of the text loss: small while the tasks are learned, then large, so that idle heads learn to do no harm."""
+    return [weight for start, weight in TEXT_WEIGHTS if step >= start][-1]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -48,8 +53,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / 100, 1.0, max(left, 0.02))
 
 
-def loss_of(net: NativeNet, rows: list[Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``, plus ``TEXT_WEIGHT`` times that of the text.
+def loss_of(
+    net: NativeNet, rows: list[Any], generator: torch.Generator, weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``, plus ``weight`` times that of the text.
 
     A quarter of the text positions is drawn with ``generator``.
     """
@@ -66,7 +73,7 @@ def loss_of(net: NativeNet, rows: list[Any], generator: torch.Generator) -> tupl
     means = {i: each[kind == i].mean() for i in kind.unique().tolist()}
     names = (*KINDS, "text")
     answers = [value * WEIGHTS.get(names[i], 1.0) for i, value in means.items() if i < len(KINDS)]
-    total = torch.stack(answers).mean() + TEXT_WEIGHT * means[len(KINDS)]
+    total = torch.stack(answers).mean() + weight * means[len(KINDS)]
     return total, {names[i]: round(value.item(), 3) for i, value in means.items()}
 
 
@@ -121,7 +128,7 @@ def train(args: argparse.Namespace) -> NativeNet:
         rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, longest)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.rate)
-        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step))
+        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), text_weight(step))
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
