@@ -36,7 +36,7 @@ def families() -> str:
                 ", ".join(dict.fromkeys(r.mixer for r in records)),
                 ", ".join(dict.fromkeys(r.route for r in records)),
                 ", ".join(dict.fromkeys(r.exactness for r in records)),
-                ", ".join(dict.fromkeys(str(r.layer).split(".")[0] if isinstance(r.layer, str) else "0, 1, ..." for r in records)),
+                ", ".join(dict.fromkeys(_called(r.layer) for r in records)),
             )
         )
     return (
@@ -49,16 +49,20 @@ def families() -> str:
     )
 
 
+def _called(layer: int | str) -> str:
+    return layer.split(".")[0] if isinstance(layer, str) else "0, 1, ..."
+
+
 def bundled() -> str:
     import workbench as wb
 
     parts = ["# Bundled models and tasks\n", "## Tasks\n"]
     parts.append(table(("task", "asks"), [(f"`{name}`", line) for name, line in wb.tasks().items()]))
     parts.append("`workbench tasks show NAME` draws the token rows of an example.\n\n## Circuit methods\n")
-    rows = [
-        (f"`{m.name}`", m.description, ", ".join(m.levels), ", ".join(m.ablations), ", ".join(f"`{o}`" for o in m.options) or "none")
-        for m in wb.methods().values()
-    ]
+    rows = []
+    for m in wb.methods().values():
+        options = ", ".join(f"`{o}`" for o in m.options) or "none"
+        rows.append((f"`{m.name}`", m.description, ", ".join(m.levels), ", ".join(m.ablations), options))
     parts.append(table(("method", "what it does", "levels", "ablations", "options"), rows))
     parts.append("## Models\n")
     for name in wb.bundled():
@@ -86,7 +90,8 @@ def command_line() -> str:
                 walk(children[name], f"{path} {name}")
             return
         arguments = [p for p in command.params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
-        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]  # type: ignore[attr-defined]
+        options = [p for p in command.params if p.param_type_name == "option"]  # type: ignore[attr-defined]
+        options = [p for p in options if p.name != "help"]
         names = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
         parts.append(f"## `{f'{path} {names}'.strip()}`\n\n{command.help or ''}\n")  # type: ignore[attr-defined]
         rows = [(f"`{', '.join(p.opts)}`", p.help or "", default(p)) for p in options]
