@@ -19,6 +19,7 @@ CONFIG = NativeConfig(layers=2, heads=4, kv_heads=2, width=16, head_width=6, voc
 VARIANTS = {
     "grouped": CONFIG,
     "gated": replace(CONFIG, mixer="gated-softmax"),
+    "biased": replace(CONFIG, bias=True),
     "learned": replace(CONFIG, positions="learned", kv_heads=None, tied=True, activation="relu"),
     "bare": replace(CONFIG, positions="none", norm="none", mlp_width=0),
     "both ways": replace(CONFIG, causal=False),
@@ -31,7 +32,7 @@ def make(config: NativeConfig = CONFIG, dtype: torch.dtype = torch.float64, toke
     net = NativeNet(config)
     with torch.no_grad():
         for name, weight in net.named_parameters():
-            if name.endswith(("W_gate", "b_gate", "b_in", "b_out", "ln1.w")):
+            if name.endswith(("W_gate", "b_gate", "b_in", "b_out", "b_Q", "b_K", "b_V", "ln1.w")):
                 weight.normal_()
     return NativeModel(net.to(dtype).eval(), tokenizer, name="tiny")
 
@@ -79,7 +80,9 @@ def by_hand(net: NativeNet, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch
         out, maps = torch.zeros_like(x), []
         for h in range(c.heads):
             g = h // (c.heads // (c.kv_heads or c.heads))
-            q, k, v = turn(normed @ attn.W_Q[h]), turn(normed @ attn.W_K[g]), normed @ attn.W_V[g]
+            b_q, b_k, b_v = (attn.b_Q[h], attn.b_K[g], attn.b_V[g]) if c.bias else (0, 0, 0)
+            q, k = turn(normed @ attn.W_Q[h] + b_q), turn(normed @ attn.W_K[g] + b_k)
+            v = normed @ attn.W_V[g] + b_v
             s = q @ k.T / c.head_width**0.5
             if c.causal:
                 s = s.masked_fill(torch.ones(time, time).triu(1).bool(), float("-inf"))
