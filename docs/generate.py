@@ -79,8 +79,8 @@ def command_line() -> str:
 
     parts = [
         "# Command line\n",
-        "`workbench COMMAND --help` says the same. Every command takes `--json`: the answer as JSON alone on standard output, with\n"
-        "undefined numbers as `null`. A mistake of yours is one line on standard error and exit code 2.\n",
+        "`workbench COMMAND --help` says the same. Every command takes `--json`: the answer as JSON alone on standard\n"
+        "output, with undefined numbers as `null`. A mistake of yours is one line on standard error and exit code 2.\n",
     ]
 
     def walk(command: object, path: str) -> None:
