@@ -80,7 +80,9 @@ def test_sinks_compare_two_models(workbench, model, gated):
     first = {(r["layer"], r["head"]): r for r in got["difference"]}
     for row in one["rows"]:
         if row["key"] == 0:
-            assert first[row["layer"], row["head"]]["second"] == row["share"]
+            pair = first[row["layer"], row["head"]]
+            assert pair["second"] == row["share"]
+            assert pair["difference"] == pytest.approx(pair["second"] - pair["first"])
     shown = workbench("sinks", "--compare", model, gated)
     assert shown.code == 0
     assert "generated text" in shown.err

@@ -7,9 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from workbench.apps.terminal import quiet
 
 TEXT = "When Mary and John went to the store, John gave a ring to"
 
@@ -123,6 +126,7 @@ def test_an_output_that_exists_is_left_alone(workbench, model, tmp_path, command
 def test_an_unwritable_output_is_refused_before_the_work(workbench, tmp_path):
     (tmp_path / "file").write_text("")
     words = ("circuit", "a-model-that-would-be-refused-later", "ioi", "--out")
+    assert "exists already" in workbench(*words, tmp_path).mistake()
     assert "cannot write to" in workbench(*words, tmp_path / "file" / "out").mistake()
     assert "cannot write to /proc/1" in workbench(*words, "/proc/1/out").mistake()
 
@@ -185,22 +189,27 @@ def test_errors_of_ours_keep_their_traceback(workbench, monkeypatch):
 
 
 def test_prints_of_other_packages_stay_off_stdout(workbench, model, monkeypatch):
-    import warnings
-
     import workbench as wb
 
     plain = wb.load
 
     def chatty(name):
         print("loading shards")
-        warnings.warn("something of theirs", stacklevel=1)
         return plain(name)
 
     monkeypatch.setattr(wb, "load", chatty, raising=False)
     answer = workbench("sinks", model, "--text", TEXT, "--json")
     assert answer.json["command"] == "sinks"
     assert "loading shards" in answer.err
-    assert "something of theirs" not in answer.err
+
+
+def test_warnings_of_others_are_silenced_and_ours_are_not():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with quiet():
+            warnings.warn_explicit("theirs", FutureWarning, "f.py", 1, module="transformers.models")
+            warnings.warn_explicit("ours", UserWarning, "g.py", 1, module="workbench.probes.sinks")
+    assert [str(warning.message) for warning in seen] == ["ours"]
 
 
 def test_nothing_is_left_behind_by_a_refused_command(workbench, model, tmp_path, monkeypatch):
