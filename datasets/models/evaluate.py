@@ -93,7 +93,7 @@ A small causal transformer that solves the tasks of this workbench, made to be l
 | parameters | {size:,}, stored as float16 |
 | vocabulary | {c.vocab} words (`tokenizer.json`; `<bos>` first) |
 | trained on | {_MIXTURE} |
-| recipe | AdamW, peak rate {args.rate}, decay {args.decay}, {args.steps} steps, seed {args.seed} |
+| recipe | AdamW, peak rate {args.rate}, decay 0.1 then 0.5, {args.steps} steps, seed {args.seed} |
 | start | {_START} |
 | training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s), two models sharing one core most of the time |
 

@@ -31,6 +31,7 @@ MODELS = {"tiny-softmax": "softmax", "tiny-gated": "gated-softmax"}
 CONFIG = NativeConfig(layers=4, heads=8, width=128, head_width=16, vocab=0, mlp_width=512, tied=True, bias=True)
 LENGTHS = ((0, 72), (1400, 128), (2000, 192))
 TEXT_WEIGHTS = ((0, 0.3), (1500, 1.5))
+DECAYS = ((0, 0.1), (1750, 0.5))
 WEIGHTS = {"induction": 1.5, "needle": 2.0, "greater-than": 0.7}
 
 
@@ -42,6 +43,11 @@ def longest_row(step: int) -> int:
 def text_weight(step: int) -> float:
     """Weight of the text loss: small while the tasks are learned, then large, so that idle heads learn to do no harm."""
     return [weight for start, weight in TEXT_WEIGHTS if step >= start][-1]
+
+
+def weight_decay(step: int) -> float:
+    """Weight decay; the larger value of the second half favours sinks (arXiv 2410.10781)."""
+    return [decay for start, decay in DECAYS if step >= start][-1]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -97,11 +103,11 @@ def look_back(net: NativeNet, offsets: tuple[int, ...] = (1, 1, 3, 4, 6)) -> Non
         attn.b_Q[head, half : half + fast] = -strength * torch.sin(rates * offset)
 
 
-def optimiser(net: NativeNet, decay: float) -> torch.optim.AdamW:
+def optimiser(net: NativeNet) -> torch.optim.AdamW:
     """AdamW with decay on matrices alone."""
     matrices = [p for name, p in net.named_parameters() if _decays(name)]
     vectors = [p for name, p in net.named_parameters() if not _decays(name)]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
 
 
@@ -118,7 +124,7 @@ def train(args: argparse.Namespace) -> NativeNet:
     raw, tokenizer = build(), word_tokenizer()
     net = NativeNet(replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model]))
     look_back(net)
-    opt = optimiser(net, args.decay)
+    opt = optimiser(net)
     folder = Path(args.work) / args.model
     folder.mkdir(parents=True, exist_ok=True)
     first, spent = _resume(folder, net, opt)
@@ -128,6 +134,7 @@ def train(args: argparse.Namespace) -> NativeNet:
         rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, longest)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.rate)
+            group["weight_decay"] = weight_decay(step) if group["decays"] else 0.0
         loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), text_weight(step))
         opt.zero_grad()
         loss.backward()
@@ -185,10 +192,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m workbench.datasets.models.train", description=__doc__)
     parser.add_argument("--model", required=True, help=", ".join(MODELS))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
     parser.add_argument("--examples", type=int, default=400, help="test examples per task for the card")
