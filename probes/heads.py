@@ -32,7 +32,7 @@ from workbench.mods import Mod
 from workbench.probes.bootstrap import interval
 from workbench.probes.masses import mean_masses
 from workbench.probes.padding import padding
-from workbench.probes.repeats import repeats
+from workbench.probes.repeats import repeats, task_words
 from workbench.probes.shares import maps_of
 from workbench.probes.visibility import Visibility, visibility
 from workbench.results import Result, head_map
@@ -139,11 +139,13 @@ def head_scores(
 ) -> HeadScores:
     """Previous-token, duplicate-token and induction scores with their nulls.
 
-    ``source``: a model, which is run on ``batches`` batches of ``sequences`` random token rows, each batch repeated
-    after its own period drawn from ``period`` (cut to the model's context and vocabulary), of ``words`` (ids or
-    texts; all ordinary tokens by default); or a run with captured maps, whose tokens are shuffled ``shuffles``
-    times for the null. ``layers`` restricts what a model captures. Gated maps count as they act; ``raw=True`` looks
-    inside the gate. Masses are read in row chunks; nothing of size Q x K is kept.
+    ``source``: a model, which is run on ``batches`` batches of ``sequences`` rows of random tokens, each batch
+    repeated after its own period drawn from ``period`` (cut to the model's context and vocabulary); or a run with
+    captured maps, whose tokens are shuffled ``shuffles`` times for the null. ``words`` (ids or texts of single
+    tokens) are what to draw from: by default all ordinary tokens, and for the bundled models, which cannot repeat
+    just any word, those of the induction task; the result's ``source`` says which. ``layers`` restricts what a
+    model captures. Gated maps count as they act; ``raw=True`` looks inside the gate. Rows are walked in chunks;
+    nothing of size Q x K is kept.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
@@ -167,6 +169,9 @@ def head_scores(
     if not isinstance(source, Model):
         raise WorkbenchError(f"expected a model or a run; got {type(source).__name__}")
     parts = []
+    known = task_words(source) if words is None else None
+    words = known if words is None else words
+    drawn = "words of the induction task" if known is not None else "all tokens" if words is None else "given words"
     for normal, control in repeats(source, batches, sequences, period, generator, words):
         request = capture(layers=layers)
         with torch.no_grad():
@@ -180,7 +185,7 @@ def head_scores(
                 for name, amap in maps.items()
             }
         )
-    return _scores(kinds, parts, "random repeats", skipped, run.provenance)
+    return _scores(kinds, parts, f"random repeats of {drawn}", skipped, run.provenance)
 
 
 class _Measured(NamedTuple):

@@ -82,20 +82,26 @@ class MaskingResult(Result):
 def masking(
     model: Model,
     result: RetrievalResult,
-    top: int = 1,
+    top: int | None = None,
     random: int = 8,
     *,
     prompts: Prompts | None = None,
     lengths: Sequence[int] | None = None,
     seed: int = 1000,
 ) -> MaskingResult:
-    """Remove the ``top`` best heads of ``result``, and ``random`` times as many random heads below its threshold.
+    """Remove the ``top`` best heads of ``result`` (by default all at or above its threshold, or as many as other
+    heads are left), and ``random`` times as many random heads below it.
 
     Random heads are drawn in the layers of the removed ones, elsewhere only where a layer has no other head. The
-    prompts are new ones (``seed`` on top of the result's) over the lengths and depths of ``result``.
+    prompts are new ones (``seed`` on top of the result's) at the lengths and depths where the model retrieved a needle.
     """
     if result.reason:
         raise Refused(f"no retrieval heads to remove: {result.reason}")
+    if top is None:
+        found = len(result.heads())
+        top = min(found, result.score.numel() - found)
+        if not found:
+            raise Refused(f"no head reaches the threshold of {result.threshold}; name how many to remove with top=")
     if top < 1 or random < 1:
         raise WorkbenchError(f"top and random count from 1; got top={top}, random={random}")
     ranked = [(head.layer, head.head) for head in result.heads(0.0)]
@@ -112,14 +118,13 @@ def masking(
     removed: list[Heads] = [(), chosen, *(_matched(chosen, pool, generator) for _ in range(random))]
     source = prompts if prompts is not None else default_prompts(model)
     cells = {
-        (int(n), float(d))
-        for n, d in zip(result.length, result.depth, strict=True)
-        if lengths is None or int(n) in lengths
+        (int(length), float(depth))
+        for length, depth, used in zip(result.length, result.depth, result.used, strict=True)
+        if used and (lengths is None or int(length) in lengths)
     }
     if not cells:
-        raise WorkbenchError(
-            f"no length of {sorted(lengths or ())} was measured; the result has {sorted(set(result.length.tolist()))}"
-        )
+        known = sorted(set(result.length[result.used].tolist()))
+        raise WorkbenchError(f"the needle was retrieved at lengths {known}; none of them is in {sorted(lengths or ())}")
     parts = []
     for i, (length, depth) in enumerate(sorted(cells)):
         pairs = source(length, depth, result.seed + seed + i)

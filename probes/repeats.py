@@ -68,6 +68,25 @@ def vocabulary(model: Model, words: Sequence[int | str] | None = None) -> tuple[
     return start, torch.tensor([i for i in ids if i not in special], dtype=torch.long)
 
 
+def task_words(model: Model) -> tuple[int, ...] | None:
+    """Ids of the words that ``task("induction")`` repeats, for a native model whose tokenizer has them, else None.
+
+    The bundled models have a few hundred words and were trained to repeat these alone; other words mean nothing to them
+    outside of their sentences.
+    """
+    from workbench.models.native import NativeModel
+
+    if not isinstance(model, NativeModel) or model.tokenizer is None:
+        return None
+    import workbench as wb
+
+    try:
+        clean = wb.task("induction").build(0, model.tokenizer, 64).clean
+    except Refused:
+        return None
+    return tuple(clean.unique().tolist())
+
+
 def _id(word: int | str, tokenizer: Any, size: int) -> int:
     number = word
     if isinstance(word, str):

@@ -284,8 +284,20 @@ def test_masking_takes_other_layers_only_when_it_must():
         assert not set(heads) & chosen
     with pytest.raises(Refused, match="smaller top"):
         masking(Copier(), result, top=3, prompts=prompts(needle=(9,)))
-    with pytest.raises(WorkbenchError, match="no length of"):
+    with pytest.raises(WorkbenchError, match=r"retrieved at lengths \[12\]"):
         masking(Copier(), result, prompts=prompts(needle=(9,)), lengths=(99,))
+
+
+def test_masking_by_default_removes_all_retrieval_heads_where_they_worked():
+    limited = Copier(fails=lambda line: len(line) >= 20)
+    result = retrieval_heads(limited, (12, 20), 2, prompts=prompts(needle=(9,)))
+    effect = masking(limited, result, random=1, prompts=prompts(needle=(9,)))
+    assert effect.heads[1] == ((1, 0),)
+    assert effect.frame()["examples"].tolist() == [4] * 3
+    assert effect.frame()["accuracy"].tolist() == [1, 0, 1]
+    nothing = retrieval_heads(limited, 12, 1, prompts=prompts(needle=(9,)), threshold=1.5)
+    with pytest.raises(Refused, match=r"no head reaches the threshold of 1\.5"):
+        masking(limited, nothing, prompts=prompts(needle=(9,)))
 
 
 def test_results_are_drawn_shown_and_saved(tmp_path):
