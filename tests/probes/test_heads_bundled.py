@@ -48,6 +48,35 @@ def test_compiled_induction_heads_are_found():
     assert (0, 1) in [head[:2] for head in result.top("previous") if head.value > 0.99]
 
 
+@pytest.fixture(scope="module")
+def trained():
+    return wb.load("tiny-softmax")
+
+
+def test_induction_heads_of_the_trained_model_follow_a_previous_token_head(trained):
+    result = wb.head_scores(trained, batches=1, sequences=4, period=(8, 20))
+    assert result.source == "random repeats of words of the induction task"
+    best, first = result.top("induction", 1)[0], result.top("previous", 1)[0]
+    assert best.value > 0.4
+    assert best.value > 4 * best.null
+    assert first.value > 0.4
+    assert first.layer < best.layer
+
+
+def test_words_that_were_never_repeated_are_worth_asking_for(trained):
+    result = wb.head_scores(trained, batches=1, sequences=1, period=(8, 8), words=range(600))
+    assert result.source == "random repeats of given words"
+
+
+def test_retrieval_heads_of_the_trained_model_are_needed(trained):
+    result = wb.retrieval_heads(trained, lengths=96, depths=(0.1, 0.6), trials=4)
+    assert result.grid()["recall"].min() > 0.7
+    best = result.heads()[0]
+    assert best.score > 0.5
+    assert best.null < 0.1
+    assert masking(trained, result, random=1).drop("top") > 0.3
+
+
 def test_words_to_draw_are_tokens_of_the_model(needle):
     options = {"batches": 1, "sequences": 1, "period": (4, 4)}
     for words_given, said in (
