@@ -73,7 +73,7 @@ def spans(ranges: Tensor) -> Mod:
         if int(b.max()) >= len(ranges):
             raise WorkbenchError(f"spans of {len(ranges)} examples, asked for example {int(b.max())}")
         lo, hi = ranges.to(b.device)[b].unbind(-1)
-        return (k >= lo) & (k < hi) & (lo >= 0) & (q == q)
+        return (k >= lo) & (k < hi) & (q == q)
 
     return mod
 

@@ -138,6 +138,7 @@ MAPS: dict[str, Callable[[], Case]] = {
     "softmax no shared heads": lambda: softmax(Mask(causal=True), causal, kv=4),
     "softmax softcap": lambda: softmax(Mask(causal=True), causal, softcap=0.7),
     "softmax sink": lambda: softmax(Mask(causal=True), causal, sink=rand(4, H)),
+    "softmax sink, lse on demand": lambda: softmax(Mask(causal=True), causal, sink=rand(4, H), direct=True),
     "softmax sink and padding": lambda: softmax(
         Mask(causal=True, keys=REAL), lambda b, i, j: j <= i and bool(REAL[b, j]), sink=rand(4, H)
     ),
