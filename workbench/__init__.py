@@ -38,13 +38,17 @@ _NAMES: dict[str, str] = {
     "circuit_graph": "workbench.circuits:circuit_graph",
     # analyses
     "sinks": "workbench.probes.sinks:sinks",
+    "compare_sinks": "workbench.probes.sinks:compare_sinks",
     "retrieval_heads": "workbench.probes.retrieval:retrieval_heads",
+    "masking": "workbench.probes.masking:masking",
     "head_scores": "workbench.probes.heads:head_scores",
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",
     "faithfulness": "workbench.probes.circuits.faithfulness:faithfulness",
     "auroc": "workbench.probes.circuits.judge:auroc",
-    # errors
+    # results and errors
+    "Result": "workbench.results:Result",
+    "load_result": "workbench.results:load_result",
     "WorkbenchError": "workbench.errors:WorkbenchError",
 }
 
@@ -55,7 +59,9 @@ def __getattr__(name: str) -> Any:
     try:
         module, attribute = _NAMES[name].split(":")
     except KeyError:
-        raise AttributeError(f"module 'workbench' has no attribute {name!r}; it has: {', '.join(sorted(_NAMES))}") from None
+        raise AttributeError(
+            f"module 'workbench' has no attribute {name!r}; it has: {', '.join(sorted(_NAMES))}"
+        ) from None
     value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
