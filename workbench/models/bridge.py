@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,10 @@ from workbench.models import requests
 from workbench.models.bridge_hooks import Hooks, settable, user_hooks
 from workbench.models.hf import HFModel
 from workbench.models.inputs import cache_length, forward_arguments, full_mask, given_tokens
+from workbench.models.interface import capturing
 from workbench.models.protocol import Edit, LayerRecord, Manifest, Tokens
 from workbench.models.requests import MAP_KINDS
+from workbench.models.session import Session
 from workbench.models.unwrap import fused, unwrapped
 from workbench.run import EMPTY, Activations, Maps, Provenance, Run, versions
 from workbench.sites import Site
@@ -35,7 +37,7 @@ class BridgeModel:
     exactly the bridge's own forward, bit for bit, and maps are the patterns that its ``hook_pattern`` passes. Longer runs
     without reads and edits, with or without maps, go through the Hugging Face model inside the bridge and its fused
     attention, which differs from the bridge in the last bits; ``Run.provenance.attention`` tells which one ran. Layers whose
-    attention the bridge leaves to the module inside (see ``manifest()``) give their maps by a second pass through it.
+    attention the bridge leaves to the module inside (see ``manifest()``) are captured there, in the same pass.
 
     ``read`` and ``edit`` take any hook name of the bridge, aliases included; names that are no ``Site`` are keys of
     ``Run.acts`` as they are. Hooks that are on the bridge already stay and act. Hooks and settings of a run are taken back
@@ -196,30 +198,18 @@ class BridgeModel:
         reads, inside = self._split(reads, edits)
         shown = self._shown() if wanted else frozenset()
         here, beyond = [i for i in wanted if i in shown], tuple(i for i in wanted if i not in shown)
-        if inside or beyond:
-            reason = "the run has edits" if edits else self._only_bridge()
-            if reason is not None:
-                what = inside[0] if inside else f"the map of layer {beyond[0]}"
-                raise Refused(
-                    f"{what}: this bridge leaves attention to the Hugging Face module, which gives it in a pass of its own, "
-                    f"and {reason}"
-                )
         hidden = "unembed.hook_in"
         last = [hidden] if hidden in self.bridge.hook_dict and hidden not in reads else []
         hooks = Hooks(
             self.bridge, [*reads, *last], edits, maps, here, shape=self.shape, real=given.mask, name=self.name
         )
-        with self._gates(hooks.names), hooks.installed():
+        with self._gates(hooks.names), hooks.installed(), self._inside(inside, maps, beyond, given, cached) as session:
             found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
         hooks.finish()
-        acts, captured = dict(hooks.acts), dict(hooks.maps)
+        acts: dict[Site | str, Tensor] = {**hooks.acts}
+        acts.update(session.acts)
+        captured = {**hooks.maps, **session.maps}
         output = acts.pop(hidden) if last else acts.get(hidden)
-        if inside or beyond:
-            request = None if maps is None else replace(maps, layers=beyond)
-            with unwrapped(model):
-                second = self._inner.run(given, inside, {}, request, logits=None, cache=past)
-            acts.update(second.acts)
-            captured.update(second.maps)
         mask = full_mask(given, past, cache_length(past))
         if cached and new is not None:
             new._workbench_mask = mask
@@ -236,6 +226,18 @@ class BridgeModel:
             cache=new if cached else None,
         )
 
+    @contextmanager
+    def _inside(
+        self, reads: list[Site], maps: Capture | None, layers: tuple[int | str, ...], given: Tokens, cached: bool
+    ) -> Iterator[Session]:
+        """Look at the attention of modules inside that the bridge runs as they are."""
+        request = None if maps is None else replace(maps, layers=layers)
+        session = self._inner._session(reads, {}, request, layers, cached, given)
+        needed = bool(reads or layers)
+        with self._inner._recording(session), capturing(self.bridge.original_model, session, switch=needed):
+            yield session
+        session.finish(self._inner._layers)
+
     def _split(self, reads: list[Site | str], edits: Mapping[Site | str, Any]) -> tuple[list[Site | str], list[Site]]:
         """Reads that the bridge answers, and properties of patterns that only the module inside knows."""
         mine: list[Site | str] = []
@@ -246,8 +248,8 @@ class BridgeModel:
                 mine.append(key)
             elif key in edits or key.kind == "attn_scores":
                 raise Refused(
-                    f"{key} of {self.name} can be neither edited nor, before the softmax, read: this bridge leaves attention "
-                    "to the Hugging Face module and shows what came out; edit z"
+                    f"{key} of {self.name} cannot be edited, and scores cannot be read: this bridge leaves attention to the "
+                    "Hugging Face module and shows what came out; edit z"
                 )
             else:
                 inside.append(key)
