@@ -287,3 +287,17 @@ def test_gradients_flow_through_reads_and_edits(case):
     assert all(g.abs().sum() > 0 for g in grads)
     assert not case.model.run(case.inputs, read=sites).acts[sites[0]].requires_grad
     assert not next(iter(run.maps.values())).dense().requires_grad
+
+
+def test_reading_a_site_leaves_the_gradients_of_others(case):
+    first = served(case, "resid_pre")[0]
+
+    def slope(*more):
+        with torch.enable_grad():
+            run = case.model.run(case.inputs, read=[first, *more])
+            return torch.autograd.grad(answer(run).square().sum(), run.acts[first])[0]
+
+    plain = slope()
+    for kind in ("result", "z", "q", "q_input", "v_input", "resid_mid", "mlp_out", "pattern"):
+        for site in served(case, kind)[-1:]:
+            assert torch.allclose(slope(site), plain, atol=1e-4 * plain.abs().max(), rtol=1e-4), str(site)

@@ -207,7 +207,8 @@ class BridgeModel:
             found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
         hooks.finish()
         acts: dict[Site | str, Tensor] = {**hooks.acts}
-        acts.update(session.acts)
+        for site, value in session.acts.items():
+            acts[site] = value
         captured = {**hooks.maps, **session.maps}
         output = acts.pop(hidden) if last else acts.get(hidden)
         mask = full_mask(given, past, cache_length(past))

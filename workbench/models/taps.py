@@ -247,9 +247,10 @@ class Taps:
 
         def give(output: Tensor) -> Tensor:
             old, new = held[0], self.session.visit(site, held[0])
-            if new is old and not old.requires_grad:
-                return output
-            return output + (new - old.detach()).sum(-2) if new is old else output + (new - old).sum(-2)
+            if new is not old:
+                return output + (new - old).sum(-2)
+            # The same bits, with gradients leading through the heads and through nothing else.
+            return output.detach() + (new - new.detach()).sum(-2) if old.requires_grad else output
 
         self._before(projection, take)
         self._after(projection, give)
