@@ -41,10 +41,6 @@ _HARMLESS = (
     "logits_to_keep",
     "num_items_in_batch",
     "position_embeddings",
-    "deterministic",
-    "target_dtype",
-    "implementation",
-    "is_training",
 )
 
 
