@@ -1,0 +1,72 @@
+"""Masks of Hugging Face attention travel as rules, checked against the tensors the models get."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from workbench.captures import capture
+from workbench.errors import Refused
+from workbench.models.protocol import Tokens
+
+
+def _builders():
+    if "model_builders" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["model_builders"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["model_builders"]
+
+
+B = _builders()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def test_masks_of_windows_and_padding_travel_as_a_rule():
+    tokens = Tokens(B.ids(), torch.arange(11).expand(2, 11) >= torch.tensor([[0], [4]]))
+    for name in ("mistral", "gemma3", "llama", "gpt2", "bloom", "mpt", "falcon"):
+        maps = B.hugging_face(name).model.run(tokens, maps=capture()).maps
+        for found in maps.values():
+            assert found.mask.dense is None, name
+            assert found.mask.keys is not None, name
+    assert maps[0].mask.causal
+
+
+def test_a_mask_without_a_rule_is_kept_when_short_and_refused_when_long(monkeypatch):
+    from workbench.models import masking
+
+    case = B.hugging_face("llama")
+    odd = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(0)) < 0.5
+    odd |= torch.eye(11, dtype=torch.bool)
+    given = {"input_ids": case.inputs, "attention_mask": odd}
+    run = case.model.run(given, maps=capture(), read=["blocks.0.attn.hook_z", "blocks.0.attn.hook_v"])
+    assert torch.equal(run.maps[0].dense() > 0, odd.expand(2, 4, 11, 11))
+    monkeypatch.setattr(masking, "DENSE_MASK_LIMIT", 100)
+    with pytest.raises(Refused, match=r"layer 0 of LlamaForCausalLM: its mask over 11 x 11"):
+        case.model.run(given, maps=capture())
+
+
+def test_documents_and_chunks_travel_as_a_rule():
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    from workbench.models.masking import rule
+
+    built = {"mask_function": chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64)), "q_offset": 0,
+             "kv_offset": 0, "kv_length": 10, "q_length": 10, "attention_mask": None}  # fmt: skip
+    mask = rule(built)
+    tile = mask.tile(slice(0, 10), slice(0, 10))
+    expected = torch.tensor([[q // 4 == k // 4 and k <= q for k in range(10)] for q in range(10)])
+    assert torch.equal(tile[0, 0], expected)
+    case = B.hugging_face("llama")
+    packed = {"input_ids": case.inputs, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]]).expand(2, 11)}
+    run = case.model.run(packed, maps=capture())
+    assert run.maps[0].mask.documents is not None
+    assert (run.maps[0].dense()[:, :, 4:9, :4] == 0).all()
