@@ -69,6 +69,7 @@ def demo(out: Path, long: int = LONG, load: Callable[[str], Model] = inputs.load
     A step that fails is reported and the others go on. ``long``: tokens of the long input; ``load`` gives the two models.
     """
     from workbench.apps.demo_steps import steps
+    from workbench.apps.overview import overview
     from workbench.apps.sections import report_of
     from workbench.run import versions
 
@@ -105,6 +106,8 @@ def demo(out: Path, long: int = LONG, load: Callable[[str], Model] = inputs.load
         }
         (folder / ACCOUNT).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
         report_of(folder, folder / "report.html")
+        if not any(step.error for step in done):
+            overview(folder).savefig(folder / "overview.png", dpi=110)
         _swap(folder, out / FOLDER)
     os.replace(out / FOLDER / "report.html", out / "report.html")
     return done, out / "report.html"
