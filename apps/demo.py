@@ -105,11 +105,20 @@ def demo(out: Path, long: int = LONG, load: Callable[[str], Model] = inputs.load
             "steps": [vars(step) for step in done],
         }
         (folder / ACCOUNT).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
-        report_of(folder, folder / "report.html")
-        if not any(step.error for step in done):
-            overview(folder).savefig(folder / "overview.png", dpi=110)
+
+        def draw(_: Work) -> list[str]:
+            report_of(folder, folder / "report.html")
+            if not any(step.error for step in done):
+                overview(folder).savefig(folder / "overview.png", dpi=110)
+            return []
+
+        written = _attempt("Report", draw, work)
+        if written.error:
+            done.append(written)
         _swap(folder, out / FOLDER)
-    os.replace(out / FOLDER / "report.html", out / "report.html")
+    (out / "report.html").unlink(missing_ok=True)
+    if (out / FOLDER / "report.html").is_file():
+        os.replace(out / FOLDER / "report.html", out / "report.html")
     return done, out / "report.html"
 
 
@@ -161,7 +170,8 @@ def summary(done: list[Step], report: Path) -> None:
             console.print(f"  {line}", soft_wrap=True)
         if step.error:
             console.print(f"  FAILED: {step.error}", style="red", soft_wrap=True)
-    console.print(f"results in {report.parent / FOLDER}, report: {report}", soft_wrap=True)
+    told = f", report: {report}" if report.is_file() else ""
+    console.print(f"results in {report.parent / FOLDER}{told}", soft_wrap=True)
 
 
 def main(out: Path = typer.Option(Path("results"), "--out", help="Folder of the results and the report.")) -> None:  # noqa: B008

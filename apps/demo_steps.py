@@ -11,7 +11,7 @@ import workbench as wb
 from workbench.apps.demo import GATED, SOFTMAX, Work
 from workbench.apps.sentences import compared_lines, head_lines, head_name, sink_lines
 from workbench.apps.terminal import percent, visible
-from workbench.probes.atlas import atlas, tile
+from workbench.probes.atlas import Atlas, atlas, tile
 
 if TYPE_CHECKING:
     from workbench.circuits import Circuit
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from workbench.run import Run
 
 SEED = 0
-TEXTS, TEXT_TOKENS = 8, 255
-RETRIEVAL_LENGTHS, DEPTHS = (256, 512, 1024), 5
+TEXTS, TEXT_TOKENS = 8, 95
+RETRIEVAL_LENGTHS, DEPTHS = (96, 192, 384), 5
+REMOVED = 8
 EXAMPLES = 64
 BLOCK = 64
 NEEDLES = 3
+TILE = (6, 14)
+_WHERE = "the last queries on the keys around the last one's favourite"
 KEPT_NODES, KEPT_EDGES = 10, 0.02
-OPTIONS: dict[str, dict[str, Any]] = {"discrete-sae": {}, "eap-ig": {}}
+OPTIONS: dict[str, dict[str, Any]] = {"discrete-sae": {"pooling": "concat"}, "eap-ig": {}}
 
 
 def steps(long: int) -> list[tuple[str, Callable[[Work], list[str]]]]:
@@ -129,7 +132,9 @@ def retrieval(work: Work) -> list[str]:
     work.found["retrieval"] = result
     lines = retrieval_lines(result)
     if result.heads():
-        removed = masking(model, result, top=min(2, len(result.heads())))
+        recall = result.grid().groupby("length")["recall"].mean()
+        easy = [int(length) for length in recall.index[recall >= 0.8]] or [min(RETRIEVAL_LENGTHS)]
+        removed = masking(model, result, top=min(REMOVED, len(result.heads())), lengths=easy)
         work.keep("retrieval-masking", removed)
         lines += masking_lines(removed)
     return lines
@@ -154,7 +159,12 @@ def _circuit(work: Work, method: str, corruption: str) -> list[str]:
     circuit = circuit.top(min(KEPT_NODES, scored) if circuit.level == "node" else round(KEPT_EDGES * scored))
     work.keep(f"circuit-{method}", circuit)
     work.found[method] = circuit
-    return [f"{method} on IOI, {EXAMPLES} pairs, {len(circuit.names):,} {circuit.level}s scored; {_strongest(circuit)}"]
+    said = "".join(f", {name}={value}" for name, value in OPTIONS[method].items())
+    lines = [f"{method}{said} on IOI, {EXAMPLES} pairs, {scored:,} {circuit.level}s scored; {_strongest(circuit)}"]
+    if "p" in circuit.columns:
+        clear = int((circuit.columns["p"] < 0.05).sum())
+        lines.append(f"{clear} of {scored} heads score more than 95% of shuffled labels would give them")
+    return lines
 
 
 def faithfulness(work: Work) -> list[str]:
@@ -197,14 +207,13 @@ def long_input(work: Work, tokens: int) -> list[str]:
         f"{len(labels):,} tokens, block maps of {BLOCK} x {BLOCK} tokens for {model.shape.layers * model.shape.heads} heads; "
         f"no N x N matrix was built",
         f"asked for the fact hidden at {percent(hay.facts[0].depth)} of the text, the model says {visible(said)} "
-        f"(right: {visible(right)})",
+        f"(right: {visible(right)}); no text it was trained on was that long",
     ]
-    at = _position(labels, hay.facts[0].text, model)
-    for layer, head, why in _chosen(work):
-        lo = max(0, at - 2)
-        part = tile(run, layer, head, slice(len(labels) - 6, len(labels)), slice(lo, min(len(labels), at + 10)), why)
-        work.keep(f"tile-{layer}-{head}", part)
+    for layer, head, why in _chosen(work, result):
         weight, key = run.maps[layer].rows(len(labels) - 1, len(labels))[0, head, 0].max(0)
+        lo = max(0, min(int(key) - TILE[1] // 2, len(labels) - TILE[1]))
+        part = tile(run, layer, head, slice(len(labels) - TILE[0], None), slice(lo, lo + TILE[1]), f"{why}: {_WHERE}")
+        work.keep(f"tile-{layer}-{head}", part)
         lines.append(
             f"head {head_name(layer, head)} ({why}): the last token gives {percent(float(weight))} of its weight to "
             f"{visible(labels[int(key)])} at position {int(key):,}, {len(labels) - 1 - int(key):,} tokens back"
@@ -212,25 +221,17 @@ def long_input(work: Work, tokens: int) -> list[str]:
     return lines
 
 
-def _chosen(work: Work) -> list[tuple[int, int, str]]:
-    """Heads worth a close look: the best retrieval heads and the best induction head."""
-    found: dict[tuple[int, int], str] = {}
+def _chosen(work: Work, long: Atlas) -> list[tuple[int, int, str]]:
+    """Heads worth a close look: the strongest sink, the best retrieval head and the best induction head."""
+    layer, head, *_ = long.strongest[0]
+    found: dict[tuple[Any, int], str] = {(layer, head): "the strongest sink"}
     if "retrieval" in work.found:
-        for best in work.found["retrieval"].heads()[:2]:
-            found[best.layer, best.head] = "a retrieval head"
+        for best in work.found["retrieval"].heads()[:1]:
+            found.setdefault((best.layer, best.head), "the best retrieval head")
     if "heads" in work.found and "induction" not in work.found["heads"].undefined:
         best = work.found["heads"].top("induction", 1)[0]
         found.setdefault((best.layer, best.head), "the best induction head")
     return [(layer, head, why) for (layer, head), why in found.items()]
-
-
-def _position(labels: tuple[str, ...], text: str, model: Model) -> int:
-    """Where the tokens of ``text`` first stand in ``labels``."""
-    wanted = [str(t) for t in model.tokens(text).labels[0]][1:]
-    for i in range(len(labels) - len(wanted) + 1):
-        if list(labels[i : i + len(wanted)]) == wanted:
-            return i
-    raise wb.WorkbenchError(f"the long input does not hold {text!r}")
 
 
 def _model(work: Work, name: str) -> Model:

@@ -1,28 +1,28 @@
-"""One picture of the demo's results, for the README: ``python -m workbench.apps.overview results docs/figures/demo.png``."""
+"""One picture of what the demo found, ``overview.png`` beside its results."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from workbench.apps import figures
-from workbench.apps.store import FOLDER
-from workbench.apps.terminal import guarded
 from workbench.probes.atlas import draw_wall
 from workbench.results import load_result
 
-
-def overview(results: Path, path: Path) -> Path:
-    """Sinks of both models, induction heads, faithfulness, and the long input's block maps, drawn from what the demo saved."""
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    saved = {p.name: load_result(p) for p in sorted((results / FOLDER).iterdir()) if (p / "result.json").is_file()}
-    figure = Figure(figsize=(12, 9.6), layout="constrained", dpi=110)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 3.2), hspace=0.04)
+
+def overview(folder: Path) -> Figure:
+    """Sinks of both models, induction heads, faithfulness, and the long input's block maps, drawn from what the demo saved
+    in ``folder``."""
+    from matplotlib.figure import Figure
+
+    saved = {p.name: load_result(p) for p in sorted(folder.iterdir()) if (p / "result.json").is_file()}
+    figure = Figure(figsize=(12, 9.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.6, 3.2), hspace=0.04)
     axes: Any = top.subplots(1, 4, width_ratios=(1, 1, 1, 1.5))
     for ax, name in zip(axes, ("tiny-softmax", "tiny-gated"), strict=False):
         table = saved[f"sinks-{name}"].table
@@ -41,23 +41,13 @@ def overview(results: Path, path: Path) -> Path:
     wall: Any = bottom.subplots()
     draw_wall(wall, {layer: long.tensors[f"blocks.{layer}"] for layer in layers})
     wall.set_title(f"every head on {len(long.labels['tokens']):,} tokens, in blocks of {long.labels['size']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return figure
 
 
 def _grid(ax: Any, table: Any, value: str, title: str) -> None:
     grid = table.pivot(index="layer", columns="head", values=value)
-    ax.imshow(grid.to_numpy(float), cmap=figures.SHADES, vmin=0, vmax=1)
+    ax.imshow(grid.to_numpy(float), cmap=figures.SHADES, vmin=0, vmax=1, aspect="auto")
     for (y, x), number in np.ndenumerate(grid.to_numpy(float)):
         ink = "white" if number < 0.6 else "black"
         ax.text(x, y, f"{number:.2f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=ink)
     ax.set(xlabel="head", ylabel="layer", title=title, xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("path", type=Path)
-    given = parser.parse_args()
-    sys.exit(guarded(lambda: print(overview(given.results, given.path))))

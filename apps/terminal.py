@@ -209,7 +209,7 @@ def cell(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    return "undefined" if math.isnan(share) else f"{100 * share:.0f}%"
+    return "undefined" if math.isnan(share) else f"{round(100 * share)}%"
 
 
 def visible(token: str) -> str:

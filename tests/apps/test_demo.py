@@ -86,6 +86,7 @@ def test_demo_saves_reports_and_replaces_itself(small, tmp_path, capsys, workben
     told = json.loads((out / "demo" / "demo.json").read_text())
     assert told["facts"]["max |delta logits|, tiny-softmax"] == "0"
     assert told["versions"]["torch"]
+    assert (out / "demo" / "overview.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in out.iterdir()} == {"demo", "report.html"}
     page = assert_alone(report.read_text())
     shown = " ".join(page.words)
@@ -136,6 +137,17 @@ def test_a_failing_step_is_told_and_the_others_go_on(small, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert "FAILED: no circuits <today>" in printed.out
     assert "ZeroDivisionError" in printed.err
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_results(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.apps.sections.report_of", lambda *a: 1 / 0)
+    (tmp_path / "report.html").write_text("of the former run")
+    done, report = demo(tmp_path, LONG, load=random_model)
+    assert [(step.title, step.error) for step in done if step.error] == [
+        ("Report", "ZeroDivisionError: division by zero")
+    ]
+    assert (tmp_path / "demo" / "long" / "result.json").is_file()
+    assert not report.exists()
 
 
 def test_demo_main_exits_with_1_when_a_step_failed(monkeypatch, tmp_path, capsys):
