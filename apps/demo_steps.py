@@ -223,8 +223,9 @@ def long_input(work: Work, tokens: int) -> list[str]:
 
 def _chosen(work: Work, long: Atlas) -> list[tuple[int, int, str]]:
     """Heads worth a close look: the strongest sink, the best retrieval head and the best induction head."""
-    layer, head, *_ = long.strongest[0]
-    found: dict[tuple[Any, int], str] = {(layer, head): "the strongest sink"}
+    layer, head, _, token, share = long.strongest[0]
+    sink = f"the strongest sink, {percent(share)} of its weight goes to {visible(token)}"
+    found: dict[tuple[Any, int], str] = {(layer, head): sink}
     if "retrieval" in work.found:
         for best in work.found["retrieval"].heads()[:1]:
             found.setdefault((best.layer, best.head), "the best retrieval head")
@@ -252,7 +253,7 @@ def _strongest(circuit: Circuit, n: int = 5) -> str:
     if circuit.level == "node":
         return "strongest: " + ", ".join(f"{row.node} ({row.score:.2f})" for row in best.itertuples())
     named = [
-        f"{r.source}->{r.target}{'' if r.channel == 'in' else f' [{r.channel}]'} ({r.score:.2f})"
+        f"{r.source} to {r.target}{'' if r.channel == 'in' else f' [{r.channel}]'} ({r.score:.2f})"
         for r in best.itertuples()
     ]
     return "strongest: " + ", ".join(named)

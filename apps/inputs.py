@@ -45,6 +45,8 @@ def prompt(text: str | None, file: str | None) -> str:
     if text is not None:
         if not text.strip():
             raise WorkbenchError("the prompt is empty: --text holds no words")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise WorkbenchError("--text is not valid UTF-8")
         return text
     assert file is not None
     raw, name = _read(file)

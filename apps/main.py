@@ -59,7 +59,7 @@ def page() -> None:
         st.info(f"Nothing is saved in {store} yet. `make demo` saves results, and so does a command with `--out`.")
         return
     if told is not None:
-        with st.expander("what the demo found", expanded=True):
+        with st.expander("what the demo found", expanded="result" not in st.query_params):
             for step in told["steps"]:
                 st.markdown(f"**{step['title']}**")
                 st.text("\n".join(step["lines"]) if not step.get("error") else f"failed: {step['error']}")

@@ -22,7 +22,8 @@ def overview(folder: Path) -> Figure:
 
     saved = {p.name: load_result(p) for p in sorted(folder.iterdir()) if (p / "result.json").is_file()}
     figure = Figure(figsize=(12, 9.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.6, 3.2), hspace=0.04)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.6, 3.2), hspace=0.04)
+    top, bottom = parts
     axes: Any = top.subplots(1, 4, width_ratios=(1, 1, 1, 1.5))
     for ax, name in zip(axes, ("tiny-softmax", "tiny-gated"), strict=False):
         table = saved[f"sinks-{name}"].table

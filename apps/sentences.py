@@ -129,6 +129,6 @@ def masking_lines(result: MaskingResult) -> list[str]:
     mean = frame.groupby("condition")["accuracy"].mean()
     top = frame[frame["condition"] == "top"]["heads"].iloc[0]
     return [
-        f"needle accuracy {percent(mean['none'])}; without heads {top} {percent(mean['top'])}, "
-        f"without as many random heads {percent(mean['random'])}"
+        f"needle accuracy {percent(mean['none'])}; {percent(mean['top'])} without heads {top.replace(' ', ', ')}; "
+        f"{percent(mean['random'])} without as many random heads"
     ]

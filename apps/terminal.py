@@ -6,6 +6,7 @@ Exit codes: 0 for an answer, 1 for something of ours that should work and does n
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -51,6 +52,9 @@ class Commands(TyperGroup):
 
 def guarded(work: Callable[[], Any]) -> int:
     """Run ``work`` and give its exit code: errors a user can cause become one line on stderr; others keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
         sys.stdout.flush()
@@ -162,8 +166,8 @@ def _hang_up() -> None:
 
 
 def to_json(payload: Any) -> str:
-    """Valid JSON: NaN is null, infinities are texts, tensors are lists, data frames lists of records."""
-    return json.dumps(plain(payload), allow_nan=False, ensure_ascii=False)
+    """Valid JSON in ASCII: NaN is null, infinities are texts, tensors are lists, data frames lists of records."""
+    return json.dumps(plain(payload), allow_nan=False)
 
 
 def plain(value: Any) -> Any:

@@ -152,6 +152,7 @@ def app(
         "server.headless": "true",
         "browser.gatherUsageStats": "false",
         "server.fileWatcherType": "none",
+        "client.toolbarMode": "minimal",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     arguments = [sys.executable, "-m", "streamlit", "run", str(page), *flags, "--", "--store", str(store.absolute())]

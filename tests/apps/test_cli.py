@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -87,6 +88,18 @@ def test_sinks_compare_two_models(workbench, model, gated):
     assert shown.code == 0
     assert "generated text" in shown.err
     assert "largest difference: head" in shown.out
+
+
+def test_terminals_without_unicode_lose_nothing(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "workbench", "models", "./d\u00fcnn"]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"./d\\xfcnn does not exist" in done.stderr
+    shown = subprocess.run([*command[:3], "tasks"], capture_output=True, env=environment, check=True)
+    assert b"| ioi" in shown.stdout
+    assert json.loads(to_json({"token": "d\u00fcnn \udcff"})) == {"token": "d\u00fcnn \udcff"}
+    assert to_json({"token": "d\u00fcnn"}).isascii()
 
 
 def test_prompt_from_file_is_the_prompt(workbench, model, tmp_path):

@@ -27,6 +27,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("sinks", "MODEL", "--text", TEXT, "--file", "x"), "got both"),
         (("sinks", "MODEL", "--text", ""), "the prompt is empty"),
         (("sinks", "MODEL", "--text", " \n\t"), "the prompt is empty"),
+        (("sinks", "MODEL", "--text", "a \udcff"), "--text is not valid UTF-8"),
         (("sinks", "MODEL", "--file", "no/such/file.txt"), "cannot read no/such/file.txt: No such file or directory"),
         (("sinks", "MODEL", "--file", "."), "is a folder"),
         (("sinks", "MODEL", "--text", TEXT, "--layer", "9"), "no attention layer '9'; known: 0, 1"),
