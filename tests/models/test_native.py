@@ -133,8 +133,9 @@ def test_padding_changes_nothing_for_real_tokens(name: str, side: str, explicit:
     ids[1, real], mask[1] = DATA[1, :short], False
     mask[1, real] = True
     ids[0] = DATA[0]
-    read = [f"blocks.1.attn.hook_{kind}" for kind in ("z", "lse", "pattern", *(["attn_scores"] if explicit else []))]
-    together = model.run(Tokens(ids, mask), read=read, maps=wb.capture())
+    read = [f"blocks.1.attn.hook_{kind}" for kind in ("z", "lse", "pattern", "attn_scores")]
+    edit = {f"blocks.{layer}.attn.hook_attn_scores": lambda s: s for layer in range(2 if explicit else 0)}
+    together = model.run(Tokens(ids, mask), read=read, edit=edit, maps=wb.capture())
     alone = model.run(DATA[1:, :short], read=read, maps=wb.capture())
     first = model.run(DATA[:1], maps=wb.capture())
     torch.testing.assert_close(together.logits[1, real], alone.logits[0])
@@ -145,6 +146,7 @@ def test_padding_changes_nothing_for_real_tokens(name: str, side: str, explicit:
     assert (padded[:, ~mask[1]] == 0).all()
     assert (padded[:, :, ~mask[1]] == 0).all()
     torch.testing.assert_close(together.acts["blocks.1.attn.hook_z"][1, real], alone.acts["blocks.1.attn.hook_z"][0])
+    assert (together.acts["blocks.1.attn.hook_z"][1, ~mask[1]] == 0).all()
     torch.testing.assert_close(
         together.acts["blocks.1.attn.hook_lse"][1][:, real], alone.acts["blocks.1.attn.hook_lse"][0]
     )
@@ -318,9 +320,9 @@ def test_padding_gives_no_nan_gradients() -> None:
     model = make()
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, :3] = False
-    for read in ([], ["blocks.0.attn.hook_attn_scores"]):
+    for edit in ({}, {"blocks.0.attn.hook_attn_scores": lambda s: s}):
         model.net.zero_grad()
-        run = model.run(Tokens(DATA, mask), read=read)
+        run = model.run(Tokens(DATA, mask), edit=edit)
         run.logits[mask].sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.net.parameters())
 

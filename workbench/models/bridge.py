@@ -15,7 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import requests
-from workbench.models.bridge_hooks import Hooks, settable, user_hooks
+from workbench.models.bridge_hooks import Hooks, probe, settable, user_hooks
 from workbench.models.hf import HFModel
 from workbench.models.inputs import cache_length, forward_arguments, full_mask, given_tokens
 from workbench.models.interface import capturing
@@ -59,6 +59,8 @@ class BridgeModel:
         with unwrapped(model):
             self._inner = HFModel(model, self.tokenizer, name=self.name, revision=revision)
         self.shape = self._inner.shape
+        self._named: tuple[bool, dict[str, HookPoint]] | None = None
+        self._inside_layers: frozenset[int] | None = None
         self._alive: tuple[frozenset[str], frozenset[int]] | None = None
 
     def tokens(self, texts: str | Sequence[str]) -> Tokens:
@@ -85,9 +87,11 @@ class BridgeModel:
 
     def layers(self) -> list[int]:
         """Layers whose attention can be captured."""
-        with self._lock, unwrapped(self.bridge.original_model):
-            inside = {record.layer for record in self._inner.manifest().layers if record.route != "none"}
-        return [i for i in range(len(self.bridge.blocks)) if i in self._shown() or i in inside]
+        if self._inside_layers is None:
+            with self._lock, unwrapped(self.bridge.original_model):
+                records = self._inner.manifest().layers
+            self._inside_layers = frozenset(r.layer for r in records if r.route != "none" and isinstance(r.layer, int))
+        return [i for i in range(len(self.bridge.blocks)) if i in self._inside_layers or i in self._shown()]
 
     def sites(self) -> list[Site]:
         """Every site that can be read, heads left out. Further hook names of the bridge: ``hooks()``."""
@@ -199,9 +203,17 @@ class BridgeModel:
         shown = self._shown() if wanted else frozenset()
         here, beyond = [i for i in wanted if i in shown], tuple(i for i in wanted if i not in shown)
         hidden = "unembed.hook_in"
-        last = [hidden] if hidden in self.bridge.hook_dict and hidden not in reads else []
+        last = [hidden] if hidden in self._points and hidden not in reads else []
         hooks = Hooks(
-            self.bridge, [*reads, *last], edits, maps, here, shape=self.shape, real=given.mask, name=self.name
+            self.bridge,
+            self._points,
+            [*reads, *last],
+            edits,
+            maps,
+            here,
+            shape=self.shape,
+            real=given.mask,
+            name=self.name,
         )
         with self._gates(hooks.names), hooks.installed(), self._inside(inside, maps, beyond, given, cached) as session:
             found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
@@ -266,7 +278,7 @@ class BridgeModel:
 
     def _parse(self, keys: Iterable[Site | str]) -> list[Site | str]:
         """Sites, and as plain names those hooks of the bridge that are no site."""
-        points = self.bridge.hook_dict
+        points = self._points
         found: list[Site | str] = []
         for key in [keys] if isinstance(keys, str | Site) else keys:
             try:
@@ -284,13 +296,21 @@ class BridgeModel:
         grouped = site.kind in ("k", "v", "rot_k", "k_input", "v_input")
         if site.head is not None and site.head >= (self.shape.kv_heads if grouped else self.shape.heads):
             return False
-        return site.hook in self.bridge.hook_dict or (site.kind in MAP_KINDS and site.layer in self.layers())
+        return site.hook in self._points or (site.kind in MAP_KINDS and site.layer in self.layers())
 
     def _names(self) -> list[str]:
         """Hook names that fire, layers as a range, for messages."""
         last = len(self.bridge.blocks) - 1
         names = dict.fromkeys(_over_layers(name, last) for name in [*map(str, self.sites()), *self.hooks()])
         return [*names, f"(heads 0-{self.shape.heads - 1}, kv heads 0-{self.shape.kv_heads - 1})"]
+
+    @property
+    def _points(self) -> dict[str, HookPoint]:
+        """Hook points of the bridge by name, aliases included; TransformerLens collects them anew on every look."""
+        mode = bool(getattr(self.bridge, "compatibility_mode", False))
+        if self._named is None or self._named[0] != mode:
+            self._named = mode, dict(self.bridge.hook_dict)
+        return self._named[1]
 
     def _fires(self) -> frozenset[str]:
         """Hook names whose point passes a tensor, with the bridge's settings as they are or switched on for it."""
@@ -301,40 +321,16 @@ class BridgeModel:
         return self._probe()[1]
 
     def _probe(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Found by two forward passes over two tokens, once."""
         if self._alive is None:
-            points = self.bridge.hook_dict
-            seen: list[int] = []
             ids = torch.zeros(1, min(2, self.shape.context or 2), dtype=torch.int64, device=self._inner._device())
-            handles = []
-            with self._lock, torch.no_grad():
-                try:
-                    for point in {id(p): p for p in points.values()}.values():
-                        handles.append(point.register_forward_hook(_note(point, seen)))
-                    self.bridge(ids)
-                    order = {key: at for at, key in reversed(list(enumerate(seen)))}
-                    with self._gates(points, lenient=True):
-                        self.bridge(ids)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-            when = {name: order.get(id(point), -1) for name, point in points.items()}
-            shown = [
-                i
-                for i in range(len(self.bridge.blocks))
-                if 0
-                <= when.get(f"blocks.{i}.attn.hook_attn_scores", -1)
-                < when.get(f"blocks.{i}.attn.hook_pattern", -1)
-                < when.get(f"blocks.{i}.attn.hook_z", -1)
-            ]
-            alive = frozenset(name for name, point in points.items() if id(point) in set(seen))
-            self._alive = alive, frozenset(shown)
+            with self._lock:
+                self._alive = probe(self.bridge, self._points, ids, lambda: self._gates(self._points, lenient=True))
         return self._alive
 
     @contextmanager
     def _gates(self, names: Iterable[str], *, lenient: bool = False) -> Any:
         """Switch on the settings without which the named hooks never fire, for the length of the block."""
-        points = self.bridge.hook_dict
+        points = self._points
         flags = (settable(points[name]) for name in names if name in points)
         wanted = dict.fromkeys(flag for flag in flags if flag and not getattr(self.bridge.cfg, flag))
         with ExitStack() as undo:
@@ -352,7 +348,7 @@ class BridgeModel:
         """Why the model inside cannot stand for the bridge; None if it can."""
         if getattr(self.bridge, "compatibility_mode", False) or getattr(self.bridge, "_weights_processed", False):
             return "the bridge's weights were processed, the model inside has the original ones"
-        hooked = user_hooks(self.bridge)
+        hooked = user_hooks(self._points)
         if hooked:
             return f"the bridge has hooks of its own on {', '.join(hooked[:3])} (bridge.reset_hooks() removes them)"
         return None
@@ -373,14 +369,6 @@ class BridgeModel:
 
     def __repr__(self) -> str:
         return f"BridgeModel({self.name!r}, {type(self.bridge.original_model).__name__}, {len(self.layers())} attention layers)"
-
-
-def _note(point: HookPoint, seen: list[int]) -> Any:
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            seen.append(id(point))
-
-    return hook
 
 
 def _over_layers(name: str, last: int) -> str:

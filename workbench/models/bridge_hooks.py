@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -34,14 +34,48 @@ def settable(point: HookPoint) -> str | None:
     return next((flag for ending, flag in _GATES.items() if (point.name or "").endswith(ending)), None)
 
 
-def user_hooks(bridge: Any) -> list[str]:
+def user_hooks(points: Mapping[str, HookPoint]) -> list[str]:
     """Hook points, each by one name, that carry hooks which the bridge did not put there itself."""
     found: dict[int, str] = {}
-    for name, point in bridge.hook_dict.items():
+    for name, point in points.items():
         placed = [getattr(hook, "__name__", "") for hook in point._forward_hooks.values()]
         if point._backward_hooks or any("_wire_symbolic_hooks" not in made for made in placed):
             found[id(point)] = name
     return list(found.values())
+
+
+@torch.no_grad()
+def probe(
+    bridge: Any, points: Mapping[str, HookPoint], ids: Tensor, gates: Callable[[], AbstractContextManager[Any]]
+) -> tuple[frozenset[str], frozenset[int]]:
+    """Hook names whose point passes a tensor, with the bridge's settings as they are or all switched on by ``gates``; and the
+    layers in which the bridge computes attention itself, so that what ``hook_pattern`` passes is what acts. Found by two
+    forward passes over ``ids``: scores, pattern and z fire in this order where they depend on each other.
+    """
+    seen: list[int] = []
+    handles = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.append(id(module))
+
+    try:
+        handles += [point.register_forward_hook(note) for point in {id(p): p for p in points.values()}.values()]
+        bridge(ids)
+        first = {key: at for at, key in reversed(list(enumerate(seen)))}
+        with gates():
+            bridge(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    alive = frozenset(name for name, point in points.items() if id(point) in set(seen))
+    shown = []
+    for layer in range(len(bridge.blocks)):
+        names = [f"blocks.{layer}.attn.hook_{kind}" for kind in ("attn_scores", "pattern", "z")]
+        order = [first.get(id(points[name]), -1) if name in points else -1 for name in names]
+        if -1 < order[0] < order[1] < order[2]:
+            shown.append(layer)
+    return alive, frozenset(shown)
 
 
 class Hooks:
@@ -50,6 +84,7 @@ class Hooks:
     def __init__(
         self,
         bridge: Any,
+        points: Mapping[str, HookPoint],
         reads: Iterable[Site | str],
         edits: Mapping[Site | str, Edit | Tensor],
         request: Capture | None,
@@ -61,7 +96,7 @@ class Hooks:
     ) -> None:
         self.acts: dict[Site | str, Tensor] = {}
         self.maps: dict[int | str, AttentionMap] = {}
-        self._bridge, self._request, self._wanted = bridge, request, set(wanted)
+        self._bridge, self._points, self._request, self._wanted = bridge, points, request, set(wanted)
         self._shape, self._real, self._name = shape, real, name
         self._reads, self._edits = list(reads), dict(edits)
         self._derived = [] if torch.is_grad_enabled() else [key for key in self._reads if self._derivable(key)]
@@ -84,7 +119,7 @@ class Hooks:
 
     def _derivable(self, key: Site | str) -> bool:
         """Whether a read can be computed beside the run, instead of switching the bridge to a path that computes it."""
-        points = self._bridge.hook_dict
+        points = self._points
         return (
             isinstance(key, Site)
             and key.kind in _DERIVED
@@ -97,7 +132,7 @@ class Hooks:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        points = self._bridge.hook_dict
+        points = self._points
         tensors: dict[int, tuple[HookPoint, list[Site | str]]] = {}
         for key in [*self._reads, *self._edits]:
             if key not in self._derived and (
