@@ -146,7 +146,9 @@ def tile(run: Run, layer: int | str, head: int, queries: slice, keys: slice, not
         raise UnknownName(f"head of layer {layer}", head, range(amap.shape[1]))
     (q0, q1, _), (k0, k1, _) = queries.indices(amap.shape[2]), keys.indices(amap.shape[3])
     if q0 >= q1 or k0 >= k1:
-        raise WorkbenchError(f"the tile is empty: queries {q0} to {q1}, keys {k0} to {k1} of a map {list(amap.shape[2:])}")
+        raise WorkbenchError(
+            f"the tile is empty: queries {q0} to {q1}, keys {k0} to {k1} of a map {list(amap.shape[2:])}"
+        )
     labels = run.tokens.labels[0] if run.tokens.labels else tuple(str(i) for i in range(amap.shape[3]))
     weights = amap.tile(slice(q0, q1), slice(k0, k1))[0, head].detach().cpu()
     shown = labels[amap.offset + q0 : amap.offset + q1], labels[k0:k1]

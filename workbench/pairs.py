@@ -51,10 +51,15 @@ class Pairs:
     def __getitem__(self, index: slice) -> Pairs:
         """A slice of the examples."""
         return Pairs(
-            self.clean[index], self.corrupt[index], self.answer[index], self.wrong[index], self.position[index],
+            self.clean[index],
+            self.corrupt[index],
+            self.answer[index],
+            self.wrong[index],
+            self.position[index],
             {name: span[index] for name, span in self.spans.items()},
             {name: tuple(values[index]) for name, values in self.labels.items()},
-            tuple(self.texts[index]), self.dropped,
+            tuple(self.texts[index]),
+            self.dropped,
         )
 
 
