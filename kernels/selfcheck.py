@@ -104,6 +104,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that uncompiled calls hold all scores: 37 x 37 here
         _, aux = flex_attention(q, k, v, score_mod=causal, return_aux=AuxRequest(lse=True))
+    if aux.lse is None:
+        raise RuntimeError("FlexAttention was asked for its log-sum-exp and returned none")
     return aux.lse
 
 
