@@ -17,8 +17,8 @@ _MIXTURE = (
     "filler, and rows of several documents (`mixture.py`); rows up to 192 tokens"
 )
 _START = (
-    "random, except that five heads of layer 0 start out attending 1, 1, 3, 4 and 6 tokens back (`look_back` in `train.py`); "
-    "what the other heads do is learned"
+    "random, except that five heads of layer 0 are set to attend 1, 1, 3, 4 and 6 tokens back and keep these queries and keys "
+    "for 1,500 steps (`look_back` in `train.py`); what all other heads do is learned"
 )
 
 
@@ -93,7 +93,7 @@ A small causal transformer that solves the tasks of this workbench, made to be l
 | parameters | {size:,}, stored as float16 |
 | vocabulary | {c.vocab} words (`tokenizer.json`; `<bos>` first) |
 | trained on | {_MIXTURE} |
-| recipe | AdamW, peak rate {args.rate}, decay 0.1 then 0.5, {args.steps} steps, seed {args.seed} |
+| recipe | AdamW, peak rate {args.rate}, decay 0.1, {args.steps} steps, seed {args.seed} |
 | start | {_START} |
 | training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s), two models sharing one core most of the time |
 

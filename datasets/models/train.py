@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,30 @@ from workbench.models.native_net import NativeConfig, NativeNet
 
 MODELS = {"tiny-softmax": "softmax", "tiny-gated": "gated-softmax"}
 CONFIG = NativeConfig(layers=4, heads=8, width=128, head_width=16, vocab=0, mlp_width=512, tied=True, bias=True)
-LENGTHS = ((0, 72), (1400, 128), (2000, 192))
-TEXT_WEIGHTS = ((0, 0.3), (1500, 1.5))
-DECAYS = ((0, 0.1), (1750, 0.5))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What holds from step ``start`` on: tokens of the longest row, and the weight of the text loss.
+
+    Text weighs little while the tasks are learned and more afterwards, when heads have to learn to do no harm.
+    """
+
+    start: int
+    longest: int
+    text: float
+
+
+STAGES = (Stage(0, 72, 0.3), Stage(1200, 128, 0.5), Stage(1600, 192, 1.5))
+LOOK_BACK = (1, 1, 3, 4, 6)
+HELD = 1500
+DECAY = 0.1
 WEIGHTS = {"induction": 1.5, "needle": 2.0, "greater-than": 0.7}
 
 
-def longest_row(step: int) -> int:
-    """Tokens of the longest training row."""
-    return [length for start, length in LENGTHS if step >= start][-1]
-
-
-def text_weight(step: int) -> float:
-    """Weight of the text loss: small while the tasks are learned, then large, so that idle heads learn to do no harm."""
-    return [weight for start, weight in TEXT_WEIGHTS if step >= start][-1]
-
-
-def weight_decay(step: int) -> float:
-    """Weight decay; the larger value of the second half favours sinks (arXiv 2410.10781)."""
-    return [decay for start, decay in DECAYS if step >= start][-1]
+def stage(step: int) -> Stage:
+    """The stage of a step."""
+    return [each for each in STAGES if step >= each.start][-1]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -84,12 +89,13 @@ def loss_of(
 
 
 @torch.no_grad()
-def look_back(net: NativeNet, offsets: tuple[int, ...] = (1, 1, 3, 4, 6)) -> None:
+def look_back(net: NativeNet, offsets: tuple[int, ...] = LOOK_BACK) -> None:
     """Let the first heads of layer 0 start out attending a fixed number of tokens back.
 
     With key bias k_f = r and query bias q_f = r exp(-i w_f s) on the fastest rotary pairs f, the score of distance d is a sum
-    of r^2 cos(w_f (d - s)), largest at d = s. Content weights of these heads start at a tenth. Training goes on from there;
-    without this the tasks that need such heads take several times as many steps.
+    of r^2 cos(w_f (d - s)), largest at d = s. Content weights of these heads start at a tenth. Queries and keys of these heads
+    are held for ``HELD`` steps and trained afterwards; without this the tasks that need such heads take several times as many
+    steps.
     """
     attn: Any = net.blocks[0].attn
     config, fast, strength = net.config, 4, 5.0
@@ -103,12 +109,32 @@ def look_back(net: NativeNet, offsets: tuple[int, ...] = (1, 1, 3, 4, 6)) -> Non
         attn.b_Q[head, half : half + fast] = -strength * torch.sin(rates * offset)
 
 
+def hold(net: NativeNet, heads: int = len(LOOK_BACK)) -> None:
+    """Drop the gradients of the queries and keys of the first heads of layer 0."""
+    attn: Any = net.blocks[0].attn
+    for p in (attn.W_Q, attn.W_K, attn.b_Q, attn.b_K):
+        p.grad[:heads] = 0
+
+
+@torch.no_grad()
+def open_gates(net: NativeNet) -> None:
+    """Let gates start at sigmoid(1) = 0.73, so that the gated twin starts out close to the softmax model."""
+    for name, p in net.named_parameters():
+        if name.endswith("b_gate"):
+            p.fill_(1.0)
+
+
 def optimiser(net: NativeNet) -> torch.optim.AdamW:
-    """AdamW with decay on matrices alone."""
-    matrices = [p for name, p in net.named_parameters() if _decays(name)]
-    vectors = [p for name, p in net.named_parameters() if not _decays(name)]
-    groups = [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+    """AdamW; decay on matrices alone, and half the rate on gates, which otherwise close before their heads learn."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
+    for name, p in net.named_parameters():
+        groups["gates" if name.endswith("gate") else "matrices" if _decays(name) else "vectors"].append(p)
+    options = {"matrices": (DECAY, 1.0), "vectors": (0.0, 1.0), "gates": (0.0, 0.5)}
+    return torch.optim.AdamW(
+        [{"params": ps, "weight_decay": options[k][0], "rate": options[k][1]} for k, ps in groups.items() if ps],
+        lr=0.0,
+        betas=(0.9, 0.98),
+    )
 
 
 def _decays(name: str) -> bool:
@@ -124,26 +150,28 @@ def train(args: argparse.Namespace) -> NativeNet:
     raw, tokenizer = build(), word_tokenizer()
     net = NativeNet(replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model]))
     look_back(net)
+    open_gates(net)
     opt = optimiser(net)
     folder = Path(args.work) / args.model
     folder.mkdir(parents=True, exist_ok=True)
     first, spent = _resume(folder, net, opt)
     began = time.monotonic() - spent
     for step in range(first, args.steps):
-        longest = longest_row(step)
-        rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, longest)
+        now = stage(step)
+        rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, now.longest)
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.rate)
-            group["weight_decay"] = weight_decay(step) if group["decays"] else 0.0
-        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), text_weight(step))
+            group["lr"] = learning_rate(step, args.steps, args.rate) * group["rate"]
+        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), now.text)
         opt.zero_grad()
         loss.backward()
+        if step < HELD:
+            hold(net)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         if step % 100 == 99:
             _log(step=step + 1, minutes=round((time.monotonic() - began) / 60, 2), loss=round(loss.item(), 3), **parts)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            _log(step=step + 1, **evaluate(net, tokenizer, n=64, longest=longest))
+            _log(step=step + 1, **evaluate(net, tokenizer, n=64, longest=now.longest))
             _checkpoint(folder, net, opt, step + 1, time.monotonic() - began)
     args.minutes = (time.monotonic() - began) / 60
     return net
@@ -154,8 +182,8 @@ def write(net: NativeNet, args: argparse.Namespace) -> None:
     out = Path(args.out) / args.model
     NativeModel(net, word_tokenizer(), name=args.model).save(out, dtype=torch.float16)
     stored = NativeModel.load(out)
-    found = evaluate(stored.net, stored.tokenizer, n=args.examples, longest=LENGTHS[-1][1], lengths=True)
-    (out / "card.md").write_text(card(args, stored.net, found, LENGTHS[-1][1]))
+    found = evaluate(stored.net, stored.tokenizer, n=args.examples, longest=STAGES[-1].longest, lengths=True)
+    (out / "card.md").write_text(card(args, stored.net, found, STAGES[-1].longest))
     _log(**found)
 
 
@@ -198,7 +226,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations and checkpoints")
     parser.add_argument("--examples", type=int, default=400, help="test examples per task for the card")
-    parser.add_argument("--work", default="runs", help="folder of checkpoints")
+    parser.add_argument("--work", default="results/training", help="folder of checkpoints")
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent), help="folder that holds the models")
     return parser.parse_args(given)
 

@@ -1,0 +1,148 @@
+"""The trained models as committed: what they solve, what they show, and that their recipe can run."""
+
+import json
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.datasets import words as words_module
+from workbench.datasets.models.evaluate import first_token_share
+from workbench.datasets.models.mixture import KINDS, batches, document
+from workbench.datasets.models.train import MODELS, STAGES, arguments, learning_rate, stage, train
+from workbench.datasets.pairs import in_split
+from workbench.datasets.tokenizer import build, word_tokenizer
+from workbench.errors import UnknownName
+from workbench.pairs import accuracy
+
+FOLDER = Path(words_module.__file__).parent / "models"
+NAMES = sorted(MODELS)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request):
+    return wb.load(request.param)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ioi", {}),
+        ("induction", {}),
+        ("needle", {"length": 64}),
+        ("needle", {"length": 192}),
+        ("needle", {"length": 128}),
+    ],
+)
+def test_solves_its_tasks_on_held_out_examples(model, name, options):
+    pairs = wb.task(name, split="test", **options).build(7, model.tokenizer, 120)
+    with torch.no_grad():
+        run = model.run(pairs.clean)
+    assert accuracy(run.logits, pairs).mean() >= 0.95
+    assert wb.task(name).metric(run.logits, pairs).mean() > 1
+
+
+def test_card_says_what_is_measured(model):
+    card = (FOLDER / model.name / "card.md").read_text()
+    said = {name.strip(): float(share) / 100 for name, share in re.findall(r"^\| ([^|]+) \| ([\d.]+)% \|$", card, re.M)}
+    assert set(wb.tasks()) <= set(said)
+    for name in ("greater-than", "docstring", "colored-objects"):
+        pairs = wb.task(name, split="test").build(0, model.tokenizer, 60)
+        with torch.no_grad():
+            reached = accuracy(model.run(pairs.clean).logits, pairs).mean().item()
+        assert reached == pytest.approx(said[name], abs=0.1)
+    sink = float(re.search(r": (0\.\d+)\.", card).group(1))
+    assert first_token_share(model.net, model.tokenizer) == pytest.approx(sink, abs=2e-3)
+
+
+def test_softmax_model_has_the_larger_sink():
+    shares = {name: first_token_share(wb.load(name).net, word_tokenizer()) for name in NAMES}
+    assert shares["tiny-softmax"] > 1.5 * shares["tiny-gated"]
+
+
+def test_twins_differ_in_the_mixer_alone():
+    configs = [json.loads((FOLDER / name / "config.json").read_text()) for name in NAMES]
+    assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"mixer"}
+    recipes = [re.findall(r"\| recipe \| (.*) \|", (FOLDER / name / "card.md").read_text()) for name in NAMES]
+    assert recipes[0] == recipes[1]
+
+
+def test_weights_are_small():
+    assert sum((FOLDER / name / "model.safetensors").stat().st_size for name in NAMES) < 6e6
+
+
+def test_recipe_runs_and_resumes_to_the_same_weights(tmp_path):
+    def trained(work, steps, *more):
+        return train(
+            arguments(["--model", "tiny-gated", "--steps", str(steps), "--work", str(work), "--every", "1", *more])
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workbench.datasets.models.train.evaluate", lambda *a, **k: {})
+        patch.setattr("workbench.datasets.models.train.batches", lambda rng, tok, n: batches(rng, tok, 60)[:1])
+        whole = trained(tmp_path / "whole", 3)
+        patch.setattr(
+            "workbench.datasets.models.train.learning_rate", lambda step, steps, peak: learning_rate(step, 3, peak)
+        )
+        trained(tmp_path / "parts", 2)
+        again = trained(tmp_path / "parts", 3)
+    for name, weight in whole.named_parameters():
+        assert torch.equal(weight, dict(again.named_parameters())[name]), name
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(UnknownName, match="tiny-softmax"):
+        train(arguments(["--model", "tiny"]))
+
+
+def test_learning_rate_and_lengths():
+    rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[100:750] == [1.0] * 650
+    assert rates[-1] == pytest.approx(0.02)
+    assert all(a >= b for a, b in pairwise(rates[750:]))
+    assert [stage(each.start) for each in STAGES] == list(STAGES)
+    assert [stage(each.start - 1) for each in STAGES[1:]] == list(STAGES[:-1])
+    assert stage(10**6) == STAGES[-1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "colored-objects+"])
+def test_training_documents(kind):
+    tokenizer = word_tokenizer()
+    rng = random.Random(0)
+    for _ in range(20):
+        doc = document(kind, rng, 96)
+        ids = tokenizer(doc.text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert len(ids) <= 96
+        assert all(doc.text[a:b].isalnum() for a, b in doc.answers)
+        assert bool(doc.answers) == (kind != "filler") or kind == "packed"
+
+
+def test_training_never_sees_a_held_out_fact():
+    rng = random.Random(1)
+    for _ in range(100):
+        row = document("induction", rng, 72).text.split()
+        again = next(i for i in range(1, len(row)) if row[i] in row[:i])
+        pairs = pairwise(row[: again + 1])
+        assert all(in_split(f"{a} {b}", "train") for a, b in pairs if (a, b) != (row[again - 1], row[again]))
+        held = re.findall(r"The (\w+) box holds (\w+)\.", document("needle", rng, 96).text)
+        assert held
+        assert all(in_split(f"{key} {value}", "train") for key, value in held)
+
+
+def test_batches_mark_answers():
+    tokenizer = build()
+    short, middle, long = batches(random.Random(0), tokenizer, 72)
+    for batch in (short, middle, long):
+        assert batch.ids.shape == batch.kind.shape
+        padding = batch.ids[:, 1:] == tokenizer.token_to_id("<pad>")
+        assert (batch.kind[:, :-1][padding] == -1).all()
+    names = {tokenizer.token_to_id(word) for word in words_module.words("names")}
+    rows, at = (short.kind == KINDS.index("ioi")).nonzero(as_tuple=True)
+    assert len(rows) == 8
+    assert {int(i) for i in short.ids[rows, at + 1]} <= names
