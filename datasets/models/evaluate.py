@@ -24,9 +24,10 @@ _START = (
 
 @torch.no_grad()
 def evaluate(net: NativeNet, tokenizer: Any, n: int, longest: int, lengths: bool = False) -> dict[str, float]:
-    """Accuracy per task on its test split, and ``sink``, the share of first-token attention.
+    """Accuracy per task on its test split, and what the first token receives.
 
-    Accuracy is the share of prompts whose largest logit is an answer.
+    Accuracy is the share of prompts whose largest logit is an answer. ``sink``: mean of ``first_token_share``; ``sink heads``:
+    how many heads give it 0.3 or more; ``sink before gate``: the mean without gates.
     Needles at the longest trained length; with ``lengths=True`` also at half of it and beyond it.
     """
     found = {}
@@ -39,7 +40,10 @@ def evaluate(net: NativeNet, tokenizer: Any, n: int, longest: int, lengths: bool
             found[f"needle, {length} tokens"] = _accuracy(net, tokenizer, n, "needle", length=length)
         for length in (12, 36):
             found[f"induction, {length} words"] = _accuracy(net, tokenizer, n, "induction", length=length)
-    found["sink"] = first_token_share(net, tokenizer)
+    share = first_token_share(net, tokenizer)
+    found["sink"] = round(share.mean().item(), 4)
+    found["sink heads"] = int((share >= 0.3).sum())
+    found["sink before gate"] = round(first_token_share(net, tokenizer, gated=False).mean().item(), 4)
     return found
 
 
@@ -50,38 +54,43 @@ def _accuracy(net: NativeNet, tokenizer: Any, n: int, name: str, **options: Any)
 
 
 @torch.no_grad()
-def first_token_share(net: NativeNet, tokenizer: Any) -> float:
-    """Mean softmax weight on the first token: over layers, heads and the queries after it, on 96 words of filler.
+def first_token_share(net: NativeNet, tokenizer: Any, gated: bool = True) -> torch.Tensor:
+    """Mean weight of the first token per layer and head ``[L, H]``, over later queries on eight texts of 96 filler words.
 
-    For a gated model this is the weight before its gate.
+    For a gated model the weight that reaches the output, gate times softmax weight; with ``gated=False`` the softmax weight.
     """
-    texts = [filler_text(seed, 96) for seed in range(8)]
-    ids = torch.tensor(tokenizer(texts)["input_ids"])
-    shares: list[float] = []
+    ids = torch.tensor(tokenizer([filler_text(seed, 96) for seed in range(8)])["input_ids"])
+    seen: dict[str, torch.Tensor] = {}
 
-    def keep(pattern: torch.Tensor, hook: Any) -> torch.Tensor:
-        shares.append(pattern[:, :, 1:, 0].mean().item())
-        return pattern
+    def keep(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        seen[hook.name] = value
+        return value
 
-    points = [point for name, point in net.hook_dict.items() if name.endswith("hook_pattern")]
+    points = {n: p for n, p in net.hook_dict.items() if n.endswith(("mixer.hook_pattern", "mixer.hook_gate"))}
     try:
-        for point in points:
+        for point in points.values():
             point.add_hook(keep)
         net(ids)
     finally:
-        for point in points:
+        for point in points.values():
             point.remove_hooks()
-    return round(sum(shares) / len(shares), 4)
+    shares = []
+    for layer in range(net.config.layers):
+        weight = seen[f"blocks.{layer}.attn.mixer.hook_pattern"][:, :, 1:, 0]
+        gate = seen.get(f"blocks.{layer}.attn.mixer.hook_gate")
+        shares.append((weight * gate[:, 1:].transpose(1, 2) if gated and gate is not None else weight).mean((0, 2)))
+    return torch.stack(shares)
 
 
 def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float], longest: int) -> str:
     """The model's card in Markdown."""
     c = net.config
-    rows = "\n".join(f"| {name} | {100 * value:.1f}% |" for name, value in found.items() if name != "sink")
+    rows = "\n".join(f"| {name} | {100 * value:.1f}% |" for name, value in found.items() if not name.startswith("sink"))
     size = sum(p.numel() for p in net.parameters())
     shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
     parts = f"{c.positions} positions, {c.norm} norm, {'tied' if c.tied else 'untied'} embeddings"
-    before = ", before the gate" if "gated" in c.mixer else ""
+    heads = c.layers * c.heads
+    before = f"\nBefore the gate the mean is {found['sink before gate']:.3f}." if "gated" in c.mixer else ""
     return f"""# {args.model}
 
 A small causal transformer that solves the tasks of this workbench, made to be looked into. Not a language model.
@@ -95,7 +104,7 @@ A small causal transformer that solves the tasks of this workbench, made to be l
 | trained on | {_MIXTURE} |
 | recipe | AdamW, peak rate {args.rate}, decay 0.1, {args.steps} steps, seed {args.seed} |
 | start | {_START} |
-| training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s), two models sharing one core most of the time |
+| training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s) of a busy machine |
 
 Again: `python -m workbench.datasets.models.train --model {args.model} --steps {args.steps} --seed {args.seed}`
 
@@ -111,6 +120,6 @@ longer needles were never seen in training.
 
 ## First-token sink
 
-Mean softmax weight on `<bos>`, over layers, heads and later queries, on 96 words of filler (evenly spread attention would
-give 0.05){before}: {found["sink"]:.3f}.
+Weight on `<bos>` that reaches the output, over layers, heads and later queries, on 96 words of filler (evenly spread
+attention would give 0.04): {found["sink"]:.3f}; heads that give it 0.3 or more: {found["sink heads"]} of {heads}.{before}
 """
