@@ -11,6 +11,7 @@ import workbench as wb
 from workbench.apps.demo import GATED, SOFTMAX, Work
 from workbench.apps.sentences import compared_lines, head_lines, head_name, sink_lines
 from workbench.apps.terminal import percent, visible
+from workbench.errors import WorkbenchError
 from workbench.probes.atlas import Atlas, atlas, tile
 
 if TYPE_CHECKING:
@@ -64,12 +65,18 @@ def capture(work: Work) -> list[str]:
         )
         work.facts[f"max |delta logits|, {name}"] = f"{difference:g}"
         if name == SOFTMAX:
-            best = int(run.logits[0, -1].argmax())  # type: ignore[index]
-            answer = model.tokenizer.convert_ids_to_tokens(best)
-            lines.append(f"{visible(text)} continues with {visible(str(answer))}")
+            answer = _said(model, run)
+            lines.append(f"{visible(text)} continues with {visible(answer)}")
             work.keep("prompt", atlas(run))
             lines += _answer_head(work, run, answer)
     return lines
+
+
+def _said(model: Model, run: Run) -> str:
+    """The token that the model gives the largest logit after the last one."""
+    if run.logits is None:
+        raise WorkbenchError(f"{model.name} has no output head, so it says nothing")
+    return str(model.tokenizer.convert_ids_to_tokens(int(run.logits[0, -1].argmax())))
 
 
 def _answer_head(work: Work, run: Run, answer: str) -> list[str]:
@@ -201,7 +208,7 @@ def long_input(work: Work, tokens: int) -> list[str]:
     result = atlas(run, BLOCK)
     work.keep("long", result)
     labels = run.tokens.labels[0]
-    said = str(model.tokenizer.convert_ids_to_tokens(int(run.logits[0, -1].argmax())))  # type: ignore[index]
+    said = _said(model, run)
     right = hay.answer.strip()
     lines = [
         f"{len(labels):,} tokens, block maps of {BLOCK} x {BLOCK} tokens for {model.shape.layers * model.shape.heads} heads; "

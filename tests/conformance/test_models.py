@@ -206,6 +206,8 @@ def test_bad_edits_are_refused_by_name(case):
     statistic = Site("entropy", site.layer, stack=site.stack)
     with pytest.raises(WorkbenchError, match="cannot be edited"):
         case.model.run(case.inputs, edit={statistic: torch.zeros_like})
+    with pytest.raises(WorkbenchError, match="edited twice"):
+        case.model.run(case.inputs, edit={site: torch.zeros_like, str(site): torch.ones_like})
 
 
 def test_logits_last_and_none(case):

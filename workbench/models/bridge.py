@@ -163,11 +163,7 @@ class BridgeModel:
             keys = cache_length(past) + given.ids.shape[1]
             entries = len(self.bridge.blocks) * given.ids.shape[0] * self.shape.heads * given.ids.shape[1] * keys
             reads = self._parse(read)
-            edits: dict[Site | str, Edit | Tensor] = {}
-            for key, value in zip(self._parse(edit), edit.values(), strict=True):
-                if key in edits:
-                    raise WorkbenchError(f"{key} is edited twice in one run; combine the two edits into one function")
-                edits[key] = value
+            edits = requests.check_edits(self._parse(edit), edit.values())
             wanted = requests.check_layers(maps, self.layers())
             plain = not edits and all(isinstance(key, Site) and key.kind in MAP_KINDS for key in reads)
             if entries > EAGER_LIMIT and (wanted or plain):

@@ -102,11 +102,6 @@ class Hooks:
         self._derived = [] if torch.is_grad_enabled() else [key for key in self._reads if self._derivable(key)]
         self._fired: set[Site | str] = set()
         self._scores: dict[int, tuple[Tensor, Tensor]] = {}
-        for key in self._edits:
-            if isinstance(key, Site) and key.kind in MAP_KINDS and key.kind != "pattern":
-                raise WorkbenchError(
-                    f"{key} is a statistic of the attention map and cannot be edited; edit pattern or z"
-                )
         statistics = {
             s.layer for s in self._reads if isinstance(s, Site) and s.kind in MAP_KINDS and s.kind != "pattern"
         }

@@ -17,7 +17,7 @@ from workbench.models.inputs import cache_length, check_eager, forward_arguments
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
-from workbench.models.requests import MAP_KINDS, check_layers, check_logits
+from workbench.models.requests import check_layers, check_logits
 from workbench.models.session import Session
 from workbench.models.taps import Globals, Place, Taps, places, w_o
 from workbench.run import EMPTY, Activations, Maps, Provenance, Run, versions
@@ -115,7 +115,7 @@ class HFModel:
         width = torch.finfo(next(self.model.parameters()).dtype).bits // 8
         check_logits(logits, given.ids.shape[0], given.ids.shape[1], self.shape, width)
         reads = requests.parse_sites(read, self._serves, self._names)
-        edits = dict(zip(requests.parse_sites(edit, self._serves, self._names), edit.values(), strict=True))
+        edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
         session = self._session(reads, edits, maps, wanted, cached, given)
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
@@ -158,10 +158,6 @@ class HFModel:
                     f"interface and no recorder knows it; layers that can be captured: {fine or 'none'}"
                 )
         for site in edits:
-            if site.kind in MAP_KINDS and site.kind != "pattern":
-                raise WorkbenchError(
-                    f"{site} is a statistic of the attention map and cannot be edited; edit z or pattern"
-                )
             layer = next((x for x in self._layers if (x.stack, x.index) == (site.stack, site.layer)), None)
             if site.kind == "pattern" and layer is not None:
                 base = self._implementation(layer)

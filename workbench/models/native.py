@@ -185,11 +185,6 @@ class NativeModel:
         reads = parse_sites(read, self._serves, self._names)
         edits = parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, range(self.shape.layers))
-        unfit = [s for s in edits if s.kind in MAP_KINDS and s.kind != "pattern"]
-        if unfit:
-            raise WorkbenchError(
-                f"{unfit[0]} is a statistic of the attention map and cannot be edited; edit pattern or z"
-            )
 
         acts: dict[Site, Tensor] = {}
         captured: dict[int | str, AttentionMap] = {}

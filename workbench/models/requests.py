@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAP_KINDS = ("pattern", "lse", "received", "entropy", "block_mass", "block_max")
 """Site kinds that are read off the captured attention map rather than off the forward pass."""
 LOGITS_LIMIT = 2**33
+Key = TypeVar("Key", bound=Site | str)
 
 
 def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens:
@@ -114,13 +115,20 @@ def parse_sites(
 def parse_edits(
     edits: Mapping[Site | str, Edit | Tensor], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]
 ) -> dict[Site, Edit | Tensor]:
-    """Edits by site; a site named twice in two spellings raises."""
-    parsed: dict[Site, Edit | Tensor] = {}
-    for site, edit in zip(parse_sites(edits, served, names), edits.values(), strict=True):
-        if site in parsed:
-            raise WorkbenchError(f"{site} is edited twice in one run; combine the two edits into one function")
-        parsed[site] = edit
-    return parsed
+    """Edits by site; a site that the model does not serve raises with those it does."""
+    return check_edits(parse_sites(edits, served, names), edits.values())
+
+
+def check_edits(keys: Iterable[Key], edits: Iterable[Edit | Tensor]) -> dict[Key, Edit | Tensor]:
+    """Edits by parsed key; refuses a key named twice in two spellings, and statistics of the map."""
+    checked: dict[Key, Edit | Tensor] = {}
+    for key, edit in zip(keys, edits, strict=True):
+        if key in checked:
+            raise WorkbenchError(f"{key} is edited twice in one run; combine the two edits into one function")
+        if isinstance(key, Site) and key.kind in MAP_KINDS and key.kind != "pattern":
+            raise WorkbenchError(f"{key} is a statistic of the attention map and cannot be edited; edit pattern or z")
+        checked[key] = edit
+    return checked
 
 
 def edited(part: Tensor, key: Site | str, edit: Edit | Tensor) -> Tensor:
