@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from builders import BUILDERS
 
 from workbench.captures import capture
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.protocol import Model, Tokens
 from workbench.sites import Site
 
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        path = Path(__file__).parents[1] / "models" / "builders.py"
-        spec = importlib.util.spec_from_file_location("model_builders", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["model_builders"]
-
-
-BUILDERS = _builders().BUILDERS
 STATISTICS = ("lse", "received", "entropy", "block_mass", "block_max")
 
 

@@ -1,9 +1,6 @@
 """TransformerLens bridges: exactly the bridge where it fits, the model inside where it is long, nothing left behind."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import builders as B
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -16,17 +13,6 @@ from workbench.models.hf import HFModel
 from workbench.models.interface import configs
 from workbench.models.protocol import Tokens
 
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = loaded
-        spec.loader.exec_module(loaded)
-    return sys.modules["model_builders"]
-
-
-B = _builders()
 FAMILIES = ("gpt2", "llama", "qwen2", "gemma2", "gemma3", "mistral", "phi3", "opt", "bert", "gpt_oss")
 OUTSIDE = ("opt", "bert")
 """Families whose bridge leaves attention to the Hugging Face module and only shows what came out."""

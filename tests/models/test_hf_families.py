@@ -1,9 +1,6 @@
 """Maps of every Hugging Face family against the family's own eager attention."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import builders as B
 import pytest
 import torch
 import transformers as hf
@@ -12,18 +9,6 @@ from torch.overrides import TorchFunctionMode
 from workbench.captures import capture
 from workbench.models.hf import HFModel
 from workbench.sites import Site
-
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["model_builders"]
-
-
-B = _builders()
 
 
 class FullPrecision(TorchFunctionMode):

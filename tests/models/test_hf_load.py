@@ -1,10 +1,9 @@
 """The door ``load``: folders, names, objects, and everything that is not a model."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import builders as B
 import pytest
 import torch
 import transformers as hf
@@ -13,18 +12,6 @@ import workbench as wb
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.hf import HFModel
 from workbench.models.load import load
-
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["model_builders"]
-
-
-B = _builders()
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,12 @@
 """Masks of Hugging Face attention travel as rules, checked against the tensors the models get."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import builders as B
 import pytest
 import torch
 
 from workbench.captures import capture
 from workbench.errors import Refused
 from workbench.models.protocol import Tokens
-
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["model_builders"]
-
-
-B = _builders()
 
 
 @pytest.fixture(autouse=True)

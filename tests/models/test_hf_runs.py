@@ -1,10 +1,8 @@
 """What a run of a Hugging Face model leaves behind (nothing), refuses, and costs."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
+import builders as B
 import pytest
 import torch
 import transformers as hf
@@ -17,18 +15,6 @@ from workbench.models.hf import HFModel
 from workbench.models.interface import Key, configs
 from workbench.models.protocol import Tokens
 from workbench.sites import Site
-
-
-def _builders():
-    if "model_builders" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("model_builders", Path(__file__).with_name("builders.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["model_builders"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["model_builders"]
-
-
-B = _builders()
 
 
 @pytest.fixture(autouse=True)
