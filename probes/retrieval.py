@@ -42,6 +42,7 @@ Prompts = Callable[[int, float, int], Pairs]
 FORMS = ("unique", "published")
 TARGETS = ("VALUE", "NEEDLE", "needle")
 RECALL = 0.5
+LONGEST = 2048
 _CONTROLS = 16
 
 
@@ -177,7 +178,7 @@ class RetrievalResult(Result):
 
 def retrieval_heads(
     model: Model,
-    lengths: Sequence[int] | int = (512, 2048),
+    lengths: Sequence[int] | int | None = None,
     depths: Sequence[float] | int = 5,
     *,
     prompts: Prompts | None = None,
@@ -193,6 +194,8 @@ def retrieval_heads(
 ) -> RetrievalResult:
     """Copy scores over a grid of context lengths and needle depths.
 
+    ``lengths`` in tokens; by default a quarter and all of what the model was made for (``Shape.trained``, else
+    ``Shape.context``), 2,048 at most.
     ``depths``: how many, spread evenly over [0, 1], or the depths themselves. Prompts are ``trials`` examples per
     cell of ``wb.task("needle")``; with ``needles`` (pairs of fact and question) and ``texts`` (the haystack) they
     are made from those; or ``prompts(length, depth, seed)`` gives them, with the copied part named by the span
@@ -201,6 +204,9 @@ def retrieval_heads(
     """
     if form not in FORMS:
         raise UnknownName("form of the copy score", form, FORMS)
+    if lengths is None:
+        longest = min(LONGEST, model.shape.trained or model.shape.context or LONGEST)
+        lengths = (longest // 4, longest)
     lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
     places = _depths(depths)
     if not lengths or min(lengths) < 1:

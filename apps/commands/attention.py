@@ -243,8 +243,13 @@ def heads(
 def retrieval(
     model: ModelArgument,
     lengths: Annotated[
-        str, typer.Option("--lengths", help="Lengths of the texts in tokens, separated by commas.")
-    ] = "512,2048",
+        str | None,
+        typer.Option(
+            "--lengths",
+            help="Lengths of the texts in tokens, separated by commas.",
+            show_default="a quarter and all of what the model was made for, 2,048 at most",
+        ),
+    ] = None,
     depths: Annotated[int, typer.Option("--depths", min=1, help="Number of depths at which the needle stands.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the texts.")] = 0,
     out: OutOption = None,
@@ -254,7 +259,7 @@ def retrieval(
 
     Which heads fetch a fact from far back, over lengths of the text and depths of the fact.
     """
-    sizes, target = inputs.numbers(lengths, "--lengths"), inputs.fresh(out)
+    sizes, target = None if lengths is None else inputs.numbers(lengths, "--lengths"), inputs.fresh(out)
     with working(f"{model}: retrieval heads") as tick:
         import workbench as wb
 
@@ -264,7 +269,7 @@ def retrieval(
     payload = {
         "command": "retrieval",
         "model": model,
-        "lengths": sizes,
+        "lengths": sorted({int(length) for length in result.length}),
         "depths": depths,
         "threshold": result.threshold,
         "rows": result.frame(),

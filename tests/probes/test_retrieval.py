@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -237,6 +238,23 @@ def test_progress_counts_cells():
     seen = []
     retrieval_heads(Copier(), (12, 14), 2, prompts=prompts(), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [({}, [512, 2048]), ({"context": 100}, [25, 100]), ({"context": 9000}, [512, 2048]), ({"trained": 48}, [12, 48])],
+)
+def test_lengths_are_by_default_those_the_model_was_made_for(sizes, expected):
+    model = Copier()
+    model.shape = replace(model.shape, **sizes)
+    asked = []
+
+    def source(length, depth, seed):
+        asked.append(length)
+        return prompts()(length, depth, seed)
+
+    retrieval_heads(model, depths=1, prompts=source)
+    assert asked == expected
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -60,7 +60,7 @@ class NativeModel:
         self._lock = threading.RLock()
         c = net.config
         self.shape = Shape(
-            c.layers, c.heads, c.kv_heads or c.heads, c.width, c.head_width, c.vocab, c.context, c.causal
+            c.layers, c.heads, c.kv_heads or c.heads, c.width, c.head_width, c.vocab, c.context, c.causal, c.trained
         )
 
     @classmethod

@@ -45,6 +45,8 @@ class NativeConfig:
     tied: bool = False
     bias: bool = False
     """Biases ``b_Q b_K b_V`` on queries, keys and values: with rotary positions a head that looks at a distance needs them."""
+    trained: int | None = None
+    """Tokens of the longest row in training."""
 
     def __post_init__(self) -> None:
         for name, least in (

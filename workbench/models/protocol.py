@@ -25,7 +25,8 @@ Edit = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model: L layers, H query heads, G kv heads, D model width, E head width, V vocabulary, and the longest
-    input it accepts (``None`` if positions are unbounded). ``causal`` tells whether position q sees keys k > q."""
+    input it accepts (``None`` if positions are unbounded). ``causal`` tells whether position q sees keys k > q, ``trained``
+    the tokens of the longest input in training, where that is known and shorter than what the model accepts."""
 
     layers: int
     heads: int
@@ -35,6 +36,7 @@ class Shape:
     vocab: int | None
     context: int | None
     causal: bool = True
+    trained: int | None = None
 
 
 @dataclass(frozen=True)
