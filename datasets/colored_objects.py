@@ -50,12 +50,12 @@ class ColoredObjects:
         """One example in text."""
         before = ""
         for _ in range(self.shots):
-            scene, colors, objects = _scene(rng)
+            text, colors, objects = scene(rng)
             slot = rng.randrange(3)
-            before += f"Q: {scene} {_question(objects[slot])}\nA: {colors[slot]}\n"
-        scene, colors, objects = _scene(rng)
+            before += f"Q: {text} {question(objects[slot])}\nA: {colors[slot]}\n"
+        text, colors, objects = scene(rng)
         slot, other = rng.sample(range(3), 2)
-        clean, corrupt = (f"{before}Q: {scene} {_question(objects[i])}\nA:" for i in (slot, other))
+        clean, corrupt = (f"{before}Q: {text} {question(objects[i])}\nA:" for i in (slot, other))
         pair = f"{colors[slot]} {objects[slot]}"
         at = clean.index(pair, len(before))
         query = clean.rindex(objects[slot])
@@ -64,7 +64,7 @@ class ColoredObjects:
             corrupt=corrupt,
             answer=(f" {colors[slot]}",),
             wrong=(f" {colors[other]}",),
-            key=f"{scene} {objects[slot]}",
+            key=f"{text} {objects[slot]}",
             spans={
                 "COLOR": (at, at + len(colors[slot])),
                 "OBJECT": (at + len(colors[slot]) + 1, at + len(pair)),
@@ -74,7 +74,8 @@ class ColoredObjects:
         )
 
 
-def _scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
+def scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
+    """A sentence with three objects, their colors and the objects."""
     frames = template("colored-objects")
     colors, objects = rng.sample(words("colors"), 3), rng.sample(words("objects"), 3)
     named = {f"c{i}": c for i, c in enumerate(colors, 1)} | {f"o{i}": o for i, o in enumerate(objects, 1)}
@@ -82,5 +83,6 @@ def _scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
     return frames["scene"].format(opening=opening, surface=surface, **named), colors, objects
 
 
-def _question(thing: str) -> str:
+def question(thing: str) -> str:
+    """The question about one object."""
     return template("colored-objects")["question"].format(o=thing)

@@ -17,8 +17,12 @@ _MIXTURE = (
     "filler, and rows of several documents (`mixture.py`); rows up to 192 tokens"
 )
 _START = (
-    "random, except that five heads of layer 0 are set to attend 1, 1, 3, 4 and 6 tokens back and keep these queries and keys "
-    "for 1,500 steps (`look_back` in `train.py`); what all other heads do is learned"
+    "random, except that six heads of layer 0 are set to attend 1, 1, 3, 4, 4 and 6 tokens back (`look_back` in `train.py`); "
+    "they train on from there, and what all other heads do is learned"
+)
+_PRICE = (
+    "from step 2,000 on what heads write into the residual stream has a price (`written` in `train.py`), so that a head with "
+    "nothing to say learns to say nothing"
 )
 
 
@@ -104,6 +108,7 @@ A small causal transformer that solves the tasks of this workbench, made to be l
 | trained on | {_MIXTURE} |
 | recipe | AdamW, peak rate {args.rate}, decay 0.1, {args.steps} steps, seed {args.seed} |
 | start | {_START} |
+| price of writing | {_PRICE} |
 | training time | {args.minutes:.0f} minutes on {args.threads} CPU thread(s) of a busy machine |
 
 Again: `python -m workbench.datasets.models.train --model {args.model} --steps {args.steps} --seed {args.seed}`

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.datasets.colored_objects import ColoredObjects
+from workbench.datasets.colored_objects import question, scene
 from workbench.datasets.corpus import count_pieces, filler_sentences, hide
 from workbench.datasets.docstring import Docstring
 from workbench.datasets.greater_than import GreaterThan
@@ -99,7 +99,18 @@ def _docstring(rng: random.Random, longest: int) -> Document:
 
 
 def _colored(rng: random.Random, longest: int) -> Document:
-    return _answered(_train(ColoredObjects(shots=0).draw, rng), rng, "\n")
+    """A scene, and questions about all its objects that belong to the training split."""
+    text = ""
+    answers: list[tuple[int, int]] = []
+    while not answers:
+        said, colors, objects = scene(rng)
+        text = f"Q: {said} "
+        for color, thing in rng.sample(list(zip(colors, objects, strict=True)), 3):
+            if in_split(f"{said} {thing}", "train"):
+                text += f"{'Q: ' * bool(answers)}{question(thing)}\nA: "
+                answers.append((len(text), len(text) + len(color)))
+                text += f"{color}\n"
+    return Document(text, tuple(answers))
 
 
 def _colored_shots(rng: random.Random, longest: int) -> Document:

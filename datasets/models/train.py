@@ -12,6 +12,8 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from workbench.datasets.models.evaluate import card, evaluate
 from workbench.datasets.models.mixture import KINDS, batches
 from workbench.datasets.tokenizer import build, word_tokenizer
 from workbench.errors import UnknownName
+from workbench.models.hookpoints import attached
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
 
@@ -33,21 +37,23 @@ CONFIG = NativeConfig(layers=4, heads=8, width=128, head_width=16, vocab=0, mlp_
 
 @dataclass(frozen=True)
 class Stage:
-    """What holds from step ``start`` on: tokens of the longest row, and the weight of the text loss.
+    """What holds from step ``start`` on: tokens of the longest row, weight of the text loss, and the price of writing.
 
-    Text weighs little while the tasks are learned and more afterwards, when heads have to learn to do no harm.
+    Once the tasks are learned text weighs more and heads pay for what they write (``written``): a head with nothing to say
+    learns to say nothing, by attending to a first token of small value or, in the gated twin, by closing its gate. Gates stay
+    open until there is a price.
     """
 
     start: int
     longest: int
     text: float
+    price: float
 
 
-STAGES = (Stage(0, 72, 0.3), Stage(1200, 128, 0.5), Stage(1600, 192, 1.5))
-LOOK_BACK = (1, 1, 3, 4, 6)
-HELD = 1500
+STAGES = (Stage(0, 72, 0.3, 0.0), Stage(1400, 128, 0.3, 0.0), Stage(2000, 192, 1.0, 1.0))
+LOOK_BACK = (1, 1, 3, 4, 4, 6)
 DECAY = 0.1
-WEIGHTS = {"induction": 1.5, "needle": 2.0, "greater-than": 0.7}
+WEIGHTS = {"induction": 1.5, "needle": 2.0, "colored-objects": 2.0, "greater-than": 0.7}
 
 
 def stage(step: int) -> Stage:
@@ -65,15 +71,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def loss_of(
-    net: NativeNet, rows: list[Any], generator: torch.Generator, weight: float
+    net: NativeNet, rows: list[Any], generator: torch.Generator, text_weight: float, price: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``, plus ``weight`` times that of the text.
-
-    A quarter of the text positions is drawn with ``generator``.
-    """
+    """Mean cross-entropy per kind of answer, averaged with ``WEIGHTS``; plus ``text_weight`` times that of the text, a quarter
+    of whose positions is drawn with ``generator``; plus ``price`` times what heads write."""
     logits, targets, kinds = [], [], []
+    spent: list[Tensor] = []
     for row in rows:
-        hidden, _ = net(row.ids, hidden=True)
+        with written(net, row.kind >= 0, spent) if price else nullcontext():
+            hidden, _ = net(row.ids, hidden=True)
         text = (row.kind == len(KINDS)) & (torch.rand(row.kind.shape, generator=generator) < 0.25)
         b, t = ((row.kind >= 0) & (row.kind < len(KINDS)) | text).nonzero(as_tuple=True)
         logits.append(hidden[b, t] @ net.unembed)
@@ -84,8 +90,36 @@ def loss_of(
     means = {i: each[kind == i].mean() for i in kind.unique().tolist()}
     names = (*KINDS, "text")
     answers = [value * WEIGHTS.get(names[i], 1.0) for i, value in means.items() if i < len(KINDS)]
-    total = torch.stack(answers).mean() + weight * means[len(KINDS)]
-    return total, {names[i]: round(value.item(), 3) for i, value in means.items()}
+    total = torch.stack(answers).mean() + text_weight * means[len(KINDS)]
+    parts = {names[i]: round(value.item(), 3) for i, value in means.items()}
+    if spent:
+        parts["written"] = round(torch.stack(spent).mean().item(), 4)
+        total = total + price * torch.stack(spent).mean()
+    return total, parts
+
+
+@contextmanager
+def written(net: NativeNet, real: Tensor, found: list[Tensor]) -> Iterator[None]:
+    """Append for each layer ``mean |z_h W_O,h| / |x|`` over heads and ``real`` queries ``[B, T]`` after the first.
+
+    ``x`` is the residual stream that the layer gets. Norms, not squares: writing much on few tokens is cheap, a little on all
+    of them is not.
+    """
+    stream: list[Tensor] = []
+    hooks: list[tuple[HookPoint, Callable[..., None]]] = []
+    for layer in range(net.config.layers):
+        attn: Any = net.blocks[layer].attn
+
+        def before(x: Tensor, hook: HookPoint) -> None:
+            stream[:] = [x.detach().pow(2).sum(-1, keepdim=True)]
+
+        def after(z: Tensor, hook: HookPoint, weight: Tensor = attn.W_O) -> None:
+            square = torch.einsum("bthe,hef,bthf->bth", z, weight @ weight.transpose(1, 2), z)
+            found.append((square / stream[0] + 1e-8).sqrt()[:, 1:][real[:, 1:]].mean())
+
+        hooks += [(net.hook_dict[f"blocks.{layer}.hook_resid_pre"], before), (attn.hook_z, after)]
+    with attached(hooks):
+        yield
 
 
 @torch.no_grad()
@@ -93,9 +127,8 @@ def look_back(net: NativeNet, offsets: tuple[int, ...] = LOOK_BACK) -> None:
     """Let the first heads of layer 0 start out attending a fixed number of tokens back.
 
     With key bias k_f = r and query bias q_f = r exp(-i w_f s) on the fastest rotary pairs f, the score of distance d is a sum
-    of r^2 cos(w_f (d - s)), largest at d = s. Content weights of these heads start at a tenth. Queries and keys of these heads
-    are held for ``HELD`` steps and trained afterwards; without this the tasks that need such heads take several times as many
-    steps.
+    of r^2 cos(w_f (d - s)), largest at d = s. Content weights of these heads start at a tenth. Training goes on from there;
+    without this the tasks that need such heads take several times as many steps.
     """
     attn: Any = net.blocks[0].attn
     config, fast, strength = net.config, 4, 5.0
@@ -109,29 +142,26 @@ def look_back(net: NativeNet, offsets: tuple[int, ...] = LOOK_BACK) -> None:
         attn.b_Q[head, half : half + fast] = -strength * torch.sin(rates * offset)
 
 
-def hold(net: NativeNet, heads: int = len(LOOK_BACK)) -> None:
-    """Drop the gradients of the queries and keys of the first heads of layer 0."""
-    attn: Any = net.blocks[0].attn
-    for p in (attn.W_Q, attn.W_K, attn.b_Q, attn.b_K):
-        p.grad[:heads] = 0
-
-
 @torch.no_grad()
 def open_gates(net: NativeNet) -> None:
-    """Let gates start at sigmoid(1) = 0.73, so that the gated twin starts out close to the softmax model."""
+    """Let gates start at sigmoid(2) = 0.88, so that the gated twin starts out close to the softmax model."""
     for name, p in net.named_parameters():
         if name.endswith("b_gate"):
-            p.fill_(1.0)
+            p.fill_(2.0)
 
 
 def optimiser(net: NativeNet) -> torch.optim.AdamW:
-    """AdamW; decay on matrices alone, and half the rate on gates, which otherwise close before their heads learn."""
+    """AdamW; decay on matrices alone, and half the rate on gates."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "gates": []}
     for name, p in net.named_parameters():
         groups["gates" if name.endswith("gate") else "matrices" if _decays(name) else "vectors"].append(p)
     options = {"matrices": (DECAY, 1.0), "vectors": (0.0, 1.0), "gates": (0.0, 0.5)}
     return torch.optim.AdamW(
-        [{"params": ps, "weight_decay": options[k][0], "rate": options[k][1]} for k, ps in groups.items() if ps],
+        [
+            {"params": ps, "weight_decay": options[kind][0], "rate": options[kind][1], "gates": kind == "gates"}
+            for kind, ps in groups.items()
+            if ps
+        ],
         lr=0.0,
         betas=(0.9, 0.98),
     )
@@ -148,7 +178,9 @@ def train(args: argparse.Namespace) -> NativeNet:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     raw, tokenizer = build(), word_tokenizer()
-    net = NativeNet(replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model]))
+    net = NativeNet(
+        replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model], trained=max(each.longest for each in STAGES))
+    )
     look_back(net)
     open_gates(net)
     opt = optimiser(net)
@@ -160,12 +192,11 @@ def train(args: argparse.Namespace) -> NativeNet:
         now = stage(step)
         rows = batches(random.Random(f"mixture/{args.seed}/{step}"), raw, now.longest)
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.rate) * group["rate"]
-        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), now.text)
+            still = group["gates"] and not now.price
+            group["lr"] = 0.0 if still else learning_rate(step, args.steps, args.rate) * group["rate"]
+        loss, parts = loss_of(net, rows, torch.Generator().manual_seed(step), now.text, now.price)
         opt.zero_grad()
         loss.backward()
-        if step < HELD:
-            hold(net)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         if step % 100 == 99:
@@ -220,7 +251,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m workbench.datasets.models.train", description=__doc__)
     parser.add_argument("--model", required=True, help=", ".join(MODELS))
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)

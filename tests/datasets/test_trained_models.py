@@ -13,10 +13,12 @@ import workbench as wb
 from workbench.datasets import words as words_module
 from workbench.datasets.models.evaluate import first_token_share
 from workbench.datasets.models.mixture import KINDS, batches, document
-from workbench.datasets.models.train import MODELS, STAGES, arguments, learning_rate, stage, train
+from workbench.datasets.models.train import MODELS, STAGES, Stage, arguments, learning_rate, stage, train, written
 from workbench.datasets.pairs import in_split
 from workbench.datasets.tokenizer import build, word_tokenizer
 from workbench.errors import UnknownName
+from workbench.models.native import NativeModel
+from workbench.models.native_net import NativeConfig, NativeNet
 from workbench.pairs import accuracy
 
 FOLDER = Path(words_module.__file__).parent / "models"
@@ -95,6 +97,41 @@ def test_recipe_runs_and_resumes_to_the_same_weights(tmp_path):
         again = trained(tmp_path / "parts", 3)
     for name, weight in whole.named_parameters():
         assert torch.equal(weight, dict(again.named_parameters())[name]), name
+
+
+def test_price_is_what_heads_write_relative_to_the_stream():
+    config = NativeConfig(
+        layers=2, heads=3, width=12, head_width=4, vocab=20, mlp_width=8, mixer="gated-softmax", bias=True
+    )
+    model = NativeModel(NativeNet(config).double().eval(), None, name="net")
+    ids = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[1, 4:] = False
+    found: list[torch.Tensor] = []
+    with written(model.net, real, found):
+        model.net(ids)
+    sites = [wb.Site(kind, layer) for layer in range(2) for kind in ("result", "resid_pre")]
+    acts = model.run(ids, read=sites).acts
+    for layer, value in enumerate(found):
+        share = acts[wb.Site("result", layer)].norm(dim=-1) / acts[wb.Site("resid_pre", layer)].norm(dim=-1)[..., None]
+        queries = [share[b, t] for b in range(3) for t in range(1, 7) if real[b, t]]
+        assert value.item() == pytest.approx(torch.stack(queries).mean().item(), rel=1e-4)
+    assert len(found) == 2
+    model.net(ids)
+    assert len(found) == 2
+
+
+def test_gates_stay_open_until_writing_has_a_price(monkeypatch, tmp_path):
+    monkeypatch.setattr("workbench.datasets.models.train.evaluate", lambda *a, **k: {})
+    monkeypatch.setattr("workbench.datasets.models.train.batches", lambda rng, tok, n: batches(rng, tok, 60)[:1])
+    monkeypatch.setattr("workbench.datasets.models.train.STAGES", (Stage(0, 60, 0.3, 0.0), Stage(2, 60, 0.3, 1.0)))
+
+    def gates(steps):
+        net = train(arguments(["--model", "tiny-gated", "--steps", str(steps), "--work", str(tmp_path / str(steps))]))
+        return [p.detach() for name, p in net.named_parameters() if name.endswith("gate")]
+
+    assert {float(value) for p in gates(2) for value in p.flatten()} == {0.0, 2.0}
+    assert all((p != 0.0).all() and (p != 2.0).all() for p in gates(3))
 
 
 def test_unknown_models_are_named():
