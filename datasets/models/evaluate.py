@@ -17,7 +17,7 @@ _MIXTURE = (
     "filler, and rows of several documents (`mixture.py`); rows up to 192 tokens"
 )
 _START = (
-    "random, except that six heads of layer 0 are set to attend 1, 1, 3, 4, 4 and 6 tokens back (`look_back` in `train.py`); "
+    "random, except that five heads of layer 0 are set to attend 1, 1, 3, 4 and 6 tokens back (`look_back` in `train.py`); "
     "they train on from there, and what all other heads do is learned"
 )
 _PRICE = (

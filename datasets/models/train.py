@@ -51,9 +51,9 @@ class Stage:
 
 
 STAGES = (Stage(0, 72, 0.3, 0.0), Stage(1400, 128, 0.3, 0.0), Stage(2000, 192, 1.0, 1.0))
-LOOK_BACK = (1, 1, 3, 4, 4, 6)
+LOOK_BACK = (1, 1, 3, 4, 6)
 DECAY = 0.1
-WEIGHTS = {"induction": 1.5, "needle": 2.0, "colored-objects": 2.0, "greater-than": 0.7}
+WEIGHTS = {"induction": 1.5, "needle": 2.0, "greater-than": 0.7}
 
 
 def stage(step: int) -> Stage:

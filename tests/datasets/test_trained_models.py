@@ -74,6 +74,15 @@ def test_softmax_model_has_first_token_sinks_and_its_twin_does_not():
 def test_twins_differ_in_the_mixer_alone():
     configs = [json.loads((FOLDER / name / "config.json").read_text()) for name in NAMES]
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {"mixer"}
+    assert configs[0]["trained"] == STAGES[-1].longest == wb.load("tiny-softmax").shape.trained
+    recipes = [
+        re.findall(
+            r"^\| (trained on|recipe|start|price of writing) \| (.*) \|$", (FOLDER / name / "card.md").read_text(), re.M
+        )
+        for name in NAMES
+    ]
+    assert len(recipes[0]) == 4
+    assert recipes[0] == recipes[1]
 
 
 def test_weights_are_small():
