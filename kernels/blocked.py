@@ -117,8 +117,13 @@ def _slab(scores: Scores, known: bool, wanted: Wanted, sums: _Sums, batch: slice
     fold = h // scores.k.shape[1]
     heads = slice(groups.start * fold, groups.stop * fold)
     mask = scores.mask.select(batch, heads)
-    keys = scores.k[batch, groups].to(scores.dtype).flatten(0, 1)
-    queries = scores.q[batch, heads]
+    keys, queries = scores.k[batch, groups].to(scores.dtype), scores.q[batch, heads]
+    # What padding positions hold may be NaN or infinite, which a minimum with the ceiling of the mask would let through.
+    if mask.keys is not None:
+        keys = keys.masked_fill(~mask.keys.to(keys.device)[:, None, :, None], 0.0)
+    if mask.queries is not None:
+        queries = queries.masked_fill(~mask.queries.to(queries.device)[:, None, :, None], 0.0)
+    keys = keys.flatten(0, 1)
     nb, nh, _, width = queries.shape
     sink = None if scores.sink is None else scores.sink[heads].to(keys)[None, :, None] * _LOG2E
     before = scores.scale * (_LOG2E if scores.softcap is None else 1.0)

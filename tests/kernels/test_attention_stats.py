@@ -181,6 +181,21 @@ def test_rows_that_see_nothing_are_zero(impl: str, given_lse: bool) -> None:
     assert (got.blocks["sum"][:, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_what_hidden_keys_and_queries_hold_does_not_matter(impl: str, poison: float) -> None:
+    """Padding in a cache or a batch is memory that nobody wrote."""
+    q, k = _rand(0, 2, 4, 9, 8), _rand(1, 2, 2, 9, 8)
+    real = torch.arange(9) >= torch.tensor([[0], [4]])
+    mask = Mask(causal=True, keys=real, queries=real)
+    asked: dict[str, Any] = {"mask": mask, "block": 4, "reduce": REDUCTIONS, "stats": STATS, "impl": impl}
+    expected = attention_stats(q, k, **asked)
+    hidden = ~real[:, None, :, None]
+    got = attention_stats(q.masked_fill(hidden, poison), k.masked_fill(hidden, poison), **asked)
+    for name, value in pieces(got).items():
+        assert torch.equal(value, pieces(expected)[name]), name
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_sink_far_above_the_scores_takes_everything_without_overflow(impl: str) -> None:
     q = torch.randn(1, 1, 3, 4)
