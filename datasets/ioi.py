@@ -14,6 +14,7 @@ prompts are the negatives of the discrete-autoencoder method (arXiv 2405.12522).
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,19 +63,15 @@ class IOI:
 
         clean = fill(io, subject, subject)
         corrupt = fill(io, subject, io) if self.corruption == "s2_io_flip" else fill(third, io, subject)
-        first = clean.index(subject)
-        second = clean.index(subject, first + 1)
-        at = clean.index(io)
+        # Whole words: one name may begin with another (Dan, Daniel).
+        first, second = (found.span() for found in re.finditer(rf"\b{subject}\b", clean))
+        (at,) = (found.span() for found in re.finditer(rf"\b{io}\b", clean))
         return Example(
             clean=clean,
             corrupt=corrupt,
             answer=(f" {io}",),
             wrong=(f" {subject}",),
             key="+".join(sorted((io, subject))),
-            spans={
-                "IO": (at, at + len(io)),
-                "S1": (first, first + len(subject)),
-                "S2": (second, second + len(subject)),
-            },
+            spans={"IO": at, "S1": first, "S2": second},
             labels={"template": index, "order": order, "io": io, "subject": subject},
         )

@@ -1,5 +1,6 @@
 """Every task of the catalogue, with every corruption, against answers derived again from the text alone."""
 
+import random
 import re
 from dataclasses import FrozenInstanceError
 
@@ -213,6 +214,21 @@ def test_spans_point_at_their_words(case, tokenizer):
         if name == "needle":
             assert " ".join(at["NEEDLE"]) == f"The {at['KEY'][0]} box holds {at['VALUE'][0]} ."
             assert at["QUESTION"][0] == "Question"
+
+
+def test_spans_of_names_that_begin_alike_are_whole_words():
+    """Dan and Daniel are both names."""
+    task, rng, seen = wb.task("ioi"), random.Random(0), set()
+    for _ in range(20_000):
+        example = task.draw(rng)
+        io, subject = example.labels["io"], example.labels["subject"]
+        if not (io.startswith(subject) or subject.startswith(io)):
+            continue
+        seen.add((io, example.labels["order"]))
+        first, second = (at.span() for at in re.finditer(rf"{subject}(?![a-z])", example.clean))
+        (other,) = (at.span() for at in re.finditer(rf"{io}(?![a-z])", example.clean))
+        assert example.spans == {"IO": other, "S1": first, "S2": second}
+    assert len(seen) == 4
 
 
 def test_needle_cannot_be_solved_by_induction(tokenizer):
