@@ -13,6 +13,9 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 
+_ROUNDING = 1e-9
+"""Scores are means of counts or of shares: what differs by less is one number, summed in another order."""
+
 
 class Null(NamedTuple):
     """Scores under permuted labels, per head ``[H]``: mean, standard deviation, z-score of the true labels (NaN
@@ -54,6 +57,7 @@ def permuted(positive: Tensor, permutations: int, seed: int) -> Tensor:
 def against(scores: Tensor, null: Tensor) -> Null:
     """``scores`` ``[H]`` against ``null`` ``[P, H]``."""
     mean, sd = null.mean(0), null.std(0)
-    z = torch.where(sd > 0, (scores - mean) / sd, torch.nan)
-    p = (1 + (null >= scores).sum(0)).double() / (1 + len(null))
+    varies = null.amax(0) - null.amin(0) > _ROUNDING  # the sd of equal numbers is not exactly 0
+    z = torch.where(varies, (scores - mean) / sd, torch.nan)
+    p = (1 + (null >= scores - _ROUNDING).sum(0)).double() / (1 + len(null))
     return Null(mean, sd, z, p)

@@ -74,8 +74,9 @@ def discrete_sae(
         chosen = torch.randperm(2 * n, generator=generator)[:examples]
         coder = train(vectors[chosen].flatten(0, 1), features, sparsity, epochs, rate, generator)
         codes = encode(coder, vectors).argmax(-1)
-        scores += unique_codes(codes, positive, relative) / trials
-        null += unique_codes(codes, labels, relative) / trials
+        scores += unique_codes(codes, positive, relative)
+        null += unique_codes(codes, labels, relative)
+    scores, null = scores / trials, null / trials
     found = against(scores, null)
     columns = {
         "null_mean": found.mean,

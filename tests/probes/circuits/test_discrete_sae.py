@@ -77,6 +77,15 @@ def test_null_statistics_are_the_plain_ones():
     assert found.p.tolist() == [0.5, 1.0]
 
 
+@pytest.mark.parametrize("terms", [(1.0, 0.0, 0.0), (1 / 3, 1 / 3, 1 / 3), (1 / 6, 1 / 3, 1 / 2)])
+def test_equal_means_of_several_trials_are_ties_whatever_the_order_of_their_sum(terms):
+    """Null scores equal to the score count against it, and a constant null has no z-score."""
+    a, b, c = (torch.tensor([term * 5 / 3], dtype=torch.float64) for term in terms)
+    found = against(a + b + c, torch.stack([b + c + a, c + a + b, c + b + a] * 67))
+    assert found.p.tolist() == [1.0]
+    assert found.z.isnan().all()
+
+
 def test_permutations_keep_the_number_of_positives():
     labels = permuted(torch.arange(10) < 3, 50, seed=0)
     assert labels.sum(1).tolist() == [3] * 50
