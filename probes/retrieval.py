@@ -364,8 +364,8 @@ def _trial(
     lo, hi = span
     steps = decoded.alive[b].nonzero()[:, 0]
     keys, written = decoded.keys[steps, b], decoded.tokens[b, steps]  # [S, L, H], [S]
-    inside = keys < len(prompt)
-    at = keys.clamp(max=len(prompt) - 1)
+    inside = (keys >= 0) & (keys < len(prompt))  # -1: a row without weight
+    at = keys.clamp(0, len(prompt) - 1)
     same = inside & (prompt[at] == written[:, None, None])
     needle = (keys >= lo) & (keys < hi)
     size = hi - lo if form == "published" else len(prompt[lo:hi].unique())

@@ -144,6 +144,20 @@ def test_the_null_sees_copies_from_elsewhere():
     assert found[1, 0].null == 0
 
 
+def test_a_row_without_weight_looks_nowhere():
+    """The second head of both layers sees nothing, and the model writes what the last place of the prompt holds."""
+
+    class Blind(Copier):
+        def run(self, tokens, *args, **options):
+            run = super().run(tokens, *args, **options)
+            seen = torch.tensor([1.0, 0.0])[:, None, None]
+            return replace(run, maps=Maps({k: AttentionMap.from_dense(m.dense() * seen) for k, m in run.maps.items()}))
+
+    result = retrieval_heads(Blind(says=lambda needle: [ASK]), 9, (0.0,), prompts=prompts(needle=(5,)))
+    assert (result.looks_null[:, :, 1] == 0).all()
+    assert (result.null[:, :, 1] == 0).all()
+
+
 def test_unique_and_published_forms_differ_where_tokens_repeat():
     twice = Copier(says=lambda needle: [*needle, *needle, STOP])
     assert scores(retrieval_heads(twice, 12, (0.5,), prompts=prompts()))[1, 0].score == 1.0
