@@ -226,9 +226,14 @@ def _seen(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
     return visibility(amap, real=pad.queries, keys=pad.keys)
 
 
+def _identities(tokens: Tokens) -> Tensor:
+    """Token ids ``[B, T]``, -1 on padding: many models pad with a token that texts hold too."""
+    return tokens.ids.cpu().masked_fill(~tokens.mask.cpu(), -1)
+
+
 def _shuffles(tokens: Tokens, draws: int, generator: torch.Generator) -> list[Tensor]:
     """Token identities permuted over the real positions of each row, the first one kept."""
-    ids, real = tokens.ids.cpu(), tokens.mask.cpu()
+    ids, real = _identities(tokens), tokens.mask.cpu()
     found = [ids.clone() for _ in range(draws)]
     for b in range(len(ids)):
         places = real[b].nonzero()[1:, 0]
@@ -248,7 +253,7 @@ def _measure(
 ) -> _Measured:
     """Scores of one layer. The null is ``control`` on the same keys, or the same map on the keys of
     ``shuffled`` tokens; for ``previous`` the same map on random keys."""
-    ids = tokens.ids.cpu()
+    ids = _identities(tokens)
     draws = 1 if shuffled is None else len(shuffled)
     mods = [KINDS[kind](ids) for kind in kinds]
     others: dict[str, list[Mod]] = {}

@@ -37,7 +37,7 @@ def mean_masses(amap: AttentionMap, seen: Visibility, mods: Sequence[Mod]) -> tu
             hits = named.sum(-1, dtype=torch.float64)
             if not hits.any():
                 continue
-            total[i] += (rows * named.to(rows)).sum((-2, -1)).cpu().double()
+            total[i] += torch.where(named.to(rows.device), rows, 0.0).sum((-2, -1)).cpu().double()
             even[i] += (hits / visible[..., lo:hi]).sum(-1)
             count[i] += (hits > 0).sum(-1)
     none = count == 0

@@ -7,6 +7,7 @@ import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
+from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.protocol import Manifest, Shape, Tokens
 from workbench.probes.heads import head_scores
 from workbench.probes.repeats import repeats
@@ -220,6 +221,25 @@ def test_padding_is_left_out():
     plain = head_scores(run_of({0: AttentionMap.from_dense(weights)}))
     left = head_scores(run_of({0: AttentionMap.from_dense(padded)}, ids, ids > 0))
     torch.testing.assert_close(left.value[0], plain.value[0])
+
+
+def test_a_padding_token_that_also_stands_in_the_text_is_no_earlier_copy():
+    weights = torch.eye(7).expand(1, 1, 7, 7)
+    plain = head_scores(run_of({0: AttentionMap.from_dense(weights[..., 3:, 3:])}, torch.tensor([[9, 1, 2, 1]])))
+    ids = torch.tensor([[9, 9, 9, 9, 1, 2, 1]])
+    left = head_scores(run_of({0: AttentionMap.from_dense(weights)}, ids, torch.arange(7)[None] >= 3))
+    torch.testing.assert_close(left.value[0], plain.value[0])
+    torch.testing.assert_close(left.uniform[0], plain.uniform[0])
+
+
+def test_what_padding_rows_hold_does_not_matter():
+    ids = torch.tensor([[1, 2, 1, 2, 0, 0, 0]])
+    q = torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(0))
+    mask = Mask(causal=True, keys=ids > 0)
+    poisoned = q.masked_fill((ids == 0)[:, None, :, None], math.nan)
+    expected, got = (head_scores(run_of({0: SoftmaxMap(x, x, mask=mask)}, ids, ids > 0)) for x in (q, poisoned))
+    assert expected.value[0].isfinite().all()
+    torch.testing.assert_close(got.value[0], expected.value[0])
 
 
 def test_padding_tokens_are_not_shuffled_into_the_text():
