@@ -207,6 +207,21 @@ def test_saving_into_a_file_says_so(tmp_path):
         nodes([1.0]).save(tmp_path / "file" / "c")
 
 
+def test_nothing_is_left_behind_when_saving_fails(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pandas.DataFrame.to_parquet", full)
+    with pytest.raises(WorkbenchError, match=r"cannot write .*c: No space left on device"):
+        nodes([1.0]).save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_columns_do_not_hide_those_of_the_frame():
+    with pytest.raises(WorkbenchError, match="cannot be called 'kept'"):
+        Circuit("node", ("a0.h0",), torch.ones(1), torch.ones(1, dtype=torch.bool), {}, {"kept": torch.zeros(1)})
+
+
 def test_plots_draw_without_a_display():
     graph = circuit_graph(2, 3)
     scores = torch.linspace(-1, 1, graph.n_edges)

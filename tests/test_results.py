@@ -102,6 +102,16 @@ def test_half_written_and_damaged_results_are_refused(tmp_path, name):
         load_result(path)
 
 
+@pytest.mark.parametrize("form", [2, None])
+def test_another_format_is_refused_and_named(tmp_path, form):
+    path = toy().save(tmp_path / "toy")
+    record = json.loads((path / "result.json").read_text())
+    assert record.pop("format") == 1
+    (path / "result.json").write_text(json.dumps(record if form is None else {**record, "format": form}))
+    with pytest.raises(WorkbenchError, match=f"result format {form}; this version reads 1"):
+        load_result(path)
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(WorkbenchError, match="no result folder"):
         load_result(tmp_path / "nowhere")

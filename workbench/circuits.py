@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.graph import CHANNELS, Graph, circuit_graph, edge_name, edge_parts
-from workbench.results import axis
+from workbench.results import axis, new_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +25,7 @@ __all__ = ["CHANNELS", "Circuit", "Graph", "circuit_graph", "edge_name", "edge_p
 LEVELS = ("node", "edge")
 _FORMAT = 1
 _DRAWN = 200
+_TAKEN = ("name", "node", "source", "target", "channel", "score", "kept")
 _NODE = re.compile(r"^(?:a(?P<layer>\d+)\.[hg](?P<head>\d+)|m(?P<mlp>\d+))$")
 
 
@@ -55,6 +55,9 @@ class Circuit:
         object.__setattr__(self, "kept", torch.as_tensor(self.kept).cpu())
         columns = {name: torch.as_tensor(values).detach().cpu() for name, values in self.columns.items()}
         object.__setattr__(self, "columns", columns)
+        for name in columns:
+            if name in _TAKEN:
+                raise WorkbenchError(f"a circuit column cannot be called {name!r}: frame() has one of its own")
         n = len(self.names)
         if len(set(self.names)) != n:
             twice = next(name for name in self.names if self.names.count(name) > 1)
@@ -167,21 +170,13 @@ class Circuit:
     def save(self, path: str | Path) -> Path:
         """Write ``circuit.parquet`` and ``circuit.json`` into the new folder ``path`` (temporary name, then rename)."""
         path = Path(path)
-        if path.exists():
-            raise WorkbenchError(f"{path} exists already; choose another name or remove it")
-        part = path.with_name(path.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
-        table = self.frame()
-        table.insert(0, "name", list(self.names))
-        table.to_parquet(part / "circuit.parquet")
-        record = {"format": _FORMAT, "level": self.level, "rows": len(self.names), "columns": list(self.columns)}
-        record["provenance"] = dict(self.provenance)
-        (part / "circuit.json").write_text(json.dumps(record, indent=1, default=str))
-        part.rename(path)
+        with new_folder(path) as part:
+            table = self.frame()
+            table.insert(0, "name", list(self.names))
+            table.to_parquet(part / "circuit.parquet")
+            record = {"format": _FORMAT, "level": self.level, "rows": len(self.names), "columns": list(self.columns)}
+            record["provenance"] = dict(self.provenance)
+            (part / "circuit.json").write_text(json.dumps(record, indent=1, default=str))
         return path
 
     @classmethod

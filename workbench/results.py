@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from html import escape
 from pathlib import Path
@@ -28,7 +29,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FILES = ("table.parquet", "tensors.safetensors", "result.json")
+_FORMAT = 1
 _SHOWN = 60
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name ``path`` when the block ends, and is gone if it raises.
+
+    Refuses an existing path and a folder that cannot be written."""
+    if path.exists() or path.is_symlink():
+        raise WorkbenchError(f"{path} exists already; choose another name or remove it")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(path)
+    except OSError as error:
+        raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -50,21 +71,11 @@ class Result(ABC):
         Refuses an existing path, a folder that cannot be written, and a field that is neither numbers nor labels.
         """
         path = Path(path)
-        if path.exists() or path.is_symlink():
-            raise WorkbenchError(f"{path} exists already; choose another name or remove it")
-        tensors: dict[str, torch.Tensor] = {}
-        labels = {field.name: _plain(getattr(self, field.name), field.name, tensors) for field in fields(self)}
-        text = json.dumps({"type": type(self).__name__, **labels}, indent=1, allow_nan=False)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+        with new_folder(path) as part:
+            tensors: dict[str, torch.Tensor] = {}
+            labels = {field.name: _plain(getattr(self, field.name), field.name, tensors) for field in fields(self)}
+            text = json.dumps({"format": _FORMAT, "type": type(self).__name__, **labels}, indent=1, allow_nan=False)
             _write(part, _uniform_columns(self.frame()), tensors, text)
-            part.rename(path)
-        except OSError as error:
-            raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         return path
 
     def _repr_html_(self) -> str:
@@ -103,11 +114,15 @@ def load_result(path: str | Path) -> SavedResult:
     try:
         name = "result.json"
         labels = json.loads((path / name).read_text())
-        kind = labels.pop("type")
+        form, kind = labels.pop("format", None), labels.pop("type")
+        if form != _FORMAT:
+            raise WorkbenchError(f"{path} has result format {form}; this version reads {_FORMAT}")
         name = "tensors.safetensors"
         tensors = load_file(path / name)
         name = "table.parquet"
         table = pd.read_parquet(path / name)
+    except WorkbenchError:
+        raise
     except Exception as error:
         raise WorkbenchError(f"{path / name} is damaged: {type(error).__name__}: {error}") from error
     return SavedResult(kind, table, tensors, labels)
