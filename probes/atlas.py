@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.probes.padding import padding
 from workbench.probes.sinks import sinks
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 class Atlas(Result):
     """``entropy`` and ``distance`` layer -> ``[H]``, means over queries, NaN where undefined. ``received``
     layer -> ``[H, K]``: column sums. ``blocks`` layer -> ``[H, ceil(Q/size), ceil(K/size)]``: mean mass per
-    query (see the module), empty without a block size. ``peaks``: the same blocks' largest single weight, if
-    the run captured ``reduce="max"``."""
+    query (see the module), empty without a block size. ``peaks``: the same blocks' largest single weight."""
 
     entropy: Mapping[int | str, Tensor]
     distance: Mapping[int | str, Tensor]
@@ -140,7 +140,10 @@ class Tile(Result):
 
 
 def tile(run: Run, layer: int | str, head: int, queries: slice, keys: slice, note: str = "") -> Tile:
-    """Exact weights of ``queries`` on ``keys`` in one head of the first sequence, computed now from what the map kept."""
+    """Exact weights of ``queries`` on ``keys`` in one head of the first sequence, computed now from what the map kept.
+
+    Keys and queries whose tokens are not known (a cache, patches, the queries of cross-attention) are called by their
+    position."""
     amap = run.maps[layer]
     if not 0 <= head < amap.shape[1]:
         raise UnknownName(f"head of layer {layer}", head, range(amap.shape[1]))
@@ -149,10 +152,13 @@ def tile(run: Run, layer: int | str, head: int, queries: slice, keys: slice, not
         raise WorkbenchError(
             f"the tile is empty: queries {q0} to {q1}, keys {k0} to {k1} of a map {list(amap.shape[2:])}"
         )
-    labels = run.tokens.labels[0] if run.tokens.labels else tuple(str(i) for i in range(amap.shape[3]))
     weights = amap.tile(slice(q0, q1), slice(k0, k1))[0, head].detach().cpu()
-    shown = labels[amap.offset + q0 : amap.offset + q1], labels[k0:k1]
-    return Tile(layer, head, amap.offset + q0, k0, *shown, weights, note, run.provenance)
+    at = slice(amap.offset + q0, amap.offset + q1)
+    keyed = padding(layer, amap, run.tokens).names[0]
+    names = tuple(text or str(i) for i, text in enumerate(keyed or ("",) * max(amap.shape[3], at.stop)))
+    across = isinstance(layer, str) and layer.startswith("cross.")  # queries and keys are of two texts
+    shown = tuple(map(str, range(at.start, at.stop))) if across else names[at]
+    return Tile(layer, head, at.start, k0, shown, names[k0:k1], weights, note, run.provenance)
 
 
 def draw_wall(ax: Axes, maps: Mapping[int | str, Tensor]) -> Axes:
