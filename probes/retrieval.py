@@ -26,6 +26,7 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.protocol import Model
+from workbench.models.requests import check_length
 from workbench.pairs import Pairs
 from workbench.probes.bootstrap import interval
 from workbench.probes.decoding import Decoded, decode
@@ -228,7 +229,7 @@ def retrieval_heads(
         if progress is not None:
             progress(done + 1, len(cells))
     recall = torch.cat([part.recall for part in parts])
-    best = f"recall {float(recall.max()):.2f} at best, {RECALL} needed"
+    best = f"recall {float(recall.max()):.2f} at best, more than {RECALL} needed"
     return RetrievalResult(
         copied=torch.cat([part.copied for part in parts]),
         null=torch.cat([part.null for part in parts]),
@@ -325,6 +326,7 @@ def _cell(
     if steps < 1:
         raise WorkbenchError(f"max_new_tokens is at least 1; got {steps}")
     prompt = pairs.clean[:, : int(pairs.position[0]) + 1]
+    check_length(prompt.shape[1], model.shape)
     if model.shape.context is not None:
         steps = min(steps, model.shape.context - prompt.shape[1] + 1)
     decoded = decode(model, prompt, steps, cache=cache)

@@ -287,6 +287,8 @@ def test_what_cannot_be_measured_is_refused():
         retrieval_heads(Copier(), 12, 1, texts="hay")
     with pytest.raises(WorkbenchError, match="max_new_tokens"):
         retrieval_heads(Copier(), 12, 1, prompts=prompts(), max_new_tokens=0)
+    with pytest.raises(WorkbenchError, match="13 tokens, 1 more than the model's context of 12"):
+        retrieval_heads(Copier(context=12), 12, 1, prompts=lambda length, depth, seed: prompts()(13, depth, seed))
 
 
 def test_removing_the_copying_head_removes_the_answer():
