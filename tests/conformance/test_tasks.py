@@ -276,13 +276,17 @@ def test_impossible_requests_are_refused(tokenizer):
 
 @pytest.fixture(scope="module")
 def byte_tokenizers():
-    """Byte-level BPE in which the tasks' words are single tokens, one that splits them, and one that closes prompts."""
+    """Byte-level BPE in which the tasks' words are single tokens, one that splits them, one that splits all but the answers,
+    and one that closes prompts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     texts = [f" {word}" for word in word_tokenizer().get_vocab() for _ in range(3)]
 
-    def made(size, closing=False):
+    kinds = ("names", "colors", "arguments", "symbols", "values")
+    answers = [f" {word}" for kind in kinds for word in words(kind) for _ in range(9)]
+
+    def made(size, closing=False, texts=texts):
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -298,7 +302,12 @@ def byte_tokenizers():
             inner.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
         return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<end>")
 
-    return {"whole": made(4000), "split": made(300), "closed": made(4000, closing=True)}
+    return {
+        "whole": made(4000),
+        "split": made(300),
+        "answers": made(1100, texts=answers),
+        "closed": made(4000, closing=True),
+    }
 
 
 @pytest.mark.parametrize("name", ["ioi", "colored-objects", "docstring", "induction", "needle"])
@@ -310,6 +319,20 @@ def test_works_with_a_byte_level_tokenizer(name, byte_tokenizers):
         assert tokenizer.decode(pairs.clean[i]) == text
         right = {tokenizer.decode([t]).strip() for t in pairs.answer[i].tolist() if t >= 0}
         assert right == DERIVE[name](text)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", ["ioi", "colored-objects", "docstring", "needle"])
+def test_words_of_several_tokens_are_covered_whole(name, split, byte_tokenizers):
+    tokenizer, options = byte_tokenizers["answers"], {"length": 140} if name == "needle" else {}
+    pairs = wb.task(name, split=split, **options).build(0, tokenizer, 24)
+    for i, text in enumerate(pairs.texts):
+        assert tokenizer.decode(pairs.clean[i]) == text
+        for span, label in SPANS[name].items():
+            found = tokenizer.decode(pairs.clean[i, slice(*pairs.spans[span][i].tolist())])
+            assert found.strip(" (") == str(pairs.labels[label][i])
+    if name not in ("ioi", "docstring"):
+        assert any((where[:, 1] - where[:, 0] > 1).any() for where in pairs.spans.values())
 
 
 @pytest.mark.parametrize("name", sorted(wb.tasks()))
