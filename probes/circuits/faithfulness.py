@@ -52,8 +52,8 @@ class FaithfulnessResult(Result):
 
     ``fractions`` ``[F]`` of all parts, ``kept`` ``[F]`` parts. ``faithfulness`` ``[F]`` keeps the largest absolute
     scores, ``signed`` ``[F]`` the largest signed ones, ``random`` ``[R, F]`` random parts. ``own`` is f of the
-    circuit's own kept set. ``full`` and ``empty`` are m(all) and m(empty); where they agree, f is undefined: NaN,
-    and ``note`` says so.
+    circuit's own kept set. ``full`` and ``empty`` are m(all) and m(empty). ``note`` says so where they agree (f is
+    undefined: NaN) and where the metric is smaller with everything (the signed ranking is upside down).
     """
 
     fractions: Tensor
@@ -172,9 +172,15 @@ def faithfulness(
     empty = found[(False,) * n]
     gap = full - empty
     note = ""
-    if abs(gap) <= 1e-6 * max(abs(full), abs(empty), 1e-6):
+    undefined = abs(gap) <= 1e-6 * max(abs(full), abs(empty), 1e-6)
+    if undefined:
         note = f"the metric is {full:.4g} with everything and with nothing: faithfulness is undefined"
-    f = [math.nan if note else (found[tuple(keep.tolist())] - empty) / gap for keep in keeps]
+    elif gap < 0:
+        note = (
+            f"the metric is {full:.4g} with everything and {empty:.4g} with nothing, so positive scores work against "
+            "faithfulness: the signed ranking and CPR mean something for a metric that is larger with everything"
+        )
+    f = [math.nan if undefined else (found[tuple(keep.tolist())] - empty) / gap for keep in keeps]
     curves = torch.tensor(f[: len(orders) * len(sizes)], dtype=torch.float64).view(len(orders), len(sizes))
     return FaithfulnessResult(
         fractions=torch.tensor([fraction for fraction, _ in sizes], dtype=torch.float64),

@@ -136,6 +136,24 @@ def test_undefined_faithfulness_is_nan_with_a_reason(make, make_pairs):
     assert "undefined" in result.note
 
 
+def test_a_metric_that_falls_says_that_the_signed_ranking_is_upside_down(make, make_pairs):
+    model, pairs = make(), make_pairs()
+    rises = faithfulness(model, find_circuit(model, pairs), pairs, controls=0)
+    if rises.full < rises.empty:  # of a random model and pair either may be larger
+        pairs = type(pairs)(pairs.clean, pairs.corrupt, pairs.wrong, pairs.answer, pairs.position)
+        rises = faithfulness(model, find_circuit(model, pairs), pairs, controls=0)
+    assert rises.note == ""
+
+    def loss(logits, pairs):
+        return -logit_difference(logits, pairs)
+
+    falls = faithfulness(model, find_circuit(model, pairs, metric=loss), pairs, metric=loss, controls=0)
+    torch.testing.assert_close(falls.faithfulness, rises.faithfulness)
+    assert falls.cmd == pytest.approx(rises.cmd)
+    assert "CPR" in falls.note
+    assert f"{falls.full:.4g} with everything" in falls.note
+
+
 def test_a_circuit_of_heads_leaves_the_mlps_alone(make, make_pairs):
     model, pairs = make(), make_pairs()
     every = find_circuit(model, pairs, level="node")
