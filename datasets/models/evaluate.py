@@ -95,9 +95,11 @@ def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float], long
     parts = f"{c.positions} positions, {c.norm} norm, {'tied' if c.tied else 'untied'} embeddings"
     heads = c.layers * c.heads
     before = f"\nBefore the gate the mean is {found['sink before gate']:.3f}." if "gated" in c.mixer else ""
+    unsolved = [name for name in tasks() if found[name] < 0.95]
+    but = f", {' and '.join(unsolved)} aside" if unsolved else ""
     return f"""# {args.model}
 
-A small causal transformer that solves the tasks of this workbench, made to be looked into. Not a language model.
+A small causal transformer that solves the tasks of this workbench{but}; made to be looked into. Not a language model.
 
 | | |
 |-|-|
