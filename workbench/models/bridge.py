@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,6 @@ from workbench.models.inputs import cache_length, forward_arguments, full_mask, 
 from workbench.models.interface import capturing
 from workbench.models.protocol import Edit, LayerRecord, Manifest, Tokens
 from workbench.models.requests import MAP_KINDS
-from workbench.models.session import Session
 from workbench.models.unwrap import fused, unwrapped
 from workbench.run import EMPTY, Activations, Maps, Provenance, Run, versions
 from workbench.sites import Site
@@ -211,8 +210,17 @@ class BridgeModel:
             real=given.mask,
             name=self.name,
         )
-        with self._gates(hooks.names), hooks.installed(), self._inside(inside, maps, beyond, given, cached) as session:
+        request = None if maps is None else replace(maps, layers=beyond)
+        session = self._inner._session(inside, {}, request, beyond, cached, given)
+        switch = bool(inside or beyond)
+        with (
+            self._gates(hooks.names),
+            hooks.installed(session),
+            self._inner._recording(session),
+            capturing(model, session, switch=switch),
+        ):
             found, new = self.bridge(ids, return_type="logits_and_cache", **arguments)
+        session.finish(self._inner._layers)
         hooks.finish()
         acts: dict[Site | str, Tensor] = {**hooks.acts}
         for site, value in session.acts.items():
@@ -234,18 +242,6 @@ class BridgeModel:
             provenance=self._provenance(),
             cache=new if cached else None,
         )
-
-    @contextmanager
-    def _inside(
-        self, reads: list[Site], maps: Capture | None, layers: tuple[int | str, ...], given: Tokens, cached: bool
-    ) -> Iterator[Session]:
-        """Look at the attention of modules inside that the bridge runs as they are."""
-        request = None if maps is None else replace(maps, layers=layers)
-        session = self._inner._session(reads, {}, request, layers, cached, given)
-        needed = bool(reads or layers)
-        with self._inner._recording(session), capturing(self.bridge.original_model, session, switch=needed):
-            yield session
-        session.finish(self._inner._layers)
 
     def _split(self, reads: list[Site | str], edits: Mapping[Site | str, Any]) -> tuple[list[Site | str], list[Site]]:
         """Reads that the bridge answers, and properties of patterns that only the module inside knows."""

@@ -126,7 +126,7 @@ class Hooks:
         return getattr(self._bridge.blocks[layer].attn, "W_O", None)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, run: object) -> Iterator[None]:
         points = self._points
         tensors: dict[int, tuple[HookPoint, list[Site | str]]] = {}
         for key in [*self._reads, *self._edits]:
@@ -145,7 +145,7 @@ class Hooks:
         for layer in self._mapped:
             placed.append((points[f"blocks.{layer}.attn.hook_attn_scores"], self._see_scores(layer)))
             placed.append((points[f"blocks.{layer}.attn.hook_pattern"], self._see_pattern(layer)))
-        with attached(placed):
+        with attached(placed, run):
             yield
 
     def finish(self) -> None:

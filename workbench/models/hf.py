@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import requests
+from workbench.models.current import current
 from workbench.models.inputs import cache_length, check_eager, forward_arguments, full_mask, given_tokens
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe
@@ -122,7 +123,7 @@ class HFModel:
         taps = Taps(self._places, self._globals, session)
         switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
         self._check_memory(given, past, width, device)
-        head = _Head(self._head(), self._last_norm(), logits, self._row_ends(given))
+        head = _Head(session, self._head(), self._last_norm(), logits, self._row_ends(given))
         with (
             taps.installed(),
             head.installed(),
@@ -256,7 +257,8 @@ class HFModel:
 class _Head:
     """Keeps the last hidden states and cuts them before the unembedding: logits nobody asked for are not computed."""
 
-    def __init__(self, module: Any, norm: Any, which: str | None, ends: Tensor | None) -> None:
+    def __init__(self, run: object, module: Any, norm: Any, which: str | None, ends: Tensor | None) -> None:
+        self.run = run
         self.module, self.norm, self.which, self.ends = module, norm, which, ends
         self.hidden: Tensor | None = None
         self._cut = False
@@ -275,10 +277,11 @@ class _Head:
                 handle.remove()
 
     def _keep(self, _: nn.Module, args: Any, output: Any) -> None:
-        self.hidden = output if isinstance(output, Tensor) and output.ndim == 3 else None
+        if current() is self.run:
+            self.hidden = output if isinstance(output, Tensor) and output.ndim == 3 else None
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> Any:
-        if args[0].ndim != 3:
+        if current() is not self.run or args[0].ndim != 3:
             return None
         self._cut = True
         return (self._take(args[0]), *args[1:])

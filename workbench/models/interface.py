@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import Refused
+from workbench.models.current import current, inside
 from workbench.models.layers import kernel_before
 from workbench.models.session import Session
 
 _SUFFIX = "+workbench"
-_SESSION: ContextVar[Session | None] = ContextVar("workbench_capture_session", default=None)
 _REGISTERED: set[str] = set()
-_REGISTER = threading.Lock()
+_SWITCHED: dict[int, list[Any]] = {}
+"""Config, implementation it had, and number of runs that hold it switched, by the config's id."""
+_LOCK = threading.Lock()
 
 # What the attention functions of transformers are passed beside q, k, v and the mask, and what each means for the map.
 _IN_THE_MAP = ("scaling", "softcap", "s_aux", "position_bias", "is_causal", "sliding_window")
@@ -84,43 +85,61 @@ def configs(model: nn.Module) -> list[Any]:
 def capturing(model: nn.Module, session: Session, *, switch: bool) -> Iterator[None]:
     """Make ``session`` the one that attention calls report to; with ``switch``, point the model's configs at us.
 
-    Everything is as before on exit, also after an exception.
+    Everything is as before on exit, also after an exception; a config that several runs share (other threads, other models)
+    when the last of them ends.
     """
-    before = [(config, config._attn_implementation_internal) for config in configs(model)] if switch else []
-    token = _SESSION.set(session)
-    try:
-        for config, implementation in before:
-            base = implementation.base if isinstance(implementation, Key) else implementation
-            key = Key(base)
-            _register(key)
-            config._attn_implementation_internal = key
+    with ExitStack() as undo:
+        for config in configs(model) if switch else ():
+            _switch(config)
+            undo.callback(_switch_back, config)
+        undo.enter_context(inside(session))
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        _SESSION.reset(token)
 
 
-def _register(key: Key) -> None:
+def _switch(config: Any) -> None:
+    with _LOCK:
+        found = config._attn_implementation_internal
+        if not isinstance(found, Key):
+            config._attn_implementation_internal = _registered(Key(found))
+        _SWITCHED.setdefault(id(config), [config, found, 0])[2] += 1
+
+
+def _switch_back(config: Any) -> None:
+    with _LOCK:
+        held = _SWITCHED[id(config)]
+        held[2] -= 1
+        if not held[2]:
+            config._attn_implementation_internal = held[1]
+            del _SWITCHED[id(config)]
+
+
+def _registered(key: Key) -> Key:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    with _REGISTER:
-        if str.__str__(key) not in _REGISTERED:
-            AttentionInterface.register(key, attend)
-            AttentionMaskInterface.register(key, build_mask)
-            _REGISTERED.add(str.__str__(key))
+    if str.__str__(key) not in _REGISTERED:
+        AttentionInterface.register(key, attend)
+        AttentionMaskInterface.register(key, build_mask)
+        _REGISTERED.add(str.__str__(key))
+    return key
+
+
+def _session() -> Session | None:
+    run = current()
+    return run if isinstance(run, Session) else None
+
+
+def _base(found: Any) -> str:
+    """The implementation behind what a config holds; another thread may have switched it back already."""
+    return (found.base if isinstance(found, Key) else found) or "eager"
 
 
 def build_mask(*args: Any, **kwargs: Any) -> Any:
     """The mask that the model's own implementation builds, remembered together with the rule it was built from."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    config = kwargs.get("config")
-    key = getattr(config, "_attn_implementation_internal", None)
-    if not isinstance(key, Key):
-        raise WorkbenchError("a mask was asked for under the capture key outside of a capture; this is a bug")
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[key.base or "eager"](*args, **kwargs)
-    session = _SESSION.get()
+    found = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[_base(found)](*args, **kwargs)
+    session = _session()
     if session is not None and mask is not None:
         session.masks.remember(mask, kwargs)
     return mask
@@ -130,9 +149,8 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any]:
     """The attention function the model had, with the session looking on."""
-    session = _SESSION.get()
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
-    base = (implementation.base if isinstance(implementation, Key) else implementation) or "eager"
+    session = _session()
+    base = _base(getattr(getattr(module, "config", None), "_attn_implementation_internal", None))
     kernel = kernel_before(module, base)
     layer = None if session is None else session.layer_of(module)
     if session is None or layer is None or not session.wants(layer):

@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.captures import Capture
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
+from workbench.models.current import inside
 from workbench.models.hookpoints import attached
 from workbench.models.native_net import NativeCache, NativeConfig, NativeNet
 from workbench.models.protocol import Edit, LayerRecord, Manifest, Shape, Tokens
@@ -208,7 +209,8 @@ class NativeModel:
         ]
         device = self.net.W_E.device
         mask = None if given.mask.all() else given.mask.to(device)
-        with attached(hooks):
+        run = object()
+        with attached(hooks, run), inside(run):
             hidden, new = self.net(given.ids.to(device), mask, cache=past, on_map=on_map, hidden=True)
         for site in [*points - fired, *(s for s in reads if s not in acts)]:
             raise WorkbenchError(f"{site} was asked for and did not fire in {self.name}")

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from workbench.errors import Refused
+from workbench.models.current import current
 from workbench.models.layers import AttentionLayer
 from workbench.models.session import Session
 
@@ -54,6 +55,8 @@ def _watched(
     signature = inspect.signature(forward)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        if current() is not session:
+            return forward(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         watch = recorder(layer, session, bound.arguments)
         with watch:

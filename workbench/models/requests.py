@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import DENSE_LIMIT, AttentionMap
+from workbench.models.current import inside
 from workbench.models.protocol import Edit, Shape, Tokens
 from workbench.sites import Site
 
@@ -132,8 +133,10 @@ def check_edits(keys: Iterable[Key], edits: Iterable[Edit | Tensor]) -> dict[Key
 
 
 def edited(part: Tensor, key: Site | str, edit: Edit | Tensor) -> Tensor:
-    """What ``edit`` makes of ``part``: same shape, in the part's own type and place. The edit may write into its argument."""
-    new = edit(part.clone()) if callable(edit) else edit
+    """What ``edit`` makes of ``part``: same shape, in the part's own type and place. The edit may write into its argument, and
+    may run models."""
+    with inside(None):
+        new = edit(part.clone()) if callable(edit) else edit
     if not isinstance(new, Tensor):
         raise WorkbenchError(f"the edit of {key} returned {type(new).__name__}; it must return the new tensor")
     if new.ndim == 0:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.models.current import current
 from workbench.models.families import Wiring, join_heads, split_heads, submodule, wiring_of
 from workbench.models.layers import AttentionLayer
 from workbench.models.requests import MAP_KINDS, apply_edits
@@ -259,6 +260,8 @@ class Taps:
         """Let ``act`` see and replace the first tensor that goes into ``module``."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if current() is not self.session:
+                return None
             if args:
                 new = act(args[0])
                 return None if new is args[0] else ((new, *args[1:]), kwargs)
@@ -272,6 +275,8 @@ class Taps:
         """Let ``act`` see and replace the (first) tensor that comes out of ``module``."""
 
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            if current() is not self.session:
+                return None
             if isinstance(output, tuple):
                 new = act(output[0])
                 return None if new is output[0] else (new, *output[1:])
