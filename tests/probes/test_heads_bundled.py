@@ -98,22 +98,24 @@ def test_the_start_token_is_the_sink_of_a_resting_head(needle):
     assert first.share == pytest.approx(1.0, abs=1e-4)
 
 
-def test_cached_and_whole_runs_of_a_transformers_model_agree():
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("window", [None, 6])
+def test_cached_and_whole_runs_of_a_transformers_model_agree(window):
+    """The cache of a sliding window forgets its first keys; positions are those of the text all the same."""
+    from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=31, num_key_value_heads=2, max_position_embeddings=64, **sizes)
-    model = wb.load(LlamaForCausalLM(config).eval())
+    sizes |= {"vocab_size": 31, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = wb.load(MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval())
 
     def prompts(length, depth, seed):
         ids = torch.randint(3, 31, (3, length), generator=torch.Generator().manual_seed(seed))
-        span = torch.tensor([[4, 8]] * 3)
-        return Pairs(ids, ids, ids[:, 4:8], torch.full((3, 1), -1), torch.full((3,), length - 1), {"NEEDLE": span})
+        span = torch.tensor([[10, 14]] * 3)
+        return Pairs(ids, ids, ids[:, 10:14], torch.full((3, 1), -1), torch.full((3,), length - 1), {"NEEDLE": span})
 
     options = {"lengths": (16,), "depths": 2, "prompts": prompts, "max_new_tokens": 3}
     cached, whole = wb.retrieval_heads(model, **options), wb.retrieval_heads(model, cache=False, **options)
     assert cached.looks.equal(whole.looks)
     assert cached.looks.sum() > 0
     assert cached.copied.equal(whole.copied)
-    assert cached.reason.startswith("LlamaForCausalLM retrieved no needle")
+    assert cached.reason.startswith("MistralForCausalLM retrieved no needle")
