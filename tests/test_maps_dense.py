@@ -86,6 +86,17 @@ def test_a_gate_scales_rows() -> None:
         GatedMap(raw, torch.ones(1, 1, 2, dtype=torch.long))
 
 
+def test_gated_rows_are_not_rounded_to_half_precision() -> None:
+    weights, gate = torch.rand(1, 2, 5, 7).bfloat16(), torch.rand(1, 2, 5)
+    gated = GatedMap(AttentionMap.from_dense(weights), gate)
+    expected = weights.double() * gate.double()[..., None]
+    torch.testing.assert_close(gated.rows(1, 4).double(), expected[:, :, 1:4], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gated.tile(slice(2, 5), slice(3, 6)).double(), expected[:, :, 2:, 3:6], rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(gated.received().double(), expected.sum(2), rtol=1e-6, atol=0)
+
+
 def test_entropy_of_gates_above_one_is_refused() -> None:
     raw = AttentionMap.from_dense(rows([0.5, 0.5]))
     with pytest.raises(Refused, match=r"a gate of 1.5 .* raw.entropy\(\)"):

@@ -11,6 +11,7 @@ from workbench.attention_map import DENSE_LIMIT, METADATA, AttentionMap, TopK, b
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
+from workbench.kernels.scores import working_dtype
 
 __all__ = [
     "DENSE_LIMIT",
@@ -101,8 +102,7 @@ class GatedMap(AttentionMap):
         return str(getattr(self._fast or self.raw, "impl", ""))
 
     def rows(self, lo: int, hi: int) -> Tensor:
-        rows = self.raw.rows(lo, hi)
-        return rows * self.gate[:, :, lo:hi, None].to(rows.dtype)
+        return self._gated(self.raw.rows(lo, hi), lo, hi)
 
     def row_sums(self) -> Tensor:
         sums = self.raw.row_sums()
@@ -119,8 +119,11 @@ class GatedMap(AttentionMap):
         return GatedMap(self.raw.heads(indices), self.gate[:, head_index(indices, self.shape[1])])
 
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
-        part = self.raw._tile(q_lo, q_hi, k_lo, k_hi)
-        return part * self.gate[:, :, q_lo:q_hi, None].to(part.dtype)
+        return self._gated(self.raw._tile(q_lo, q_hi, k_lo, k_hi), q_lo, q_hi)
+
+    def _gated(self, rows: Tensor, lo: int, hi: int) -> Tensor:
+        work = working_dtype(rows.dtype)  # a product of two bfloat16 numbers is none
+        return rows.to(work) * self.gate[:, :, lo:hi, None].to(work)
 
     def _precompute(self, request: Capture) -> None:
         if self._fast is None:
