@@ -227,9 +227,8 @@ class BridgeModel:
             acts[site] = value
         captured = {**hooks.maps, **session.maps}
         output = acts.pop(hidden) if last else acts.get(hidden)
-        mask = full_mask(given, past, cache_length(past))
         if cached and new is not None:
-            new._workbench_mask = mask
+            new._workbench_mask = full_mask(given.mask, past)
         if isinstance(found, Tensor) and logits == "last":
             at = given.mask.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
             found = found[torch.arange(len(found)), at.to(found.device)][:, None]

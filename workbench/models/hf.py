@@ -14,7 +14,15 @@ from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import requests
 from workbench.models.current import current
-from workbench.models.inputs import cache_length, check_eager, forward_arguments, full_mask, given_tokens
+from workbench.models.inputs import (
+    cache_length,
+    check_eager,
+    forward_arguments,
+    full_mask,
+    given_tokens,
+    real_positions,
+    two_stacks,
+)
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
@@ -114,7 +122,8 @@ class HFModel:
         past = None if cache is None or isinstance(cache, bool) else cache
         cached = past is not None or cache is True
         width = torch.finfo(next(self.model.parameters()).dtype).bits // 8
-        check_logits(logits, given.ids.shape[0], given.ids.shape[1], self.shape, width)
+        real = real_positions(given, decoder=two_stacks(self.model))
+        check_logits(logits, len(real), real.shape[1], self.shape, width)
         reads = requests.parse_sites(read, self._serves, self._names)
         edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
@@ -122,8 +131,8 @@ class HFModel:
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
         taps = Taps(self._places, self._globals, session)
         switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
-        self._check_memory(given, past, width, device)
-        head = _Head(session, self._head(), self._last_norm(), logits, self._row_ends(given))
+        self._check_memory(real, past, width, device)
+        head = _Head(session, self._head(), self._last_norm(), logits, _row_ends(real))
         with (
             taps.installed(),
             head.installed(),
@@ -133,8 +142,8 @@ class HFModel:
             outputs = self.model(**arguments)
         session.finish(self._layers)
         new = getattr(outputs, "past_key_values", None) if cached else None
-        if new is not None and given.ids.shape[1]:
-            new._workbench_mask = full_mask(given, past, cache_length(past))
+        if new is not None and real.shape[1]:
+            new._workbench_mask = full_mask(real, past)
         return Run(
             tokens=given,
             logits=head.logits(outputs),
@@ -168,6 +177,9 @@ class HFModel:
                         f"of {self.family} does not build the pattern; edit hook_z, or load a model that goes through the "
                         "attention interface with attn_implementation='eager'"
                     )
+        first = real_positions(given)
+        second = real_positions(given, decoder=True) if two_stacks(self.model) else first
+        stacks = {"": first, "text": first, "encoder": first, "decoder": second, "cross": second}
         served = {(place.layer.stack, place.layer.index): place.at_function for place in self._places}
         return Session(
             self.family,
@@ -178,7 +190,7 @@ class HFModel:
             edits=edits,
             served=served,
             cached=cached,
-            real=None if bool(given.mask.all()) else given.mask,
+            real={stack: real for stack, real in stacks.items() if not bool(real.all())},
         )
 
     @contextmanager
@@ -226,16 +238,10 @@ class HFModel:
         found = self._globals.modules
         return found.get(("final_norm", "decoder")) or found.get(("final_norm", ""))
 
-    def _row_ends(self, given: Tokens) -> Tensor | None:
-        """Index of the last real token of every row, where the logits belong to ``given.ids``."""
-        if not given.ids.shape[1] or getattr(self.model.config, "is_encoder_decoder", False):
-            return None
-        return given.ids.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
-
-    def _check_memory(self, given: Tokens, past: Any, width: int, device: torch.device) -> None:
-        length = given.ids.shape[1]
+    def _check_memory(self, real: Tensor, past: Any, width: int, device: torch.device) -> None:
+        batch, length = real.shape
         if any(self._implementation(layer) == "eager" for layer in self._layers) and length:
-            check_eager(len(given.ids), self.shape.heads, length, length + cache_length(past), width, device)
+            check_eager(batch, self.shape.heads, length, length + cache_length(past), width, device)
 
     def _provenance(self, session: Session) -> Provenance:
         kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in session.maps.values())
@@ -252,6 +258,11 @@ class HFModel:
 
     def __repr__(self) -> str:
         return f"HFModel({self.name!r}, {self.family}, {len(self._layers)} attention layers, {self.attention})"
+
+
+def _row_ends(real: Tensor) -> Tensor | None:
+    """Index of the last real position of every row, None where there are no positions that logits belong to."""
+    return real.shape[1] - 1 - real.flip(1).int().argmax(1) if real.shape[1] else None
 
 
 class _Head:

@@ -19,7 +19,45 @@ _IDS = ("input_ids", "attention_mask")
 
 
 def given_tokens(model: Any, tokens: Any, tokenizer: Any, shape: Shape) -> Tokens:
-    """``Tokens`` of a text, texts, ids, pixels, features, or a mapping of forward arguments."""
+    """``Tokens`` of a text, texts, ids, pixels, features, or a mapping of forward arguments; with the decoder's start token
+    where a model of two stacks was given the input of the first alone."""
+    given = _as_tokens(model, tokens, tokenizer, shape)
+    if not two_stacks(model) or {"decoder_input_ids", "decoder_inputs_embeds"} & set(given.inputs):
+        return given
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise WorkbenchError(f"{type(model).__name__} needs decoder_input_ids: pass a mapping of its inputs")
+    begun = {"decoder_input_ids": torch.full((len(given.ids), 1), start, dtype=torch.int64)}
+    return Tokens(given.ids, given.mask, given.labels, {**given.inputs, **begun})
+
+
+def two_stacks(model: Any) -> bool:
+    """Whether a model has a decoder with an input of its own."""
+    names = forward_names(model) or set()
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in names
+
+
+def real_positions(given: Tokens, *, decoder: bool = False) -> Tensor:
+    """Which new positions are real, ``[B, T]`` bool: of the ids or of the embeddings in their place, of the first stack or of
+    the ``decoder``; ``[B, 0]`` where the input has neither."""
+    if given.ids.shape[1] and not decoder:
+        return given.mask
+    prefix = "decoder_" if decoder else ""
+    names = ("decoder_input_ids", "decoder_inputs_embeds") if decoder else ("inputs_embeds",)
+    found = next((given.inputs[name] for name in names if name in given.inputs), None)
+    if found is None:
+        return torch.ones(len(given.ids), 0, dtype=torch.bool)
+    mask = given.inputs.get(f"{prefix}attention_mask")
+    if mask is None or mask.ndim != 2:
+        return torch.ones(found.shape[:2], dtype=torch.bool)
+    if mask.shape != found.shape[:2]:
+        raise WorkbenchError(
+            f"{prefix}attention_mask covers the new positions, {list(found.shape[:2])}; got {list(mask.shape)}"
+        )
+    return mask.bool().cpu()
+
+
+def _as_tokens(model: Any, tokens: Any, tokenizer: Any, shape: Shape) -> Tokens:
     if isinstance(tokens, Tokens):
         return tokens
     if isinstance(tokens, str) or (
@@ -85,31 +123,24 @@ def forward_arguments(
     model: Any, given: Tokens, shape: Shape, past: Any, device: torch.device, *, cached: bool
 ) -> dict[str, Any]:
     """Arguments of one forward pass: ids, mask only where there is padding, positions that skip left padding, cache."""
-    seen = cache_length(past)
+    seen, two = cache_length(past), two_stacks(model)
     arguments: dict[str, Any] = {name: value.to(device) for name, value in given.inputs.items()}
     names = forward_names(model) or set()
+    if not len(given.ids):
+        raise WorkbenchError("the input is an empty batch")
+    if not (given.ids.shape[1] or given.inputs) or any(0 in value.shape for value in given.inputs.values()):
+        raise WorkbenchError("the input has no tokens")
     if given.ids.shape[1]:
-        check_length(seen + given.ids.shape[1], shape)
         check_ids(given.ids, shape)
         arguments["input_ids"] = given.ids.to(device)
-        mask = full_mask(given, past, seen)
-        if not bool(mask.all()) and "attention_mask" not in arguments:
-            if not bool(mask.any(1).all()):
-                raise WorkbenchError("a row of the batch is nothing but padding")
-            arguments["attention_mask"] = mask.long().to(device)
-            counts = "position_ids" in names and "position_ids" not in arguments and not _counts_padding_itself(model)
-            if counts and not bool(mask[:, 0].all()):
-                positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-                arguments["position_ids"] = positions[:, seen:].to(device)
-    elif not given.inputs:
-        raise WorkbenchError("the input has no tokens")
-    two_stacks = getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in names
-    if two_stacks and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(arguments):
-        start = getattr(model.config, "decoder_start_token_id", None)
-        if start is None:
-            raise WorkbenchError(f"{type(model).__name__} needs decoder_input_ids: pass a mapping of its inputs")
-        batch = len(next(iter(arguments.values())))
-        arguments["decoder_input_ids"] = torch.full((batch, 1), start, dtype=torch.int64, device=device)
+    # The cache belongs to the stack that grows: the decoder where there are two.
+    mask = _padding(arguments, "attention_mask", real_positions(given), None if two else past, shape, device)
+    counts = "position_ids" in names and "position_ids" not in arguments and not _counts_padding_itself(model)
+    if mask is not None and counts and not bool(mask[:, 0].all()):
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        arguments["position_ids"] = positions[:, seen:].to(device)
+    if two:
+        _padding(arguments, "decoder_attention_mask", real_positions(given, decoder=True), past, shape, device)
     if "use_cache" in names:
         arguments["use_cache"] = cached
     elif cached and "past_key_values" not in names:
@@ -117,6 +148,24 @@ def forward_arguments(
     if past is not None:
         arguments["past_key_values"] = fork(past)
     return arguments
+
+
+def _padding(
+    arguments: dict[str, Any], name: str, real: Tensor, past: Any, shape: Shape, device: torch.device
+) -> Tensor | None:
+    """Put the mask of cached and new positions among ``arguments`` if any of them is padding, and return it. A mask of more
+    axes that the user made stays."""
+    if not real.shape[1] or (name in arguments and arguments[name].ndim != 2):
+        return None
+    arguments.pop(name, None)
+    check_length(cache_length(past) + real.shape[1], shape)
+    mask = full_mask(real, past)
+    if bool(mask.all()):
+        return None
+    if not bool(mask.any(1).all()):
+        raise WorkbenchError("a row of the batch is nothing but padding")
+    arguments[name] = mask.long().to(device)
+    return mask
 
 
 def _counts_padding_itself(model: nn.Module) -> bool:
@@ -150,16 +199,16 @@ def cache_length(past: Any) -> int:
     return 0 if past is None else int(past.get_seq_length())
 
 
-def full_mask(given: Tokens, past: Any, seen: int) -> Tensor:
-    """Mask of the cached and the new positions, ``[B, seen + T]``; a cache that did not come from us has no padding."""
+def full_mask(real: Tensor, past: Any) -> Tensor:
+    """Mask of the cached and the new positions, ``[B, cached + T]``; a cache that did not come from us has no padding."""
     before = getattr(past, "_workbench_mask", None)
     if before is None:
-        before = torch.ones(len(given.mask), seen, dtype=torch.bool)
-    if before.shape != (len(given.mask), seen):
+        before = torch.ones(len(real), cache_length(past), dtype=torch.bool)
+    if before.shape != (len(real), cache_length(past)):
         raise WorkbenchError(
-            f"the cache holds {list(before.shape)} positions; the new tokens are a batch of {len(given.mask)}"
+            f"the cache holds {list(before.shape)} positions; the new tokens are a batch of {len(real)}"
         )
-    return torch.cat([before, given.mask.cpu()], dim=1)
+    return torch.cat([before, real.cpu()], dim=1)
 
 
 def fork(past: Any) -> Any:

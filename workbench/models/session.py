@@ -24,7 +24,10 @@ INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")
 
 
 class Session:
-    """State of one run. The attention function and the module hooks report here; edits are applied here."""
+    """State of one run. The attention function and the module hooks report here; edits are applied here.
+
+    ``real``: for each stack with padding in it, which of its new positions are real, ``[B, T]``.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class Session:
         edits: Mapping[Site, Edit | Tensor],
         served: Mapping[tuple[str, int], frozenset[str]],
         cached: bool,
-        real: Tensor | None = None,
+        real: Mapping[str, Tensor],
     ) -> None:
         self.family = family
         self.request = request
@@ -130,8 +133,8 @@ class Session:
             return
         with torch.no_grad():
             q, k = q.detach(), k.detach()
-            real = self._real
-            if real is not None and real.shape == (q.shape[0], q.shape[2]) and layer.stack in ("", "encoder", "text"):
+            real = self._real.get(layer.stack)
+            if real is not None and real.shape == (q.shape[0], q.shape[2]):
                 mask = replace(mask, queries=real.to(q.device))
             if self._fresh:
                 k = k.clone()

@@ -1,0 +1,75 @@
+"""Inputs beside plain token ids: embeddings, two stacks, caches of either."""
+
+import builders as B
+import pytest
+import torch
+
+from workbench.captures import capture
+from workbench.errors import WorkbenchError
+from workbench.models.protocol import Tokens
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_embeddings_run_as_their_tokens_do(name, side):
+    case = B.hugging_face(name)
+    embed = case.net.get_input_embeddings()
+    at = torch.arange(11).expand(2, 11)
+    real = at >= torch.tensor([[0], [4]]) if side == "left" else at < torch.tensor([[11], [7]])
+    embedded = {"inputs_embeds": embed(case.inputs), "attention_mask": real.long()}
+    ids = case.model.run(Tokens(case.inputs, real), maps=capture(), logits="last", cache=True)
+    run = case.model.run(embedded, maps=capture(), logits="last", cache=True)
+    assert torch.allclose(run.logits, ids.logits)
+    assert torch.equal(run.maps[1].dense() > 0, ids.maps[1].dense() > 0)
+    assert torch.allclose(run.maps[1].dense(), ids.maps[1].dense())
+    step = case.inputs[:, :2]
+    expected = case.model.run(step, cache=ids.cache).logits
+    assert torch.allclose(case.model.run(step, cache=run.cache).logits, expected)
+    assert torch.allclose(case.model.run({"inputs_embeds": embed(step)}, cache=ids.cache).logits, expected)
+
+
+def test_embeddings_are_checked_as_ids_are():
+    model = B.hugging_face("llama").model
+    embeds = torch.zeros(2, 70, B.D, dtype=torch.float64)
+    with pytest.raises(WorkbenchError, match="6 more than"):
+        model.run({"inputs_embeds": embeds})
+    with pytest.raises(WorkbenchError, match="no tokens"):
+        model.run({"inputs_embeds": embeds[:, :0]})
+    with pytest.raises(WorkbenchError, match="empty batch"):
+        model.run(B.ids()[:0])
+    with pytest.raises(WorkbenchError, match=r"attention_mask covers the new positions, \[2, 8\]; got \[2, 5\]"):
+        model.run({"inputs_embeds": embeds[:, :8], "attention_mask": torch.ones(2, 5)})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_decoder_with_a_cache_gives_the_same_rows(padded):
+    case = B.hugging_face("t5")
+    given, ids = {"input_ids": case.inputs["input_ids"]}, B.ids(2, 6)
+    if padded:
+        given["attention_mask"] = torch.arange(9).expand(2, 9) < torch.tensor([[9], [6]])
+    whole = case.model.run({**given, "decoder_input_ids": ids}, maps=capture())
+    run = case.model.run({**given, "decoder_input_ids": ids[:, :3]}, cache=True)
+    for lo, hi in ((3, 4), (4, 6)):
+        run = case.model.run({**given, "decoder_input_ids": ids[:, lo:hi]}, cache=run.cache, maps=capture())
+        assert torch.allclose(run.logits, whole.logits[:, lo:hi], atol=1e-10)
+        assert torch.allclose(run.maps["decoder.1"].dense(), whole.maps["decoder.1"].dense()[:, :, lo:hi, :hi])
+        assert torch.allclose(run.maps["cross.1"].dense(), whole.maps["cross.1"].dense()[:, :, lo:hi])
+        assert run.maps["decoder.1"].offset == lo
+
+
+def test_padding_of_a_decoder_gives_nothing_and_is_not_last():
+    case = B.hugging_face("t5")
+    real = torch.arange(5).expand(2, 5) < torch.tensor([[5], [3]])
+    given = {**case.inputs, "decoder_attention_mask": real.long()}
+    run = case.model.run(given, maps=capture())
+    for key in ("decoder.0", "cross.1"):
+        assert (run.maps[key].dense()[1, :, 3:] == 0).all()
+        assert (run.maps[key].dense()[1, :, :3].sum(-1) > 0.99).all()
+    last = case.model.run(given, logits="last").logits
+    assert torch.allclose(last[:, 0], torch.stack([run.logits[0, 4], run.logits[1, 2]]))
