@@ -214,7 +214,8 @@ def _first(order: Tensor, size: int) -> Tensor:
 
 
 def _area(x: Tensor, y: Tensor) -> float:
-    return float(np.trapezoid(y.numpy(), x.numpy()))
+    """Trapezoid area; a single point has none, and 0 would read as a perfect distance."""
+    return float(np.trapezoid(y.numpy(), x.numpy())) if len(x) > 1 else math.nan
 
 
 def _measure_nodes(setting: Setting, circuit: Circuit, keeps: Sequence[Tensor]) -> list[float]:

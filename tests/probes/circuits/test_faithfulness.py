@@ -107,6 +107,15 @@ def test_areas_are_trapezoids(make, make_pairs):
     assert result.random_cpr.shape == result.random_cmd.shape == (2,)
 
 
+def test_a_single_size_has_no_area(make, make_pairs):
+    model, pairs = make(), make_pairs()
+    result = faithfulness(model, find_circuit(model, pairs), pairs, (0.5,), controls=1)
+    assert math.isnan(result.cmd)
+    assert math.isnan(result.cpr)
+    assert result.random_cmd.isnan().all()
+    result.plot()
+
+
 def test_defaults_seeds_and_columns(soft, induction):
     circuit = find_circuit(soft, induction, level="node")
     first, again = (faithfulness(soft, circuit, induction) for _ in range(2))
