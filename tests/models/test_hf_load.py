@@ -116,7 +116,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, folder):
     config["hidden_size"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(WorkbenchError, match="cannot load") as caught:
+    with pytest.raises(
+        WorkbenchError, match=r"do not fit its config\.json: lm_head\.weight is \[.*\] and should be"
+    ) as caught:
         load(tmp_path)
     one_line(caught)
 
@@ -135,6 +137,9 @@ def test_pickles_and_foreign_code_are_never_opened(tmp_path, folder):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(WorkbenchError, match="only pickled weights"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(WorkbenchError, match=r"only pickled weights \(pytorch_model-00001-of-00002\.bin\)"):
         load(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["OwnModel"], "model_type": "own", "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}}

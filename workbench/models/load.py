@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "tf_model.h5")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".h5")
 
 
 def bundled() -> list[str]:
@@ -60,12 +60,12 @@ def load(
     """
     options = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
     if isinstance(x, str | os.PathLike):
-        path = Path(x).expanduser()
+        path = Path(os.path.expanduser(x))
         name = str(x)
-        if path.is_dir():
-            model = _folder(path, tokenizer, options)
-        elif isinstance(x, str) and name in bundled():
+        if isinstance(x, str) and name in bundled():
             model = _folder(_BUNDLED / name, tokenizer, options)
+        elif path.is_dir():
+            model = _folder(path, tokenizer, options)
         elif isinstance(x, os.PathLike) or name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
             what = "is a file, not a folder" if path.exists() else "does not exist"
             raise WorkbenchError(
@@ -131,7 +131,7 @@ def _check_weights(path: Path) -> None:
 
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        pickled = [name for name in _PICKLED if (path / name).exists()]
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLED)
         if pickled:
             raise WorkbenchError(
                 f"{path} holds only pickled weights ({pickled[0]}), which are never opened; convert them to model.safetensors"
@@ -200,7 +200,12 @@ def _pretrained(source: str, name: str, tokenizer: Any, options: dict[str, Any])
             trust_remote_code=False,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **given,
+        )
+    for key, stored, wanted in sorted(report["mismatched_keys"]):
+        raise WorkbenchError(
+            f"the weights of {source} do not fit its config.json: {key} is {list(stored)} and should be {list(wanted)}"
         )
     absent = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if absent:
@@ -279,7 +284,7 @@ def _one_line(source: str, offline: bool) -> Iterator[None]:
         if offline and "/" in source and not Path(source).exists():
             raise WorkbenchError(
                 f"cannot load {source} from the hub: it is not in the local cache, and the hub cannot be reached or may not "
-                "be asked (local_files_only, HF_HUB_OFFLINE); pass a local folder"
+                f"be asked (local_files_only, HF_HUB_OFFLINE); pass a local folder ({source} is none)"
             ) from error
         raise WorkbenchError(f"cannot load {source}: {_line(error)}") from error
 

@@ -27,7 +27,7 @@ def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens
     """Ids, padding mask and labels of one or several texts, padded on the tokenizer's own side."""
     batch = check_texts(tokenizer, texts)
     if len(batch) > 1 and tokenizer.pad_token_id is None:
-        rows = [tokenizer(text)["input_ids"] for text in batch]
+        rows = [_encode(tokenizer, text)["input_ids"] for text in batch]
         if len({len(row) for row in rows}) > 1:
             raise WorkbenchError(
                 "the tokenizer has no padding token, so texts of different lengths cannot share a batch; "
@@ -35,11 +35,18 @@ def tokenize(tokenizer: Any, texts: str | Sequence[str], shape: Shape) -> Tokens
             )
         ids, mask = torch.tensor(rows), torch.ones(len(rows), len(rows[0]), dtype=torch.bool)
     else:
-        encoded = tokenizer(batch, return_tensors="pt", padding=len(batch) > 1)
+        encoded = _encode(tokenizer, batch, return_tensors="pt", padding=len(batch) > 1)
         ids, mask = encoded["input_ids"], encoded["attention_mask"].bool()
     check_length(ids.shape[1], shape)
     labels = tuple(tuple(map(str, tokenizer.convert_ids_to_tokens(row))) for row in ids.tolist())
     return Tokens(ids, mask, labels)
+
+
+def _encode(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    try:
+        return tokenizer(text, **options)
+    except Exception as error:  # the tokenizers package raises plain exceptions
+        raise WorkbenchError(f"the model's tokenizer cannot encode the text: {error}") from error
 
 
 def check_texts(tokenizer: Any, texts: str | Sequence[str]) -> list[str]:
