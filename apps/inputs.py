@@ -33,6 +33,8 @@ HeadOption = Annotated[
     list[int] | None, typer.Option("--head", help="Show only this head; may be given several times.")
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Save the result in this new folder.")]
+LARGEST_SEED = 2**32 - 1
+"""What every random generator of the dependencies takes."""
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 

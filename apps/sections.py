@@ -80,8 +80,8 @@ def _sinks(group: Mapping[str, Any], saved: Mapping[str, Saved]) -> Iterator[Par
     )
     rows = []
     for name, frame in frames.items():
-        seen = frame[frame["queries"] >= frame["queries"].max() / 2]
-        best = seen.loc[seen.groupby(["layer", "head"])["share"].idxmax().dropna()]
+        seen = frame[frame["queries"] >= frame["queries"].max() / 2].dropna(subset=["share"])
+        best = seen.loc[seen.groupby(["layer", "head"])["share"].idxmax()]
         best = best.assign(model=name, token=best["token"].replace("", "(differs)"))
         rows.append(best[["model", "layer", "head", "key", "token", "share", "uniform"]])
     table = pd.concat(rows, ignore_index=True).sort_values("share", ascending=False, kind="stable")
@@ -247,7 +247,7 @@ def _facts(things: list[Stored]) -> list[tuple[str, str]]:
 
 
 def _provenance(told: Mapping[str, Any], loaded: Mapping[str, Any]) -> Iterator[Part]:
-    versions = told.get("versions", {})
+    versions = told["versions"]
     yield Numbers(pd.DataFrame({"package": list(versions), "version": list(versions.values())}), "Versions")
     rows = []
     for name, saved in loaded.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from workbench.apps.terminal import percent, visible
+from workbench.apps.terminal import cell, percent, visible
 
 if TYPE_CHECKING:
     from workbench.probes.heads import HeadScores
@@ -44,7 +44,7 @@ def sink_lines(result: SinkResult, top: int = 3) -> list[str]:
         )
     lines.append(
         f"attention to the first token: {percent(result.f_attn)} on average; "
-        f"sink score {result.sink_score:.2f} (part of the heads whose first token gets more than {percent(result.epsilon)})"
+        f"sink score {cell(result.sink_score)} (part of the heads whose first token gets more than {percent(result.epsilon)})"
     )
     return lines
 
@@ -68,7 +68,7 @@ def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult
     frame = compared(first, second)
     lines = [
         f"attention to the first token: {percent(first.f_attn)} in {names[0]}, {percent(second.f_attn)} in {names[1]}",
-        f"sink score: {first.sink_score:.2f} in {names[0]}, {second.sink_score:.2f} in {names[1]}",
+        f"sink score: {cell(first.sink_score)} in {names[0]}, {cell(second.sink_score)} in {names[1]}",
     ]
     both = frame.dropna(subset=["difference"])
     if len(both):
@@ -120,7 +120,7 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
         for h in heads[:4]
     ]
     more = f" and {len(heads) - 4} more" if len(heads) > 4 else ""
-    return [found, f"{len(heads)} retrieval heads: {', '.join(named)}{more}"]
+    return [found, f"{len(heads)} retrieval head{'s' * (len(heads) != 1)}: {', '.join(named)}{more}"]
 
 
 def masking_lines(result: MaskingResult) -> list[str]:

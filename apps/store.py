@@ -23,7 +23,8 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Stored:
-    """One saved thing: its path relative to the store, where it is, and ``result`` or ``circuit``."""
+    """One saved thing: its path relative to the store (the store's own name if it is the result), where it is, and
+    ``result`` or ``circuit``."""
 
     name: str
     path: Path
@@ -54,7 +55,8 @@ def stored(folder: str | Path) -> list[Stored]:
             k for k, files in (("circuit", _CIRCUIT), ("result", _RESULT)) if any((at / f).exists() for f in files)
         ]
         if kinds:
-            found.append(Stored(str(at.relative_to(root)), at, kinds[0]))
+            name = root.resolve().name if at == root else str(at.relative_to(root))
+            found.append(Stored(name, at, kinds[0]))
         elif depth < _DEPTH:
             pending += [(sub, depth + 1) for sub in at.iterdir() if sub.is_dir() and not _temporary(sub)]
     return sorted(found, key=lambda s: s.name)
@@ -73,6 +75,9 @@ def account(folder: str | Path) -> Mapping[str, Any] | None:
         for step in written["steps"]:
             step["results"] = [str(inside / name) for name in step["results"]]
             step["lines"], step["title"] = list(step["lines"]), str(step["title"])
+            step["seconds"] = float(step["seconds"])
+        written["title"], written["facts"] = str(written["title"]), dict(written["facts"])
+        written["versions"] = dict(written["versions"])
         listed = [name for step in written["steps"] for name in step["results"]]
     except (ValueError, KeyError, TypeError) as error:
         raise WorkbenchError(f"{path} is damaged: {type(error).__name__}: {error}; run the demo again") from error

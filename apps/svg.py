@@ -49,10 +49,7 @@ def inline(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
-    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"<[^>]*>", lambda tag: _own(tag[0], name), text)
     width, height = (float(v) for v in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups())  # type: ignore[union-attr]
     return re.sub(
         r'width="[\d.]+pt" height="[\d.]+pt"',
@@ -60,3 +57,9 @@ def inline(figure: Figure, name: str) -> str:
         text,
         count=1,
     )
+
+
+def _own(tag: str, name: str) -> str:
+    """One tag with the page's ink and with ids of its own. What stands between the tags are tokens, which stay as they are."""
+    tag = tag.replace("xlink:href", "href").replace(INK, "currentColor")
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", tag)

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -52,8 +53,11 @@ class Commands(TyperGroup):
 
 def guarded(work: Callable[[], Any]) -> int:
     """Run ``work`` and give its exit code: errors a user can cause become one line on stderr; others keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller, as in `workbench ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
@@ -94,8 +98,8 @@ class _Console(Console):
 
 
 def stdout() -> Console:
-    """The console for answers. Not a terminal: wide, so that nothing is cut."""
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PIPED_WIDTH))
+    """The console for answers: as wide as COLUMNS says or the terminal is; elsewhere wide, so that nothing is cut."""
+    width = shutil.get_terminal_size((_PIPED_WIDTH, 24)).columns
     return _Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
 
 

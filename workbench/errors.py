@@ -10,11 +10,15 @@ class WorkbenchError(ValueError):
 
 
 class UnknownName(WorkbenchError):
-    """A name that does not exist; the message lists the names that do."""
+    """A name that does not exist; the message lists the names that do, at its end the nearest one."""
 
     def __init__(self, what: str, name: object, known: Iterable[object]) -> None:
-        listed = ", ".join(str(k) for k in known)
-        super().__init__(f"no {what} {str(name)!r}; known: {listed or 'none'}")
+        import difflib
+
+        names = [str(k) for k in known]
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.8)
+        nearest = f"; nearest: {near[0]}" if near else ""
+        super().__init__(f"no {what} {str(name)!r}; known: {', '.join(names) or 'none'}{nearest}")
 
 
 class Refused(WorkbenchError):

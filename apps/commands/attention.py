@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench.apps import inputs
-from workbench.apps.inputs import FileOption, HeadOption, JsonOption, LayerOption, ModelArgument, OutOption, TextOption
+from workbench.apps.inputs import (
+    LARGEST_SEED,
+    FileOption,
+    HeadOption,
+    JsonOption,
+    LayerOption,
+    ModelArgument,
+    OutOption,
+    TextOption,
+)
 from workbench.apps.terminal import answer, log, table, working
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     from rich.console import Console
 
@@ -121,6 +132,8 @@ def sinks(
     if len(models) != (2 if compare else 1):
         wanted = "two models: sinks --compare A B" if compare else "one model (two with --compare)"
         raise WorkbenchError(f"sinks wants {wanted}; got {' '.join(models)}")
+    if compare and models[0] == models[1]:
+        raise WorkbenchError(f"sinks --compare wants two different models; got {models[0]} twice")
     if compare and out is not None:
         raise WorkbenchError("--out saves one result; run sinks on each model by itself to save it")
     words, target = inputs.prompt(text, file), inputs.fresh(out)
@@ -136,7 +149,7 @@ def sinks(
     ]
     if not compare:
         payload = {"command": "sinks", **payloads[0], "saved": target}
-        answer(as_json, payload, lambda c: _show_sinks(c, models[0], results[0], head))
+        answer(as_json, payload, lambda c: _show_sinks(c, models[0], results[0], head, target))
         return
 
     from workbench.apps.sentences import compared, compared_lines
@@ -174,7 +187,7 @@ def _sink_payload(model: str, result: SinkResult, frame: pd.DataFrame) -> dict[s
     }
 
 
-def _show_sinks(console: Console, model: str, result: SinkResult, head: list[int] | None) -> None:
+def _show_sinks(console: Console, model: str, result: SinkResult, head: list[int] | None, saved: Path | None) -> None:
     from workbench.apps.sentences import sink_lines
 
     strongest = [sink for sink in result.strongest() if not head or sink.head in head]
@@ -186,6 +199,8 @@ def _show_sinks(console: Console, model: str, result: SinkResult, head: list[int
         console.print(line)
     for name, reason in result.undefined.items():
         console.print(f"layer {name} left out of the scores: {reason}")
+    if saved is not None:
+        console.print(f"saved in {saved}")
 
 
 def heads(
@@ -195,7 +210,9 @@ def heads(
     layer: LayerOption = None,
     head: HeadOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Gated models: look at the attention inside the gate.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random tokens and of the nulls.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the random tokens and of the nulls.")
+    ] = 0,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -251,7 +268,7 @@ def retrieval(
         ),
     ] = None,
     depths: Annotated[int, typer.Option("--depths", min=1, help="Number of depths at which the needle stands.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the texts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the texts.")] = 0,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:

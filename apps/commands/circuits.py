@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from workbench.apps import inputs
-from workbench.apps.inputs import JsonOption, ModelArgument, OutOption
+from workbench.apps.inputs import LARGEST_SEED, JsonOption, ModelArgument, OutOption
 from workbench.apps.terminal import answer, table, working
 from workbench.errors import WorkbenchError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from workbench.circuits import Circuit
     from workbench.models.protocol import Model
-    from workbench.pairs import Pairs
+    from workbench.pairs import Pairs, Task
 
 _SHOWN = 15
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="A task; `workbench tasks` lists them.")]
@@ -28,7 +29,7 @@ AblationOption = Annotated[
     str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")
 ]
 ExamplesOption = Annotated[int, typer.Option("-n", "--examples", help="Number of pairs of prompts.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the examples.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the examples.")]
 TaskOptions = Annotated[list[str] | None, typer.Option("--task-option", help="An option of the task, as name=value.")]
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
 
@@ -46,6 +47,8 @@ def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
     `tasks show NAME` draws an example token by token.
     """
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise WorkbenchError("--json belongs to the sub-command: workbench tasks show NAME --json")
         return
     import workbench as wb
 
@@ -71,9 +74,7 @@ def show_task(
 ) -> None:
     """Draw examples of a task: clean and corrupted tokens, answers, named spans."""
     with working(f"{name}: examples"):
-        import workbench as wb
-
-        built = wb.task(name, **assignments(options, "--task-option"))
+        built = _task(name, options)
         if model is None:
             from workbench.datasets.tokenizer import word_tokenizer
 
@@ -222,18 +223,32 @@ def faithfulness(
     answer(as_json, payload, show)
 
 
-def assignments(given: list[str] | None, option: str) -> dict[str, Any]:
-    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise."""
+def assignments(given: list[str] | None, option: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise, and refused where they
+    are not of the option's type in ``kinds``. Names that are not in ``kinds`` are left to be refused by who takes them."""
+    from pydantic import TypeAdapter, ValidationError
+
     found: dict[str, Any] = {}
     for text in given or []:
-        name, equals, value = text.partition("=")
+        name, equals, said = text.partition("=")
         if not equals or not name.isidentifier():
             raise WorkbenchError(f"{option} wants name=value; got {text!r}")
         try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
+            value = json.loads(said)
+        except ValueError:
+            value = said
+        try:
+            found[name] = TypeAdapter(kinds.get(name, Any)).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            raise WorkbenchError(f"{option} {name}: {error.errors()[0]['msg']}; got {said!r}") from None
     return found
+
+
+def _task(name: str, options: list[str] | None) -> Task:
+    import workbench as wb
+
+    kinds = get_type_hints(type(wb.task(name)))
+    return wb.task(name, **assignments(options, "--task-option", kinds))
 
 
 def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
@@ -256,9 +271,7 @@ def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def _setting(model: str, task: str, examples: int, seed: int, options: list[str] | None) -> tuple[Model, Pairs]:
-    import workbench as wb
-
-    built = wb.task(task, **assignments(options, "--task-option"))
+    built = _task(task, options)
     wrapped = inputs.load(model)
     return wrapped, built.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples)
 
@@ -268,7 +281,8 @@ def _find(
 ) -> Circuit:
     import workbench as wb
 
-    keywords = assignments(options, "--option")
+    known = wb.methods()[method].options if method in wb.methods() else {}
+    keywords = assignments(options, "--option", {name: type(value) for name, value in known.items()})
     return wb.find_circuit(model, pairs, method=method, level=level, ablation=ablation, **keywords)
 
 

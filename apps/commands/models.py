@@ -108,6 +108,9 @@ def report(
 
     The file stands alone: it needs no network and no other file.
     """
+    from workbench.apps.store import stored
+
+    stored(store)
     folder = store if out is None else out
     if folder.exists() and not folder.is_dir():
         raise WorkbenchError(f"--out wants a folder; {folder} is a file")

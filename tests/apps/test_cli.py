@@ -69,6 +69,12 @@ def test_sinks_for_people_name_heads_and_tokens(workbench, model):
     assert answer.err == ""
 
 
+def test_a_saved_result_is_announced(workbench, model, tmp_path):
+    for command in ("sinks", "heads", "capture"):
+        answer = workbench(command, model, "--text", TEXT, "--out", tmp_path / command)
+        assert f"saved in {tmp_path / command}" in answer.out.replace("\n", "")
+
+
 def test_sinks_of_one_layer(workbench, model):
     rows = workbench("sinks", model, "--text", TEXT, "--layer", "1", "--json").json["rows"]
     assert {row["layer"] for row in rows} == {1}
@@ -100,6 +106,20 @@ def test_terminals_without_unicode_lose_nothing(tmp_path):
     assert b"| ioi" in shown.stdout
     assert json.loads(to_json({"token": "d\u00fcnn \udcff"})) == {"token": "d\u00fcnn \udcff"}
     assert to_json({"token": "d\u00fcnn"}).isascii()
+
+
+@pytest.mark.parametrize("columns", ["", "0", "wide", "60"])
+def test_any_width_of_terminal(columns):
+    command = [sys.executable, "-m", "workbench", "tasks"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns}, check=True)
+    assert "indirect object" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= (60 if columns == "60" else 160)
+
+
+def test_a_bundled_name_is_the_bundled_model_wherever_it_is_called(workbench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compiled-needle").mkdir()
+    assert workbench("models", "compiled-needle", "--json").json["model"] == "compiled-needle"
 
 
 def test_prompt_from_file_is_the_prompt(workbench, model, tmp_path):
@@ -177,9 +197,7 @@ def test_retrieval_of_a_compiled_model(workbench):
         (96, 1.0, 1.0),
     ]
     shown = workbench("retrieval", "compiled-needle", "--lengths", "64", "--depths", "1")
-    assert "1 retrieval heads: 1.1 (copies 100% of the needle" in shown.out.replace(
-        "1 retrieval head:", "1 retrieval heads:"
-    )
+    assert "1 retrieval head: 1.1 (copies 100% of the needle" in shown.out
 
 
 def test_tasks_and_methods(workbench):

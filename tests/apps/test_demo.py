@@ -187,10 +187,29 @@ def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
         demo(tmp_path / "file" / "results", LONG, load=random_model)
 
 
+def test_a_damaged_account_is_refused(workbench, model, tmp_path):
+    workbench("heads", model, "--text", "Mary and Mary", "--out", tmp_path / "store" / "heads")
+    step = {"title": "t", "lines": [], "results": ["heads"], "seconds": 1.0}
+    good = {"title": "t", "facts": {}, "versions": {}, "steps": [step]}
+    bad = [{k: v for k, v in good.items() if k != name} for name in good]
+    bad += [{**good, "steps": [{k: v for k, v in step.items() if k != name}]} for name in step]
+    for told in (*bad, {**good, "versions": [1]}, [], 3):
+        (tmp_path / "store" / "demo.json").write_text(json.dumps(told))
+        assert "demo.json is damaged" in workbench("report", tmp_path / "store").mistake()
+    (tmp_path / "store" / "demo.json").write_text(json.dumps(good))
+    assert workbench("report", tmp_path / "store").code == 0
+
+
+def test_report_of_one_result_is_called_by_its_name(workbench, model, tmp_path):
+    workbench("heads", model, "--text", "Mary and Mary", "--out", tmp_path / "my-heads")
+    assert workbench("report", tmp_path / "my-heads", "--out", tmp_path).code == 0
+    assert '<h2 id="s0">my-heads</h2>' in (tmp_path / "report.html").read_text()
+
+
 def test_report_escapes_everything(tmp_path):
     from matplotlib.figure import Figure
 
-    bad = "<script>alert(1)</script> \"quoted\" & 'single' $x_1$"
+    bad = '<script>alert(1)</script> "quoted" & \'single\' $x_1$ url(#x) id="q" #010203'
     with style():
         figure = Figure()
         ax = figure.subplots()

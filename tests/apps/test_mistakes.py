@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from workbench.apps.terminal import quiet
 
@@ -47,6 +49,9 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("sinks", "MODEL", "--text", TEXT, "--epsilon", "nan"), "between 0 and 1; got nan"),
         (("sinks", "MODEL", "MODEL", "--text", TEXT), "one model (two with --compare)"),
         (("sinks", "--compare", "MODEL", "--text", TEXT), "two models"),
+        (("sinks", "--compare", "MODEL", "MODEL", "--text", TEXT), "two different models; got"),
+        (("sinks", "compiled-inductoin", "--text", TEXT), "; nearest: compiled-induction"),
+        (("sinks", "~nosuchuser/model", "--text", TEXT), "~nosuchuser/model does not exist"),
         (("retrieval", "MODEL", "--lengths", "many"), "whole numbers separated by commas"),
         (("retrieval", "MODEL", "--lengths", "0"), "at least 1"),
         (("retrieval", "MODEL", "--lengths", "5000"), "4744 tokens more than the context"),
@@ -57,12 +62,31 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("circuit", "MODEL", "ioi", "--option", "stepz=2", "-n", "2"), "no option of 'eap-ig' 'stepz'; known: steps"),
         (("circuit", "MODEL", "ioi", "--option", "steps", "-n", "2"), "--option wants name=value"),
         (("circuit", "MODEL", "ioi", "--task-option", "nosuch=1"), "has no option 'nosuch'"),
+        (
+            ("tasks", "show", "needle", "--task-option", "length=abc"),
+            "--task-option length: Input should be a valid integer; got 'abc'",
+        ),
+        (
+            ("tasks", "show", "needle", "--task-option", "length=true"),
+            "length: Input should be a valid integer; got 'true'",
+        ),
+        (
+            ("tasks", "show", "needle", "--task-option", "depth=[1]"),
+            "depth: Input should be a valid number; got '[1]'",
+        ),
+        (
+            ("circuit", "MODEL", "ioi", "--method", "discrete-sae", "-n", "2", "--option", "rate=x"),
+            "--option rate: Input should be a valid number",
+        ),
+        (("heads", "MODEL", "--seed", "99999999999999999999"), "Invalid value for '--seed'"),
         (("circuit", "MODEL", "ioi", "-n", "2", "--option", "steps=1", "--top", "-1"), "top wants 0 <= n"),
         (("circuit", "MODEL", "ioi", "-n", "0"), "at least one example; got n=0"),
         (("faithfulness", "MODEL", "ioi", "--circuit", "no/such/circuit"), "no circuit folder at no/such/circuit"),
         (("tasks", "show", "nosuch"), "no task 'nosuch'"),
+        (("tasks", "--json", "show", "ioi"), "workbench tasks show NAME --json"),
         (("models", "nosuch"), "no bundled model 'nosuch'"),
         (("report", "no/such/results"), "no results folder no/such/results"),
+        (("report", __file__), "no results folder"),
         (("app", "--store", "no/such/results"), "no results folder no/such/results"),
         (("app", "--port", "99999"), "Invalid value for '--port'"),
         (("nosuch-command",), "No such command 'nosuch-command'"),
@@ -116,6 +140,12 @@ def test_folders_that_are_no_models(workbench, model, tmp_path):
     assert "is a file, not a folder" in workbench("models", broken / "config.json").mistake()
 
 
+def test_a_tokenizer_that_knows_no_words(workbench, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    Tokenizer(WordLevel({})).save(str(broken / "tokenizer.json"))
+    assert "tokenizer cannot encode the text: WordLevel error" in workbench("sinks", broken, "--text", TEXT).mistake()
+
+
 @pytest.mark.parametrize("command", ["sinks", "capture", "heads"])
 def test_an_output_that_exists_is_left_alone(workbench, model, tmp_path, command):
     (tmp_path / "there").mkdir()
@@ -164,6 +194,12 @@ def test_a_reader_that_goes_away_is_no_error():
         done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
         os.close(write)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_stdout_that_is_closed_is_no_error():
+    command = f"'{sys.executable}' -m workbench tasks >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_is_one_line(workbench, monkeypatch):
