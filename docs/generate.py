@@ -84,15 +84,15 @@ def command_line() -> str:
     ]
 
     def walk(command: object, path: str) -> None:
-        children = getattr(command, "commands", None)
-        if children:
-            for name in sorted(children):
-                walk(children[name], f"{path} {name}")
+        children = getattr(command, "commands", {})
+        for name in sorted(children):
+            walk(children[name], f"{path} {name}")
+        if children and not command.invoke_without_command:  # type: ignore[attr-defined]
             return
         arguments = [p for p in command.params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
         options = [p for p in command.params if p.param_type_name == "option"]  # type: ignore[attr-defined]
         options = [p for p in options if p.name != "help"]
-        names = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
+        names = " ".join(p.metavar for p in arguments)
         parts.append(f"## `{f'{path} {names}'.strip()}`\n\n{command.help or ''}\n")  # type: ignore[attr-defined]
         rows = [(f"`{', '.join(p.opts)}`", p.help or "", default(p)) for p in options]
         if rows:
@@ -103,8 +103,10 @@ def command_line() -> str:
 
 
 def default(parameter: object) -> str:
-    value = getattr(parameter, "default", None)
-    return f"`{value}`" if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "" else ""
+    said, value = getattr(parameter, "show_default", None), getattr(parameter, "default", None)
+    if isinstance(said, str):
+        return said
+    return f"`{value}`" if isinstance(value, str | int | float | Path) and not isinstance(value, bool) else ""
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
