@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 
@@ -120,6 +121,10 @@ def visibility(
         found = Mask(causal=not looks_ahead(inner), offset=inner.offset)
     if found.offset != inner.offset:
         found = found.at(inner.offset)
+    try:
+        found.check(inner.shape)
+    except ValueError as error:
+        raise WorkbenchError(f"this mask does not fit a map of {list(inner.shape)}: {error}") from None
     if keys is not None:
         own = found.keys
         found = replace(found, keys=keys.cpu() if own is None else own.cpu() & keys.cpu())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
 from workbench.probes.visibility import Visibility, looks_ahead, visibility
@@ -82,6 +83,19 @@ def test_a_map_without_mask_is_causal_if_nothing_looks_ahead():
     assert visibility(AttentionMap.from_dense(ahead)).queries().flatten().tolist() == [4, 4, 4, 4]
     told = visibility(AttentionMap.from_dense(causal), mask=Mask(causal=True, window=2))
     assert told.queries().flatten().tolist() == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(keys=torch.ones(1, 5).bool()),
+        Mask(queries=torch.ones(3, 4).bool()),
+        Mask(dense=torch.ones(1, 2, 4, 4).bool()),
+    ],
+)
+def test_a_mask_of_other_sizes_is_refused(mask):
+    with pytest.raises(WorkbenchError, match=r"does not fit a map of \[1, 1, 4, 4\]: mask\.(keys|queries|dense)"):
+        visibility(AttentionMap.from_dense(torch.eye(4).expand(1, 1, 4, 4)), mask=mask)
 
 
 def test_rows_the_mask_empties_do_not_count():
