@@ -3,6 +3,7 @@
 import builders as B
 import pytest
 import torch
+import transformers as hf
 
 from workbench.captures import capture
 from workbench.errors import WorkbenchError
@@ -73,3 +74,35 @@ def test_padding_of_a_decoder_gives_nothing_and_is_not_last():
         assert (run.maps[key].dense()[1, :, :3].sum(-1) > 0.99).all()
     last = case.model.run(given, logits="last").logits
     assert torch.allclose(last[:, 0], torch.stack([run.logits[0, 4], run.logits[1, 2]]))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_windows_padding_and_caches_together(implementation, kind):
+    """Keys count from position 0 although the cache of a layer with a window has dropped the first ones."""
+    case = B.hugging_face("gemma3", implementation, torch.float32)
+    real = torch.arange(11).expand(2, 11) >= torch.tensor([[0], [4]])
+    whole = case.model.run(Tokens(case.inputs, real), maps=capture())
+    cache = hf.StaticCache(config=case.net.config, max_cache_len=16) if kind == "static" else True
+    at = 0
+    for end in (6, 7, 9, 11):
+        part = Tokens(case.inputs[:, at:end], real[:, at:end])
+        run = case.model.run(part, cache=cache, maps=capture())
+        assert torch.allclose(run.logits[real[:, at:end]], whole.logits[:, at:end][real[:, at:end]], atol=1e-4)
+        for key, found in run.maps.items():
+            weights = found.dense()
+            assert found.offset == at
+            assert torch.allclose(weights[..., :end], whole.maps[key].dense()[:, :, at:end, :end], atol=1e-5)
+            assert (weights[..., end:] == 0).all()
+        at, cache = end, run.cache
+
+
+def test_an_edited_pattern_after_a_window_is_the_map():
+    case = B.hugging_face("mistral", "eager", torch.float32)
+    cache = case.model.run(case.inputs[:, :8], cache=True).cache
+    plain = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture()).maps[0]
+    site = "blocks.0.attn.hook_pattern"
+    edited = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture(), edit={site: lambda p: p}).maps[0]
+    assert edited.shape == plain.shape == (2, 4, 3, 11)
+    assert edited.offset == plain.offset == 8
+    assert torch.allclose(edited.dense(), plain.dense(), atol=1e-5)

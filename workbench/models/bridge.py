@@ -186,7 +186,7 @@ class BridgeModel:
         self, given: Tokens, reads: Any, edits: Any, maps: Any, wanted: Any, logits: Any, cache: Any
     ) -> Run:
         past = None if cache is None or isinstance(cache, bool) else cache
-        cached = past is not None or cache is True
+        cached, seen = past is not None or cache is True, cache_length(past)
         model = self.bridge.original_model
         arguments = forward_arguments(model, given, self.shape, past, self._inner._device(), cached=cached)
         if not cached:
@@ -208,10 +208,11 @@ class BridgeModel:
             here,
             shape=self.shape,
             real=given.mask,
+            past=seen,
             name=self.name,
         )
         request = None if maps is None else replace(maps, layers=beyond)
-        session = self._inner._session(inside, {}, request, beyond, cached, given)
+        session = self._inner._session(inside, {}, request, beyond, seen if cached else None, given)
         switch = bool(inside or beyond)
         with (
             self._gates(hooks.names),

@@ -92,12 +92,13 @@ class Hooks:
         *,
         shape: Shape,
         real: Tensor,
+        past: int,
         name: str,
     ) -> None:
         self.acts: dict[Site | str, Tensor] = {}
         self.maps: dict[int | str, AttentionMap] = {}
         self._bridge, self._points, self._request, self._wanted = bridge, points, request, set(wanted)
-        self._shape, self._real, self._name = shape, real, name
+        self._shape, self._real, self._past, self._name = shape, real, past, name
         self._reads, self._edits = list(reads), dict(edits)
         self._derived = [] if torch.is_grad_enabled() else [key for key in self._reads if self._derivable(key)]
         self._fired: set[Site | str] = set()
@@ -218,7 +219,9 @@ class Hooks:
         # A query that sees no key has nothing but the most negative number as scores.
         blind = blind | (top.squeeze(-1) <= torch.finfo(top.dtype).min / 2)
         pattern, lse = pattern.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
-        return ExplicitMap(pattern, lse, offset=keys - queries, kv_heads=self._shape.kv_heads)
+        gone = max(0, self._past + queries - keys)  # keys that a cache with a window dropped
+        pattern = torch.nn.functional.pad(pattern, (gone, 0))
+        return ExplicitMap(pattern, lse, offset=gone + keys - queries, kv_heads=self._shape.kv_heads)
 
 
 def _hook(key: Site | str) -> str:

@@ -40,7 +40,8 @@ class HFModel:
     Maps come from the query and key tensors of the model's own kernel call. Rows of padded queries are zero in the map,
     whatever the kernel computed for them: padding gives no mass to anything. ``logits="last"`` is the last real token of
     every row. With padding on the left, positions count from the first real token where the model takes
-    ``position_ids``. While a cache is in use, ``k`` and ``v`` read at the attention function hold the cached positions too.
+    ``position_ids``. While a cache is in use, ``k`` and ``v`` read at the attention function hold the cached positions too,
+    those that are left where a cache with a window dropped the first; keys of maps count from position 0 all the same.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None, revision: str = "") -> None:
@@ -127,7 +128,7 @@ class HFModel:
         reads = requests.parse_sites(read, self._serves, self._names)
         edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
-        session = self._session(reads, edits, maps, wanted, cached, given)
+        session = self._session(reads, edits, maps, wanted, cache_length(past) if cached else None, given)
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
         taps = Taps(self._places, self._globals, session)
         switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
@@ -157,7 +158,7 @@ class HFModel:
     # ---------------------------------------------------------------- helpers
 
     def _session(
-        self, reads: Any, edits: Any, maps: Capture | None, wanted: Any, cached: bool, given: Tokens
+        self, reads: Any, edits: Any, maps: Capture | None, wanted: Any, past: int | None, given: Tokens
     ) -> Session:
         by_key = {layer.key: layer for layer in self._layers}
         for key in wanted:
@@ -189,7 +190,7 @@ class HFModel:
             reads=reads,
             edits=edits,
             served=served,
-            cached=cached,
+            past=past,
             real={stack: real for stack, real in stacks.items() if not bool(real.all())},
         )
 

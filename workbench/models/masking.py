@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,6 +174,20 @@ def _parse(function: Callable[..., Any], built: Mapping[str, Any]) -> Iterator[t
         yield from _parse(names["mask_function"], built)
     else:
         raise _Unknown(function.__qualname__)
+
+
+def behind(mask: Mask, gone: int, keys: int) -> Mask:
+    """The mask over ``keys`` keys with ``gone`` more in front of them, which nobody sees."""
+    pad = torch.nn.functional.pad
+    shown = torch.ones(1, keys, dtype=torch.bool) if mask.keys is None else mask.keys
+    return replace(
+        mask,
+        prefix=mask.prefix + gone if mask.prefix else 0,
+        documents=None if mask.documents is None else pad(mask.documents, (gone, 0)),
+        keys=pad(shown, (gone, 0)),
+        dense=None if mask.dense is None else pad(mask.dense, (gone, 0)),
+        offset=mask.offset + gone,
+    )
 
 
 def allowed(mask: Tensor) -> Tensor:

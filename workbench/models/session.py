@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from workbench.captures import Capture
 from workbench.errors import Refused, WorkbenchError
@@ -15,7 +16,7 @@ from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
 from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.layers import AttentionLayer
-from workbench.models.masking import Masks
+from workbench.models.masking import Masks, behind
 from workbench.models.protocol import Edit
 from workbench.models.requests import MAP_KINDS, apply_edits, site_from_map
 from workbench.sites import Site
@@ -26,7 +27,8 @@ INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")
 class Session:
     """State of one run. The attention function and the module hooks report here; edits are applied here.
 
-    ``real``: for each stack with padding in it, which of its new positions are real, ``[B, T]``.
+    ``past``: positions in the cache of the run, None without a cache. ``real``: for each stack with padding in it, which of
+    its new positions are real, ``[B, T]``.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Session:
         reads: Sequence[Site],
         edits: Mapping[Site, Edit | Tensor],
         served: Mapping[tuple[str, int], frozenset[str]],
-        cached: bool,
+        past: int | None,
         real: Mapping[str, Tensor],
     ) -> None:
         self.family = family
@@ -48,7 +50,7 @@ class Session:
         self.acts: dict[Site, Tensor] = {}
         self.maps: dict[int | str, AttentionMap] = {}
         self.masks = Masks(family)
-        self._fresh = cached
+        self._past = past
         self._real = real
         self._layers = {id(layer.module): layer for layer in layers}
         self._served = served
@@ -108,7 +110,7 @@ class Session:
             if name not in tensors or not self.touches(layer, kind):
                 continue
             site = Site(kind, layer.index, stack=layer.stack)
-            if name != "q" and self._fresh and any(key.whole == site for key in self.edits):
+            if name != "q" and self._past is not None and any(key.whole == site for key in self.edits):
                 raise Refused(
                     f"editing {site} in a run with a cache would leave the unedited tensor in the cache; "
                     "edit without cache, or edit resid_pre"
@@ -136,9 +138,18 @@ class Session:
             real = self._real.get(layer.stack)
             if real is not None and real.shape == (q.shape[0], q.shape[2]):
                 mask = replace(mask, queries=real.to(q.device))
-            if self._fresh:
-                k = k.clone()
+            if self._past is not None:
+                k = k.clone()  # the cache may go on in place
+                gone = self._gone(layer, q.shape[2], k.shape[2])
+                if gone:
+                    mask, k = behind(mask, gone, k.shape[2]), pad(k, (0, 0, gone, 0))
+                    bias = pad(bias, (gone, 0)) if isinstance(bias, Tensor) and bias.shape[-1] > 1 else bias
             self._keep(layer, SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias))
+
+    def _gone(self, layer: AttentionLayer, queries: int, keys: int) -> int:
+        """Keys that a cache with a window has dropped: maps count positions from 0 all the same."""
+        grows = self._past is not None and layer.stack in ("", "text", "decoder")
+        return max(0, (self._past or 0) + queries - keys) if grows else 0
 
     def _keep(self, layer: AttentionLayer, found: AttentionMap) -> None:
         if layer.key in self.maps:
@@ -171,8 +182,9 @@ class Session:
             return output
         self.mark(edits)
         if self.wants_map(layer):
-            offset = max(0, new.shape[3] - new.shape[2]) if layer.stack != "cross" else 0
-            self._keep(layer, AttentionMap.from_dense(new.detach(), offset=offset, kv_heads=v.shape[1]))
+            whole = pad(new.detach(), (self._gone(layer, *new.shape[2:]), 0))
+            offset = max(0, whole.shape[3] - whole.shape[2]) if layer.stack != "cross" else 0
+            self._keep(layer, AttentionMap.from_dense(whole, offset=offset, kv_heads=v.shape[1]))
         values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
         return (new.to(values.dtype) @ values).transpose(1, 2).contiguous()
 
