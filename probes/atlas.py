@@ -87,8 +87,9 @@ def atlas(run: Run, blocks: int | None = None) -> Atlas:
         for name in ("entropy", "distance"):
             parts[name][layer] = _mean(amap, name)
         if blocks is not None:
+            mass = amap.blocks(blocks, "sum")[0].detach().cpu()
             rows = torch.tensor([min(blocks, queries - lo) for lo in range(0, queries, blocks)])
-            parts["blocks"][layer] = amap.blocks(blocks, "sum")[0].detach().cpu() / rows[:, None]
+            parts["blocks"][layer] = mass / rows[:, None]
             parts["peaks"][layer] = amap.blocks(blocks, "max")[0].detach().cpu()
     strongest = tuple((s.layer, s.head, s.key, s.token, s.share) for s in sinks(run).strongest())
     labels = run.tokens.labels[0] if run.tokens.labels else ()

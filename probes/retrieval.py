@@ -210,7 +210,7 @@ def retrieval_heads(
         lengths = (longest // 4, longest)
     lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
     places = _depths(depths)
-    if not lengths or min(lengths) < 1:
+    if not lengths or not all(isinstance(length, int) and length >= 1 for length in lengths):
         raise WorkbenchError(f"lengths are token counts of at least 1; got {lengths}")
     if model.shape.context is not None and max(lengths) > model.shape.context:
         raise WorkbenchError(

@@ -203,7 +203,7 @@ def faithfulness(
 def _sizes(fractions: Iterable[float], n: int) -> list[tuple[float, int]]:
     chosen = sorted(set(fractions))
     if not chosen or not all(0 <= fraction <= 1 for fraction in chosen):
-        raise WorkbenchError(f"fractions are numbers from 0 to 1, at least one; got {list(fractions)}")
+        raise WorkbenchError(f"fractions are numbers from 0 to 1, at least one; got {chosen}")
     return [(float(fraction), int(fraction * n + 1e-9)) for fraction in chosen]
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from workbench.errors import WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
-from workbench.probes.atlas import tile
+from workbench.probes.atlas import atlas, tile
 from workbench.run import Maps, Run
 
 
@@ -22,6 +23,13 @@ def test_tiles_of_a_decoding_step_name_what_is_known():
     table = found.frame()
     assert table["query"].unique().tolist() == [6]
     assert table["weight"].tolist() == pytest.approx(weights[0, 1, 1, 3:].tolist())
+
+
+def test_impossible_blocks_are_refused():
+    run = run_of({0: (torch.eye(3).expand(1, 1, 3, 3), 0)}, torch.tensor([[5, 6, 7]]))
+    for size in (0, -1):
+        with pytest.raises(WorkbenchError, match=f"a block has at least one token; got size={size}"):
+            atlas(run, size)
 
 
 def test_tiles_of_two_stacks_carry_the_names_of_their_own_side():

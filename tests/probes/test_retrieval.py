@@ -276,8 +276,9 @@ def test_what_cannot_be_measured_is_refused():
         retrieval_heads(Copier(), form="capped")
     with pytest.raises(WorkbenchError, match="2000 is 1900 tokens more than the context"):
         retrieval_heads(Copier(context=100), (50, 2000), prompts=prompts())
-    with pytest.raises(WorkbenchError, match="lengths are token counts"):
-        retrieval_heads(Copier(), (), prompts=prompts())
+    for lengths in ((), (0,), (64.5,)):
+        with pytest.raises(WorkbenchError, match="lengths are token counts"):
+            retrieval_heads(Copier(), lengths, prompts=prompts())
     for depths in (0, (), (0.5, 1.5)):
         with pytest.raises(WorkbenchError, match="depths"):
             retrieval_heads(Copier(), 12, depths, prompts=prompts())
