@@ -157,8 +157,9 @@ def _answer(model: Model, ids: Tensor, answer: Tensor, position: Tensor, heads: 
         assert run.logits is not None
         found.append(run.logits[:, -1].cpu().double())
     logits = torch.cat(found)
-    answer = answer.cpu()
-    accepted = torch.zeros_like(logits, dtype=torch.bool).scatter(1, answer.clamp(min=0), answer >= 0)
+    vocab = logits.shape[1]
+    answer = answer.cpu().masked_fill(answer.cpu() < 0, vocab)  # padding goes to a column of its own
+    accepted = torch.zeros(len(logits), vocab + 1, dtype=torch.bool).scatter(1, answer, True)[:, :vocab]
     return (logits.softmax(-1) * accepted).sum(1), accepted.gather(1, logits.argmax(1, keepdim=True))[:, 0].double()
 
 

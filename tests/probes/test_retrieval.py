@@ -309,6 +309,22 @@ def test_removing_the_copying_head_removes_the_answer():
         effect.drop("best")
 
 
+def test_token_0_is_an_answer_like_any_other_next_to_padding():
+    class Constant(Copier):
+        def run(self, tokens, *args, **options):
+            return Run(Tokens.of(tokens), torch.zeros(len(tokens), 1, VOCAB).index_fill_(2, torch.tensor([0]), 9.0))
+
+    result = retrieval_heads(Copier(), 12, 1, prompts=prompts(needle=(9,)))
+
+    def build(length, depth, seed):
+        found = prompts(needle=(9,))(length, depth, seed)
+        return replace(found, answer=torch.tensor([[0, -1], [7, -1]]))
+
+    effect = masking(Constant(), result, top=1, random=1, prompts=build)
+    assert effect.accuracy[0].tolist() == [1, 0]
+    assert effect.probability[0].tolist() == pytest.approx([0.994, 0.0001], abs=1e-3)
+
+
 def test_masking_takes_other_layers_only_when_it_must():
     result = retrieval_heads(Copier(), 12, 1, prompts=prompts(needle=(9,)))
     effect = masking(Copier(), result, top=2, random=4, prompts=prompts(needle=(9,)))
