@@ -18,6 +18,8 @@ COLOURS = ("#2a7f9e", "#d1703c", "#7a6fb0", "#4c9a62")
 NULL = "#8a949c"
 DARK = "#1d2328"
 _ANNOTATED = 160
+_WIDE = 9.5
+"""Inches of a report's column: what is wider is shrunk there, and its numbers become too small to read."""
 
 
 def panels(columns: int, rows: int = 1, width: float = 3.6, height: float = 2.9) -> tuple[Figure, list[Axes]]:
@@ -35,9 +37,12 @@ def heads_grid(tables: Mapping[str, pd.DataFrame], value: str, unit: str, top: f
     limit = max(largest, 1e-9) if top is None else max(top, largest)
     heads = max(g.shape[1] for g in grids.values())
     layers = max(g.shape[0] for g in grids.values())
-    figure, axes = panels(len(grids), 1, 1.0 + 0.42 * heads, 1.1 + 0.42 * layers)
+    across = max(1, min(len(grids), int(_WIDE // (1.0 + 0.42 * heads))))
+    figure, axes = panels(across, -(-len(grids) // across), 1.0 + 0.42 * heads, 1.1 + 0.42 * layers)
+    for ax in axes[len(grids) :]:
+        ax.set_axis_off()
     image: Any = None
-    for ax, (title, grid) in zip(axes, grids.items(), strict=True):
+    for ax, (title, grid) in zip(axes, grids.items(), strict=False):
         numbers = grid.to_numpy(float)
         image = ax.imshow(numbers, cmap=SHADES, vmin=0, vmax=limit, aspect="auto")
         ax.set_title(title)
@@ -50,7 +55,7 @@ def heads_grid(tables: Mapping[str, pd.DataFrame], value: str, unit: str, top: f
                 if np.isfinite(number):
                     ink = "white" if number < 0.6 * limit else "black"
                     ax.text(x, y, f"{number:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes, label=unit, shrink=0.9)
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.9 / -(-len(grids) // across))
     return figure
 
 

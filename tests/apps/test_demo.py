@@ -13,6 +13,7 @@ import torch
 
 from workbench.apps import demo_steps
 from workbench.apps.demo import demo, summary
+from workbench.apps.figures import heads_grid
 from workbench.apps.report import Numbers, Picture, Prose, Section, render, write_report
 from workbench.apps.svg import style
 from workbench.errors import WorkbenchError
@@ -240,3 +241,11 @@ def test_numbers_say_how_many_rows_are_left_out():
     text = render([Section("s", (Numbers(pd.DataFrame({"a": range(100)}), rows=5),))], title="t")
     assert "first 5 of 100 rows" in text
     assert text.count("<tr>") == 6
+
+
+@pytest.mark.parametrize(("heads", "kinds"), [(8, 3), (12, 2), (4, 1), (32, 2)])
+def test_head_grids_fit_the_column(heads, kinds):
+    frame = pd.DataFrame({"layer": [0] * heads, "head": range(heads), "value": [0.5] * heads})
+    figure = heads_grid({str(kind): frame for kind in range(kinds)}, "value", "share")
+    assert figure.get_figwidth() <= max(9.5, 1 + 0.42 * heads)
+    assert sum(ax.get_title() != "" for ax in figure.axes) == kinds
