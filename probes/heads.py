@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+_ROUNDING = 1e-12
+"""Masses that differ by less are equal, summed in another order: over a constant null the difference would be infinite."""
 KINDS: dict[str, Callable[[Tensor], Mod]] = {
     "previous": lambda ids: mods.previous(),
     "duplicate": mods.same_token,
@@ -299,7 +301,7 @@ def _scores(
         found["null"][layer] = draws.nanmean((0, 1))
         spread = _spread(draws.nanmean(1)) if len(draws) > 1 else _spread(draws[0]) / sequences**0.5
         gap = found["value"][layer] - found["null"][layer]
-        found["z"][layer] = torch.where(gap == 0, gap, gap / spread)
+        found["z"][layer] = torch.where(gap.abs() < _ROUNDING, 0.0, gap / spread)
     undefined = {
         kind: "no query has such a key: no token occurs twice" if kind != "previous" else "no query has an earlier key"
         for i, kind in enumerate(kinds)

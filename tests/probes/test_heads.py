@@ -201,6 +201,14 @@ def test_shuffled_tokens_are_the_null_of_a_text():
         assert found["z"] > 1.5
 
 
+@pytest.mark.parametrize("shuffles", [3, 7, 10])
+def test_a_text_of_one_word_is_its_own_null(shuffles):
+    weights = torch.rand(1, 8, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tril()
+    amap = AttentionMap.from_dense(weights / weights.sum(-1, keepdim=True))
+    result = head_scores(run_of({0: amap}, torch.zeros(1, 9, dtype=torch.long)), shuffles=shuffles)
+    assert result.z[0][1:].unique().tolist() == [0]
+
+
 def test_text_without_repeats_has_no_score():
     ids = torch.arange(6)[None]
     result = head_scores(run_of({0: AttentionMap.from_dense(torch.eye(6).expand(1, 2, 6, 6))}, ids))
