@@ -237,6 +237,15 @@ def test_plots_draw_without_a_display():
     assert Circuit.of("edge", graph.edges, []).plot() is not None
 
 
+def test_key_value_heads_have_a_place_of_their_own():
+    graph = circuit_graph(2, 4, 2)
+    ax = Circuit.of("edge", graph.edges, ["a0.h1->a1.g0<k>", "a0.h1->a1.h0<q>", "m0->a1.g1<v>"]).plot()
+    spots = {text.get_text(): text.get_position() for text in ax.texts}
+    assert set(spots) == {"a0.h1", "m0", "a1.h0", "a1.g0", "a1.g1"}
+    assert len(set(spots.values())) == 5
+    assert spots["m0"][1] < spots["a1.g0"][1] < spots["a1.h0"][1]
+
+
 def test_eap_json_holds_every_edge(tmp_path):
     graph = circuit_graph(2, 2)
     circuit = Circuit("edge", graph.edges, torch.randn(graph.n_edges), torch.ones(graph.n_edges, dtype=torch.bool)).top(

@@ -255,12 +255,13 @@ class Circuit:
 
 
 def place(node: str) -> tuple[float, float]:
-    """Where a node is drawn: (head index or the column left of the heads, height)."""
+    """Where a node is drawn: (head index or the column left of the heads, height). Key-value heads, which only read,
+    stand below the heads of their layer."""
     match = _NODE.match(node)
     if match and match["mlp"] is not None:
         return -1.0, int(match["mlp"]) + 0.5
     if match:
-        return float(match["head"]), float(match["layer"])
+        return float(match["head"]), int(match["layer"]) - 0.25 * (".g" in node)
     return -1.0, -1.0 if node == "input" else float("inf")
 
 
