@@ -20,6 +20,7 @@ def test_capture_keeps_what_was_asked() -> None:
         (dict(blocks=64, reduce="median"), "no block reduction 'median'"),
         (dict(blocks=0), "at least 1; got 0"),
         (dict(blocks=6.4), "got 6.4"),
+        (dict(layers=True), "layers names attention layers, all of them by default; got True"),
     ],
 )
 def test_bad_requests(arguments, message) -> None:

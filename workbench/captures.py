@@ -37,6 +37,8 @@ def capture(
     (``received``, ``entropy``, ``distance``, ``top1``). ``keep``: keep q, k and LSE (linear in tokens) so that any exact tile
     or further statistic can be computed later; with ``keep=False`` only what was asked for here can be answered.
     """
+    if isinstance(layers, bool):
+        raise WorkbenchError(f"layers names attention layers, all of them by default; got {layers}")
     if isinstance(layers, int | str):
         layers = (layers,)
     reduce = (reduce,) if isinstance(reduce, str) else tuple(reduce)

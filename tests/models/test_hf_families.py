@@ -1,5 +1,7 @@
 """Maps of every Hugging Face family against the family's own eager attention."""
 
+import sys
+
 import builders as B
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers as hf
 from torch.overrides import TorchFunctionMode
 
 from workbench.captures import capture
+from workbench.errors import Refused
 from workbench.models.hf import HFModel
 from workbench.sites import Site
 
@@ -162,3 +165,36 @@ def test_further_families_are_wired_as_their_names_say(family):
     assert torch.allclose(middle, pre + attention)
     assert torch.allclose(post, middle + mlp)
     assert torch.equal(post, acts["blocks.1.hook_resid_pre"])
+
+
+def test_a_pattern_that_is_not_all_of_the_attention_cannot_be_edited(monkeypatch):
+    """Granite's sinks, for one, scale what the pattern has made of the values."""
+    module = sys.modules[hf.LlamaForCausalLM.__module__]
+    plain = module.eager_attention_forward
+
+    def scaled(*args, **kwargs):
+        output, weights = plain(*args, **kwargs)
+        return output / 2, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", scaled)
+    model = B.hugging_face("llama", "eager").model
+    with torch.no_grad(), pytest.raises(Refused, match=r"hook_pattern cannot be edited: the eager attention of Llama"):
+        model.run(B.ids(), edit={"blocks.0.attn.hook_pattern": lambda p: p})
+
+
+def test_cross_attention_by_any_name_is_a_stack_of_its_own():
+    config = hf.NllbMoeConfig(
+        vocab_size=B.V, d_model=B.D, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, num_experts=2,
+        decoder_attention_heads=4, encoder_ffn_dim=B.F, decoder_ffn_dim=B.F, expert_capacity=4,
+    )  # fmt: skip
+    model = HFModel(B.net(hf.NllbMoeForConditionalGeneration, config))
+    assert model.layers() == [f"{stack}.{i}" for stack in ("encoder", "decoder", "cross") for i in range(2)]
+
+
+def test_manifest_names_chunks():
+    config = hf.Llama4TextConfig(
+        **B.DECODER, head_dim=8, attention_chunk_size=3, num_local_experts=2, intermediate_size_mlp=32,
+        layer_types=["chunked_attention", "full_attention"],
+    )  # fmt: skip
+    records = HFModel(B.net(hf.Llama4ForCausalLM, config)).manifest().layers
+    assert [record.mixer for record in records] == ["softmax + chunks of 3", "softmax"]

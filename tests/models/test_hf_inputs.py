@@ -6,7 +6,8 @@ import torch
 import transformers as hf
 
 from workbench.captures import capture
-from workbench.errors import WorkbenchError
+from workbench.errors import Refused, WorkbenchError
+from workbench.models.hf import HFModel
 from workbench.models.protocol import Tokens
 
 
@@ -106,3 +107,30 @@ def test_an_edited_pattern_after_a_window_is_the_map():
     assert edited.shape == plain.shape == (2, 4, 3, 11)
     assert edited.offset == plain.offset == 8
     assert torch.allclose(edited.dense(), plain.dense(), atol=1e-5)
+
+
+def test_classifiers_of_two_stacks_make_their_decoders_input_themselves():
+    config = hf.BartConfig(
+        vocab_size=B.V, d_model=B.D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, eos_token_id=2,
+        decoder_attention_heads=4, encoder_ffn_dim=B.F, decoder_ffn_dim=B.F, max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    net = B.net(hf.BartForSequenceClassification, config)
+    ids = torch.cat([B.ids()[:, :8], torch.full((2, 1), 2)], 1)
+    run = HFModel(net).run(ids, maps=capture())
+    assert torch.equal(run.logits, net(ids).logits)
+    assert run.maps["cross.0"].shape == (2, 4, 9, 9)
+
+
+def test_a_cache_that_a_model_does_not_keep_is_refused():
+    net = B.net(hf.BertModel, hf.BertConfig(**B._BERT))
+    with pytest.raises(Refused, match="BertModel keeps no key-value cache"):
+        HFModel(net).run(B.ids(), cache=True)
+    with pytest.raises(WorkbenchError, match="keeps no key-value cache"):
+        B.native(causal=False).model.run(B.ids(), cache=True)
+
+
+def test_a_mask_of_another_length_is_refused():
+    for name in ("hf-llama", "native-softmax"):
+        model = B.BUILDERS[name]().model
+        with pytest.raises(WorkbenchError, match=r"token mask is bool \[2, 11\]; got torch\.bool \[2, 9\]"):
+            model.run({"input_ids": B.ids(), "attention_mask": torch.ones(2, 9)})

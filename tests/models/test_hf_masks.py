@@ -55,3 +55,37 @@ def test_documents_and_chunks_travel_as_a_rule():
     run = case.model.run(packed, maps=capture())
     assert run.maps[0].mask.documents is not None
     assert (run.maps[0].dense()[:, :, 4:9, :4] == 0).all()
+
+
+def test_rules_that_say_more_than_one_mask_can_are_no_rules():
+    from transformers import masking_utils as hf
+
+    from workbench.models.masking import rule
+
+    packed = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
+    chunks = hf.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+
+    class Custom:
+        def __call__(self, b, h, q, k):
+            return k <= q
+
+    size = {"q_offset": 0, "kv_offset": 0, "kv_length": 10, "q_length": 10, "attention_mask": None}
+    for function in (hf.and_masks(hf.packed_sequence_mask_function(packed), chunks), Custom()):
+        assert rule({**size, "mask_function": function}) is None
+
+
+def test_flash_attention_tells_documents_apart_and_looks_both_ways_in_a_window():
+    """Without flash attention here: what its functions in transformers make of the same arguments."""
+    from workbench.models.masking import Masks
+
+    case = B.hugging_face("llama")
+    layer = case.model._layers[0]
+    q = torch.zeros(1, 4, 6, 8)
+    options = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "is_causal": True, "sliding_window": None}
+    mask, _ = Masks("Llama").resolve(layer, None, q, q, "flash_attention_2", options)
+    documents = torch.tensor([[k <= q and q // 3 == k // 3 for k in range(6)] for q in range(6)])
+    assert torch.equal(mask.tile(slice(0, 6), slice(0, 6))[0, 0], documents)
+    options = {"position_ids": torch.arange(3, 9)[None], "is_causal": False, "sliding_window": 2}
+    mask, _ = Masks("Llama").resolve(layer, None, q, q, "flash_attention_2", options)
+    near = torch.tensor([[abs(q - k) < 2 for k in range(6)] for q in range(6)])
+    assert torch.equal(mask.tile(slice(0, 6), slice(0, 6))[0, 0], near)

@@ -143,6 +143,8 @@ class HFModel:
             outputs = self.model(**arguments)
         session.finish(self._layers)
         new = getattr(outputs, "past_key_values", None) if cached else None
+        if cached and new is None:
+            raise Refused(f"{self.family} keeps no key-value cache")
         if new is not None and real.shape[1]:
             new._workbench_mask = full_mask(real, past)
         return Run(
@@ -178,9 +180,9 @@ class HFModel:
                         f"of {self.family} does not build the pattern; edit hook_z, or load a model that goes through the "
                         "attention interface with attn_implementation='eager'"
                     )
-        first = real_positions(given)
-        second = real_positions(given, decoder=True) if two_stacks(self.model) else first
-        stacks = {"": first, "text": first, "encoder": first, "decoder": second, "cross": second}
+        first, two = real_positions(given), two_stacks(self.model)
+        second = real_positions(given, decoder=True) if two else first
+        stacks = {"encoder" if two else "": first, "text": first, "decoder": second, "cross": second}
         served = {(place.layer.stack, place.layer.index): place.at_function for place in self._places}
         return Session(
             self.family,

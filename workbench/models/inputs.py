@@ -20,9 +20,10 @@ _IDS = ("input_ids", "attention_mask")
 
 def given_tokens(model: Any, tokens: Any, tokenizer: Any, shape: Shape) -> Tokens:
     """``Tokens`` of a text, texts, ids, pixels, features, or a mapping of forward arguments; with the decoder's start token
-    where a model of two stacks was given the input of the first alone."""
+    where a model of two stacks was given the input of the first alone (classifiers make the decoder's input themselves)."""
     given = _as_tokens(model, tokens, tokenizer, shape)
-    if not two_stacks(model) or {"decoder_input_ids", "decoder_inputs_embeds"} & set(given.inputs):
+    starts = two_stacks(model) and (model.can_generate() or model.base_model is model)
+    if not starts or {"decoder_input_ids", "decoder_inputs_embeds"} & set(given.inputs):
         return given
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:

@@ -185,4 +185,4 @@ def _allowed(session: Session, layer: Any, args: tuple[Any, ...], kwargs: dict[s
             f"layer {layer.key} of {family}: {layer.name} passes the attention argument {name!r}, whose effect on the "
             "pattern is not modelled; leave the layer out with maps=capture(layers=[...])"
         )
-    return {name: kwargs.get(name) for name in _IN_THE_MAP}
+    return {name: kwargs.get(name) for name in (*_IN_THE_MAP, "position_ids")}

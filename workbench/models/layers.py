@@ -115,15 +115,18 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
 def _mixer(module: nn.Module) -> str:
     """``softmax`` with what the module adds to it, as far as its attributes tell."""
     parts = ["softmax"]
+    config: Any = getattr(module, "config", None)
     window = getattr(module, "sliding_window", None)
     if window is None and getattr(module, "is_sliding", True):
-        config = getattr(module, "config", None)
         kinds = getattr(config, "layer_types", None)
         window = getattr(config, "sliding_window", None) if kinds is None else None
         if not getattr(config, "use_sliding_window", True):
             window = None
     if isinstance(window, int):
         parts.append(f"window {window}")
+    chunk, kinds = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
+    if chunk and kinds and kinds[module.layer_idx] == "chunked_attention":
+        parts.append(f"chunks of {chunk}")
     cap = getattr(module, "attn_logit_softcapping", None)
     if cap is not None:
         parts.append(f"softcap {cap:g}")
@@ -131,9 +134,7 @@ def _mixer(module: nn.Module) -> str:
         parts.append("sink")
     if getattr(module, "relative_position_bias", None) is not None or hasattr(module, "has_relative_attention_bias"):
         parts.append("position bias")
-    if type(module).__name__ in ("BloomAttention", "MptAttention") or getattr(
-        getattr(module, "config", None), "alibi", False
-    ):
+    if type(module).__name__ in ("BloomAttention", "MptAttention") or getattr(config, "alibi", False):
         parts.append("alibi")
     return " + ".join(parts)
 
@@ -173,7 +174,7 @@ def _looks_like_mixer(module: nn.Module) -> bool:
 
 def _stack(path: str) -> str:
     """The half of a two-stack model that an attention module belongs to, read off its path."""
-    if re.search(r"EncDecAttention|encoder_attn|crossattention|cross_attn", path):
+    if re.search(r"EncDecAttention|encoder_attn|cross_?attention|cross_attn", path):
         return "cross"
     for word, stack in (("vision", "vision"), ("visual", "vision"), ("text", "text"), ("language", "text")):
         if re.search(rf"(^|\.){word}", path):

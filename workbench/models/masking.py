@@ -54,10 +54,12 @@ class Masks:
         if causal is None:
             causal = bool(getattr(layer.module, "is_causal", True))
         if mask is None:
-            return self._without(base, bool(causal), queries, keys, options.get("sliding_window")), None
+            plain = self._without(base, bool(causal), queries, keys, options.get("sliding_window"))
+            packed = _packed(options.get("position_ids"), q) if "flash" in base else None
+            return replace(plain, documents=packed), None
         if isinstance(mask, Tensor) and mask.ndim == 2 and "flash" in base:
             plain = self._without(base, bool(causal), queries, keys, options.get("sliding_window"))
-            return Mask(plain.causal, plain.window, keys=mask.bool(), offset=plain.offset), None
+            return replace(plain, keys=mask.bool()), None
         if not isinstance(mask, Tensor):
             described = self._rules.get(id(mask))
             if described is None:
@@ -82,7 +84,7 @@ class Masks:
         """What no mask means to an implementation."""
         offset = max(0, keys - queries) if causal else 0
         if "flash" in base:
-            return Mask(causal, window if causal else None, offset=offset)
+            return Mask(causal, window, offset=offset)
         if base == "sdpa" and causal and queries > 1:
             return Mask(True)
         return Mask(causal and queries == 1, offset=offset)
@@ -118,9 +120,13 @@ class Masks:
 
 def rule(built: Mapping[str, Any]) -> Mask | None:
     """The ``Mask`` that the arguments of a transformers mask function describe; None if they say more than it can."""
+    parts: dict[str, Any] = {}
     try:
-        parts = dict(_parse(built["mask_function"], built))
-    except (_Unknown, KeyError):
+        for name, value in _parse(built["mask_function"], built):
+            if name in parts and name != "causal":
+                return None  # two windows, or chunks inside of documents
+            parts[name] = value
+    except (_Unknown, KeyError, AttributeError):  # the last: a callable that is no function
         return None
     causal, window = bool(parts.get("causal")), parts.get("window")
     q_offset, k_offset = int(built.get("q_offset", 0)), int(built.get("kv_offset", 0))
@@ -174,6 +180,13 @@ def _parse(function: Callable[..., Any], built: Mapping[str, Any]) -> Iterator[t
         yield from _parse(names["mask_function"], built)
     else:
         raise _Unknown(function.__qualname__)
+
+
+def _packed(positions: Tensor | None, q: Tensor) -> Tensor | None:
+    """Documents that flash attention tells apart in a single row, by positions that begin anew; None if there is one."""
+    if positions is None or positions.ndim != 2 or q.shape[0] != 1 or bool((positions.diff() == 1).all()):
+        return None
+    return (positions == 0).cumsum(-1)
 
 
 def behind(mask: Mask, gone: int, keys: int) -> Mask:

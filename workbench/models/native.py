@@ -179,6 +179,8 @@ class NativeModel:
             raise WorkbenchError(f"{self.name} is in training mode; call .net.eval() first")
         given = self._given(tokens)
         past = self._past(cache, given)
+        if cache is not None and cache is not False and not self.shape.causal:
+            raise WorkbenchError(f"{self.name} keeps no key-value cache: its tokens see those after them")
         check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
         check_ids(given.ids, self.shape)
         width = torch.finfo(self.net.W_E.dtype).bits // 8
@@ -259,12 +261,10 @@ class NativeModel:
             ids = torch.as_tensor(tokens["input_ids"])
             check_ids(ids, self.shape)
             plain = Tokens.of(ids, self.tokenizer)
-            mask = tokens.get("attention_mask")
-            return (
-                plain
-                if mask is None
-                else Tokens(plain.ids, torch.as_tensor(mask).bool().view(plain.ids.shape), plain.labels)
-            )
+            if tokens.get("attention_mask") is None:
+                return plain
+            mask = torch.as_tensor(tokens["attention_mask"]).bool()
+            return Tokens(plain.ids, mask[None] if mask.ndim == 1 else mask, plain.labels)
         if isinstance(tokens, Tensor):
             check_ids(tokens, self.shape)
             return Tokens.of(tokens, self.tokenizer)

@@ -176,6 +176,12 @@ class Session:
             return output
         if not self.touches(layer, "pattern"):
             return output
+        values = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+        if edits and not _product(weights, values, output):
+            raise Refused(
+                f"{site} cannot be edited: the eager attention of {self.family} does more than multiply the values by its "
+                "pattern; edit hook_z"
+            )
         new = apply_edits(weights, site, self.edits)
         self.record(site, new)
         if not edits:
@@ -185,7 +191,6 @@ class Session:
             whole = pad(new.detach(), (self._gone(layer, *new.shape[2:]), 0))
             offset = max(0, whole.shape[3] - whole.shape[2]) if layer.stack != "cross" else 0
             self._keep(layer, AttentionMap.from_dense(whole, offset=offset, kv_heads=v.shape[1]))
-        values = v.repeat_interleave(new.shape[1] // v.shape[1], dim=1)
         return (new.to(values.dtype) @ values).transpose(1, 2).contiguous()
 
     def _pattern_edits(self, layer: AttentionLayer) -> list[Site]:
@@ -214,3 +219,10 @@ class Session:
         for site in self.edits:
             if site not in self._edited:
                 raise WorkbenchError(f"the edit of {site} never ran in {self.family} with this input")
+
+
+def _product(weights: Tensor, values: Tensor, output: Tensor) -> bool:
+    """Whether ``output`` ``[B, Q, H, E]`` is nothing but the weights times the values, up to rounding."""
+    found = (weights.to(values.dtype) @ values).transpose(1, 2)
+    tolerance = torch.finfo(values.dtype).eps ** 0.5 * output.abs().max()
+    return bool(((found - output).abs() <= tolerance).all())
