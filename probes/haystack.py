@@ -24,8 +24,8 @@ def haystack_prompts(
         <bos> haystack ... more haystack ... <question> Answer:     corrupt
 
     The haystack is ``texts`` joined, repeated if too short, starting at a place drawn from ``seed``; the fact is
-    moved back to the end of a sentence if there is one. Refuses a fact that the haystack contains and lengths
-    without room.
+    moved back to the end of a sentence if there is one. Refuses a fact that the haystack contains or whose words the
+    tokenizer does not know, and lengths without room.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -42,6 +42,10 @@ def haystack_prompts(
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    for fact, _ in needles:
+        if unknown is not None and unknown in ids(" " + fact.strip()):
+            raise WorkbenchError(f"the tokenizer of {model.name} does not know every word of the needle {fact!r}")
     hay = ids(joined)
     stops = {ids(f"a{mark}")[-1] for mark in (".", "?", "!")}
     first = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []

@@ -405,6 +405,8 @@ def test_unfit_needles_are_refused(words):
         haystack_prompts(model, [("the cat sat", "?")], "the cat sat on a mat .")
     with pytest.raises(WorkbenchError, match="haystack is empty"):
         haystack_prompts(model, [("the code is blue .", "?")], " ")
+    with pytest.raises(WorkbenchError, match="does not know every word of the needle 'the code is xyz'"):
+        haystack_prompts(model, [("the code is xyz", "?")], "the cat")
     with pytest.raises(WorkbenchError, match="pairs"):
         haystack_prompts(model, [], "the cat")
     build = haystack_prompts(model, [("the code is blue .", "what is the code ?")], "the cat sat .")
