@@ -64,8 +64,10 @@ def page() -> None:
                 st.markdown(f"**{step['title']}**")
                 st.text("\n".join(step["lines"]) if not step.get("error") else f"failed: {step['error']}")
     names = {thing.name: thing for thing in things}
-    asked = st.query_params.get("result", "")
-    chosen = st.sidebar.radio("results", list(names), index=list(names).index(asked) if asked in names else 0)
+    if st.session_state.get("result") not in names:
+        asked = st.query_params.get("result", "")
+        st.session_state["result"] = asked if asked in names else next(iter(names))
+    chosen = st.sidebar.radio("results", list(names), key="result")
     st.query_params["result"] = chosen
     st.header(chosen)
     try:

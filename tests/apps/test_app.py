@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,9 +33,22 @@ def test_page_lists_and_opens_what_is_stored(page, workbench, model, tmp_path):
     assert shown.header[0].value == "a/sinks"
     tables = [frame.value for frame in shown.dataframe]
     assert list(tables[-1]["share"])[:1] == [1.0] or len(tables[-1]) == 60
-    shown.sidebar.radio[0].set_value("atlas").run()
-    assert shown.header[0].value == "atlas"
-    assert not shown.exception
+    for name in ("atlas", "a/sinks", "atlas", "a/sinks"):
+        shown.sidebar.radio[0].set_value(name).run()
+        assert shown.header[0].value == name
+        assert name in shown.query_params["result"]
+        assert not shown.exception
+    shutil.rmtree(tmp_path / "a")
+    assert shown.run().header[0].value == "atlas"
+
+
+def test_page_opens_the_result_named_in_the_address(workbench, model, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        assert workbench("heads", model, "--text", TEXT, "--out", tmp_path / name).code == 0
+    monkeypatch.setattr(sys, "argv", ["main.py", "--store", str(tmp_path)])
+    page = AppTest.from_file(str(PAGE), default_timeout=60)
+    page.query_params["result"] = "two"
+    assert page.run().header[0].value == "two"
 
 
 def test_page_of_an_empty_missing_or_half_written_store(page, half_written, tmp_path):
