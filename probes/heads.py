@@ -11,7 +11,7 @@ Nulls. On a model, duplicate and induction heads are measured on random tokens r
 the null is the same keys when the second half is other random tokens: a head that only likes a distance keeps its
 score. On a given text, the null shuffles the tokens' identities over the positions. For ``previous`` the key is
 drawn at random among the earlier ones. ``uniform`` is the score of attention spread evenly over what a query may
-see.
+see, scaled by the gate where the map is.
 """
 
 from __future__ import annotations

@@ -289,8 +289,10 @@ def test_gated_maps_are_scaled_unless_raw():
 
     options = {"batches": 1, "sequences": 2, "period": (5, 5)}
     plain = head_scores(Planted(), **options)
-    torch.testing.assert_close(head_scores(Planted(wrap=gated), **options).value[0], plain.value[0] / 2)
-    torch.testing.assert_close(head_scores(Planted(wrap=gated), raw=True, **options).value[0], plain.value[0])
+    acting, inside = head_scores(Planted(wrap=gated), **options), head_scores(Planted(wrap=gated), raw=True, **options)
+    for name in ("value", "null", "uniform"):
+        torch.testing.assert_close(getattr(acting, name)[0], getattr(plain, name)[0] / 2)
+        torch.testing.assert_close(getattr(inside, name)[0], getattr(plain, name)[0])
 
 
 def test_layers_that_are_no_self_attention_are_named():
