@@ -139,7 +139,7 @@ def progress() -> Progress:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Third-party warnings and log lines are silenced, ours are not; ``-W`` and ``PYTHONWARNINGS`` win."""
+    """Third-party warnings and log lines are silenced, ours are one line on stderr; ``-W`` and ``PYTHONWARNINGS`` win."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     for name in ("transformers", "transformer_lens", "huggingface_hub", "matplotlib", "torch"):
@@ -148,6 +148,7 @@ def quiet() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"workbench(\.|$)")
+            warnings.showwarning = lambda message, *_: log(f"warning: {message}")
         yield
 
 

@@ -233,6 +233,8 @@ def assignments(given: list[str] | None, option: str, kinds: Mapping[str, Any]) 
         name, equals, said = text.partition("=")
         if not equals or not name.isidentifier():
             raise WorkbenchError(f"{option} wants name=value; got {text!r}")
+        if name in found:
+            raise WorkbenchError(f"{option} {name} is given twice")
         try:
             value = json.loads(said)
         except ValueError:

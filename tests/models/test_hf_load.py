@@ -133,6 +133,16 @@ def test_missing_weights_are_refused(tmp_path, folder):
         load(tmp_path)
 
 
+def test_weights_without_a_place_are_told(tmp_path, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.warns(UserWarning, match=r"tensors of .* have no place in LlamaForCausalLM .*model\.layers\.1"):
+        load(tmp_path)
+
+
 def test_pickles_and_foreign_code_are_never_opened(tmp_path, folder):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,6 +213,13 @@ def _pretrained(source: str, name: str, tokenizer: Any, options: dict[str, Any])
         raise WorkbenchError(
             f"the weights of {source} lack {len(absent)} tensors of {type(model).__name__} ({', '.join(absent[:3])} ...); "
             "they would be random"
+        )
+    spare = sorted(report["unexpected_keys"])
+    if spare:
+        warnings.warn(
+            f"{len(spare)} tensors of {source} have no place in {type(model).__name__} as its config.json describes it and "
+            f"were left out ({', '.join(spare[:3])} ...)",
+            stacklevel=2,
         )
     revision = getattr(model.config, "_commit_hash", None) or options.get("revision") or ""
     return HFModel(model.eval(), tokenizer, name=name, revision=revision)
