@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
 from workbench.probes.padding import padding
 from workbench.probes.sinks import sinks
 from workbench.results import Result, axis
@@ -84,8 +85,8 @@ def atlas(run: Run, blocks: int | None = None) -> Atlas:
                 f"an atlas shows one sequence without padding; this run has a batch of {batch}: run texts one by one"
             )
         parts["received"][layer] = amap.received()[0].detach().cpu()
-        for name in ("entropy", "distance"):
-            parts[name][layer] = _mean(amap, name)
+        parts["distance"][layer] = _mean(amap.distance())
+        parts["entropy"][layer] = _entropy(amap)
         if blocks is not None:
             mass = amap.blocks(blocks, "sum")[0].detach().cpu()
             rows = torch.tensor([min(blocks, queries - lo) for lo in range(0, queries, blocks)])
@@ -97,9 +98,14 @@ def atlas(run: Run, blocks: int | None = None) -> Atlas:
     return Atlas(**parts, strongest=strongest, tokens=labels, size=blocks, acts=acts, provenance=run.provenance)
 
 
-def _mean(amap: Any, name: str) -> Tensor:
+def _mean(values: Tensor) -> Tensor:
+    return values[0].double().mean(-1).detach().cpu()
+
+
+def _entropy(amap: AttentionMap) -> Tensor:
+    """NaN where rows are no distributions."""
     try:
-        return getattr(amap, name)()[0].double().mean(-1).detach().cpu()
+        return _mean(amap.entropy())
     except Refused:
         return torch.full((amap.shape[1],), float("nan"), dtype=torch.float64)
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from workbench.errors import WorkbenchError
+from workbench.captures import capture
+from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
 from workbench.probes.atlas import atlas, tile
@@ -30,6 +31,18 @@ def test_impossible_blocks_are_refused():
     for size in (0, -1):
         with pytest.raises(WorkbenchError, match=f"a block has at least one token; got size={size}"):
             atlas(run, size)
+
+
+def test_statistics_that_were_let_go_are_refused_and_undefined_ones_are_nan():
+    ids = torch.tensor([[5, 6, 7]])
+    run = run_of({0: (torch.eye(3).expand(1, 2, 3, 3) * torch.tensor([1.0, -1.0])[:, None, None], 0)}, ids)
+    found = atlas(run)
+    assert found.entropy[0].isnan().all()
+    assert found.distance[0].tolist() == [0, 0]
+    plain = AttentionMap.from_dense(torch.eye(3).expand(1, 2, 3, 3))
+    kept = Maps({0: plain.precompute(capture(stats=("received",), keep=False))})
+    with pytest.raises(Refused, match=r"answers only received\(\); name more in capture"):
+        atlas(Run(run.tokens, maps=kept))
 
 
 def test_tiles_of_two_stacks_carry_the_names_of_their_own_side():
