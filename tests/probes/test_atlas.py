@@ -3,7 +3,9 @@ import torch
 
 from workbench.captures import capture
 from workbench.errors import Refused, WorkbenchError
+from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
+from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.protocol import Tokens
 from workbench.probes.atlas import atlas, tile
 from workbench.run import Maps, Run
@@ -39,7 +41,7 @@ def test_statistics_that_were_let_go_are_refused_and_undefined_ones_are_nan():
     found = atlas(run)
     assert found.entropy[0].isnan().all()
     assert found.distance[0].tolist() == [0, 0]
-    plain = AttentionMap.from_dense(torch.eye(3).expand(1, 2, 3, 3))
+    plain = SoftmaxMap(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4), mask=Mask(causal=True))
     kept = Maps({0: plain.precompute(capture(stats=("received",), keep=False))})
     with pytest.raises(Refused, match=r"answers only received\(\); name more in capture"):
         atlas(Run(run.tokens, maps=kept))
