@@ -68,6 +68,8 @@ def prompt(text: str | None, file: str | None) -> str:
 
 def _read(file: str) -> tuple[bytes, str]:
     if file == "-":
+        if sys.stdin is None:
+            raise WorkbenchError("--file - reads stdin, which is closed")
         return sys.stdin.buffer.read(), "stdin"
     path = Path(file)
     if path.is_dir():

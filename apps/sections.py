@@ -11,7 +11,7 @@ import pandas as pd
 
 from workbench.apps import figures
 from workbench.apps.report import Numbers, Part, Picture, Prose, Section, write_report
-from workbench.apps.store import Stored, account, stored
+from workbench.apps.store import DEPTH, Stored, account, stored
 from workbench.apps.svg import style
 from workbench.circuits import Circuit
 from workbench.errors import WorkbenchError
@@ -32,7 +32,9 @@ def report_of(folder: str | Path, path: str | Path) -> Path:
     things = stored(folder)
     told = account(folder)
     if not things:
-        raise WorkbenchError(f"nothing is saved in {folder}; `make demo` or a command with --out saves results")
+        raise WorkbenchError(
+            f"nothing is saved in {folder}, {DEPTH} folders deep; `make demo` or a command with --out saves results"
+        )
     loaded = {thing.name: thing.load() for thing in things}
     with style():
         if told is None:

@@ -18,7 +18,8 @@ ACCOUNT = "demo.json"
 FOLDER = "demo"
 _RESULT = ("result.json", "table.parquet", "tensors.safetensors")
 _CIRCUIT = ("circuit.json", "circuit.parquet")
-_DEPTH = 3
+DEPTH = 3
+"""How many folders deep results are looked for."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def stored(folder: str | Path) -> list[Stored]:
         if kinds:
             name = root.resolve().name if at == root else str(at.relative_to(root))
             found.append(Stored(name, at, kinds[0]))
-        elif depth < _DEPTH:
+        elif depth < DEPTH:
             pending += [(sub, depth + 1) for sub in at.iterdir() if sub.is_dir() and not _temporary(sub)]
     return sorted(found, key=lambda s: s.name)
 

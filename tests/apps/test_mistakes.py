@@ -206,6 +206,13 @@ def test_stdout_that_is_closed_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_stdin_that_is_closed(model):
+    command = f"'{sys.executable}' -m workbench sinks '{model}' --file - <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "workbench: --file - reads stdin, which is closed\n"
+
+
 def test_ctrl_c_is_one_line(workbench, monkeypatch):
     import workbench as wb
 
