@@ -50,6 +50,8 @@ class Pairs:
 
     def __getitem__(self, index: slice) -> Pairs:
         """A slice of the examples."""
+        if not isinstance(index, slice):
+            raise WorkbenchError(f"pairs are taken by slices, pairs[i : i + 1] for example i; got {index!r}")
         return Pairs(
             self.clean[index],
             self.corrupt[index],

@@ -348,6 +348,14 @@ def test_refuses_a_tokenizer_that_closes_prompts(name, byte_tokenizers):
         wb.task(name, **options).build(0, byte_tokenizers["closed"], 8)
 
 
+def test_pairs_are_taken_by_slices(tokenizer):
+    pairs = wb.task("ioi").build(0, tokenizer, 4)
+    assert pairs[1:3].texts == pairs.texts[1:3]
+    assert pairs[3:].labels["io"] == pairs.labels["io"][3:]
+    with pytest.raises(WorkbenchError, match=r"pairs\[i : i \+ 1\] for example i; got 2"):
+        pairs[2]
+
+
 def test_drops_are_counted(byte_tokenizers):
     assert wb.task("ioi").build(0, word_tokenizer(), 16).dropped == 0
     assert isinstance(wb.task("docstring").build(0, byte_tokenizers["whole"], 8), Pairs)
