@@ -28,7 +28,7 @@ BLOCK = 64
 NEEDLES = 3
 TILE = (6, 14)
 _WHERE = "the last queries on the keys around the last one's favourite"
-KEPT_NODES, KEPT_EDGES = 10, 0.02
+KEPT_NODES, KEPT_EDGES = 10, 0.05
 OPTIONS: dict[str, dict[str, Any]] = {"discrete-sae": {"pooling": "concat"}, "eap-ig": {}}
 
 

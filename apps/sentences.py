@@ -89,17 +89,19 @@ _DOES = {
 
 
 def head_lines(result: HeadScores) -> list[str]:
-    """The strongest head of every kind with its null, or why there is none."""
+    """The strongest head of every kind with its null, or why there is none; a weight below twice its null is no find."""
     lines = []
     for kind in result.kinds:
         if kind in result.undefined:
             lines.append(f"{kind}: undefined, {result.undefined[kind]}")
             continue
         best = result.top(kind, 1)[0]
-        lines.append(
-            f"head {head_name(best.layer, best.head)} {_DOES.get(kind, kind)} with {percent(best.value)} of its weight "
-            f"(null {percent(best.null)})"
-        )
+        name, does = head_name(best.layer, best.head), _DOES.get(kind, kind)
+        weights = f"{percent(best.value)} of its weight (null {percent(best.null)})"
+        if best.value < 2 * best.null:
+            lines.append(f"no head {does} much more than by chance; the nearest, {name}, with {weights}")
+        else:
+            lines.append(f"head {name} {does} with {weights}")
     return lines
 
 

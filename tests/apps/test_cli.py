@@ -272,3 +272,9 @@ def test_doctor_says_what_is_broken(workbench, monkeypatch):
     assert got.code == 1
     assert ("kernel", "cpu") in failed
     assert ("kernel", "reference") not in failed
+
+
+def test_a_weight_near_its_null_is_called_no_find(workbench):
+    said = workbench("heads", "compiled-induction").out.splitlines()
+    assert any(line.startswith("head 1.2 looks at what followed") for line in said)
+    assert any(line.startswith("no head looks at earlier copies") and "(null " in line for line in said)
