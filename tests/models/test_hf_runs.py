@@ -13,6 +13,7 @@ from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.hf import HFModel
 from workbench.models.interface import Key, configs
+from workbench.models.load import load
 from workbench.models.protocol import Tokens
 from workbench.sites import Site
 
@@ -344,3 +345,19 @@ def test_keep_false_lets_queries_and_keys_go():
     assert torch.equal(summary.received(), kept.received())
     with pytest.raises(Refused, match="keep=False"):
         summary.dense()
+
+
+def test_compiled_models_give_maps_and_refuse_what_hooks_do():
+    net = B.NETS["llama"]()
+    plain = HFModel(net).run(B.ids(), maps=capture())
+    for block in net.model.layers:
+        block.compile(backend="eager")
+    model = HFModel(net)
+    for _ in range(2):
+        run = model.run(B.ids(), maps=capture())
+        assert torch.equal(run.logits, model.run(B.ids()).logits)
+        assert torch.equal(run.maps[1].dense(), plain.maps[1].dense())
+    with pytest.raises(Refused, match="is compiled, and hooks do not reach"):
+        model.run(B.ids(), read=["blocks.0.hook_resid_pre"])
+    with pytest.raises(WorkbenchError, match="its ._orig_mod"):
+        load(torch.compile(net, backend="eager"))

@@ -128,6 +128,11 @@ class HFModel:
         reads = requests.parse_sites(read, self._serves, self._names)
         edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
+        if (reads or edits) and _is_compiled(self.model):
+            raise Refused(
+                f"{self.name} is compiled, and hooks do not reach inside compiled code: read and edit sites of the model "
+                "before it is compiled; maps alone can be captured here"
+            )
         session = self._session(reads, edits, maps, wanted, cache_length(past) if cached else None, given)
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
         taps = Taps(self._places, self._globals, session)
@@ -261,6 +266,11 @@ class HFModel:
 
     def __repr__(self) -> str:
         return f"HFModel({self.name!r}, {self.family}, {len(self._layers)} attention layers, {self.attention})"
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    made = (getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules())
+    return any(made)
 
 
 def _row_ends(real: Tensor) -> Tensor | None:

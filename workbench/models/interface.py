@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from workbench.errors import Refused
@@ -145,10 +146,11 @@ def build_mask(*args: Any, **kwargs: Any) -> Any:
     return mask
 
 
+@torch.compiler.disable
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """The attention function the model had, with the session looking on."""
+    """The attention function the model had, with the session looking on. In a compiled model it is called between graphs."""
     session = _session()
     base = _base(getattr(getattr(module, "config", None), "_attn_implementation_internal", None))
     kernel = kernel_before(module, base)

@@ -104,6 +104,8 @@ def _object(x: Any, tokenizer: Any, options: dict[str, Any]) -> Model:
         from workbench.models.hf import HFModel
 
         return HFModel(x, tokenizer)
+    if hasattr(x, "_orig_mod"):
+        raise WorkbenchError("cannot load what torch.compile returned; pass the model itself (its ._orig_mod)")
     raise WorkbenchError(
         f"cannot load a {type(x).__module__}.{type(x).__name__}; pass a bundled name ({_names()}), a folder, a hub id, a "
         "transformers PreTrainedModel or a TransformerLens TransformerBridge"
