@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workbench.pairs import Pairs, Task
 
 _SHOWN = 15
+_METHOD = "eap-ig"
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="A task; `workbench tasks` lists them.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
 LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; the finest the method has by default.")]
@@ -127,7 +128,7 @@ def methods(as_json: JsonOption = False) -> None:
 def circuit(
     model: ModelArgument,
     task: TaskArgument,
-    method: MethodOption = "eap-ig",
+    method: MethodOption = _METHOD,
     level: LevelOption = None,
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
@@ -172,7 +173,9 @@ def faithfulness(
     model: ModelArgument,
     task: TaskArgument,
     saved: Annotated[Path | None, typer.Option("--circuit", help="A circuit saved with `circuit --out`.")] = None,
-    method: MethodOption = "eap-ig",
+    method: Annotated[
+        str | None, typer.Option("--method", help="How to score without --circuit.", show_default=_METHOD)
+    ] = None,
     level: LevelOption = None,
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
@@ -186,6 +189,8 @@ def faithfulness(
 
     How much of the behaviour its best parts carry by themselves.
     """
+    if saved is not None and (method or level or method_options):
+        raise WorkbenchError("--method, --level and --option say how to find a circuit; --circuit gives one")
     target = inputs.fresh(out)
     with working(f"{model}: faithfulness on {task}"):
         import workbench as wb
@@ -194,7 +199,7 @@ def faithfulness(
         found = None if saved is None else Circuit.load(saved)
         wrapped, pairs = _setting(model, task, examples, seed, task_options)
         if found is None:
-            found = _find(wrapped, pairs, method, level, ablation, method_options)
+            found = _find(wrapped, pairs, method or _METHOD, level, ablation, method_options)
         result = wb.faithfulness(wrapped, found, pairs, ablation=ablation)
         if target is not None:
             result.save(target)
@@ -203,7 +208,7 @@ def faithfulness(
         "command": "faithfulness",
         "model": model,
         "task": task,
-        "circuit": str(saved) if saved else method,
+        "circuit": str(saved) if saved else method or _METHOD,
         "cpr": result.cpr,
         "cmd": result.cmd,
         "rows": frame,
@@ -299,7 +304,8 @@ def _show_circuit(console: Console, title: str, found: Circuit) -> None:
             f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, best.values.tolist()
         )
     )
-    heads = [name for name in best["node" if found.level == "node" else "source"] if name.startswith("a")]
+    some = best[best["score"] != 0]
+    heads = [name for name in some["node" if found.level == "node" else "source"] if name.startswith("a")]
     if heads:
         console.print(
             f"strongest heads: {', '.join(dict.fromkeys(n.removeprefix('a').replace('.h', '.') for n in heads))}"

@@ -85,6 +85,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("heads", "MODEL", "--seed", "99999999999999999999"), "Invalid value for '--seed'"),
         (("circuit", "MODEL", "ioi", "-n", "2", "--option", "steps=1", "--top", "-1"), "top wants 0 <= n"),
         (("circuit", "MODEL", "ioi", "-n", "0"), "at least one example; got n=0"),
+        (("faithfulness", "MODEL", "ioi", "--circuit", "c", "--method", "eap"), "say how to find a circuit; --circuit"),
         (("faithfulness", "MODEL", "ioi", "--circuit", "no/such/circuit"), "no circuit folder at no/such/circuit"),
         (("tasks", "show", "nosuch"), "no task 'nosuch'"),
         (("tasks", "--json", "show", "ioi"), "workbench tasks show NAME --json"),
