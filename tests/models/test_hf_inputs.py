@@ -98,15 +98,24 @@ def test_windows_padding_and_caches_together(implementation, kind):
         at, cache = end, run.cache
 
 
-def test_an_edited_pattern_after_a_window_is_the_map():
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_an_edited_pattern_after_a_cache_is_the_map(kind):
     case = B.hugging_face("mistral", "eager", torch.float32)
-    cache = case.model.run(case.inputs[:, :8], cache=True).cache
-    plain = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture()).maps[0]
-    site = "blocks.0.attn.hook_pattern"
-    edited = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture(), edit={site: lambda p: p}).maps[0]
-    assert edited.shape == plain.shape == (2, 4, 3, 11)
-    assert edited.offset == plain.offset == 8
-    assert torch.allclose(edited.dense(), plain.dense(), atol=1e-5)
+    start = hf.StaticCache(config=case.net.config, max_cache_len=16) if kind == "static" else True
+    cache = case.model.run(case.inputs[:, :8], cache=start).cache
+    plain = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture())
+    seen, site = [], "blocks.0.attn.hook_pattern"
+
+    def look(pattern):
+        seen.append(pattern)
+        return pattern
+
+    run = case.model.run(case.inputs[:, 8:], cache=cache, maps=capture(), edit={site: look}, read=[site])
+    edited = run.maps[0]
+    assert edited.shape == plain.maps[0].shape == run.acts[site].shape == seen[0].shape == (2, 4, 3, 11)
+    assert edited.offset == plain.maps[0].offset == 8
+    assert torch.allclose(edited.dense(), plain.maps[0].dense(), atol=1e-5)
+    assert torch.allclose(run.logits, plain.logits, atol=1e-4)
 
 
 def test_classifiers_of_two_stacks_make_their_decoders_input_themselves():
@@ -134,3 +143,13 @@ def test_a_mask_of_another_length_is_refused():
         model = B.BUILDERS[name]().model
         with pytest.raises(WorkbenchError, match=r"token mask is bool \[2, 11\]; got torch\.bool \[2, 9\]"):
             model.run({"input_ids": B.ids(), "attention_mask": torch.ones(2, 9)})
+
+
+def test_what_is_no_cache_and_no_token_of_the_decoder_is_refused():
+    for name in ("hf-llama", "bridge-llama", "native-softmax"):
+        case = B.BUILDERS[name]()
+        with pytest.raises(WorkbenchError, match="cache is True, .* got str"):
+            case.model.run(case.inputs, cache="yes")
+    case = B.hugging_face("whisper")
+    with pytest.raises(WorkbenchError, match=r"token ids lie in \[0, 61\)"):
+        case.model.run({**case.inputs, "decoder_input_ids": torch.full((2, 3), 99)})

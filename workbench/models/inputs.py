@@ -131,8 +131,10 @@ def forward_arguments(
         raise WorkbenchError("the input is an empty batch")
     if not (given.ids.shape[1] or given.inputs) or any(0 in value.shape for value in given.inputs.values()):
         raise WorkbenchError("the input has no tokens")
+    for ids in (given.ids, given.inputs.get("decoder_input_ids")):
+        if ids is not None:
+            check_ids(ids, shape)
     if given.ids.shape[1]:
-        check_ids(given.ids, shape)
         arguments["input_ids"] = given.ids.to(device)
     # The cache belongs to the stack that grows: the decoder where there are two.
     mask = _padding(arguments, "attention_mask", real_positions(given), None if two else past, shape, device)
@@ -197,7 +199,13 @@ def free_memory(device: torch.device) -> int:
 
 def cache_length(past: Any) -> int:
     """Positions in a key-value cache."""
-    return 0 if past is None else int(past.get_seq_length())
+    if past is None:
+        return 0
+    if not hasattr(past, "get_seq_length"):
+        raise WorkbenchError(
+            f"cache is True, the Run.cache of an earlier run, or a transformers cache; got {type(past).__name__}"
+        )
+    return int(past.get_seq_length())
 
 
 def full_mask(real: Tensor, past: Any) -> Tensor:

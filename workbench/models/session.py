@@ -22,6 +22,8 @@ from workbench.models.requests import MAP_KINDS, apply_edits, site_from_map
 from workbench.sites import Site
 
 INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")
+_GROWING = ("", "text", "decoder")
+"""Stacks whose keys a cache keeps, so that queries stand behind them."""
 
 
 class Session:
@@ -148,8 +150,7 @@ class Session:
 
     def _gone(self, layer: AttentionLayer, queries: int, keys: int) -> int:
         """Keys that a cache with a window has dropped: maps count positions from 0 all the same."""
-        grows = self._past is not None and layer.stack in ("", "text", "decoder")
-        return max(0, (self._past or 0) + queries - keys) if grows else 0
+        return max(0, self._past + queries - keys) if self._past is not None and layer.stack in _GROWING else 0
 
     def _keep(self, layer: AttentionLayer, found: AttentionMap) -> None:
         if layer.key in self.maps:
@@ -182,16 +183,16 @@ class Session:
                 f"{site} cannot be edited: the eager attention of {self.family} does more than multiply the values by its "
                 "pattern; edit hook_z"
             )
-        new = apply_edits(weights, site, self.edits)
+        gone = self._gone(layer, *weights.shape[2:])
+        new = apply_edits(pad(weights, (gone, 0)) if gone else weights, site, self.edits)
         self.record(site, new)
         if not edits:
             return output
         self.mark(edits)
         if self.wants_map(layer):
-            whole = pad(new.detach(), (self._gone(layer, *new.shape[2:]), 0))
-            offset = max(0, whole.shape[3] - whole.shape[2]) if layer.stack != "cross" else 0
-            self._keep(layer, AttentionMap.from_dense(whole, offset=offset, kv_heads=v.shape[1]))
-        return (new.to(values.dtype) @ values).transpose(1, 2).contiguous()
+            offset = self._past if self._past is not None and layer.stack in _GROWING else 0
+            self._keep(layer, AttentionMap.from_dense(new.detach(), offset=offset, kv_heads=v.shape[1]))
+        return (new[..., gone:].to(values.dtype) @ values).transpose(1, 2).contiguous()
 
     def _pattern_edits(self, layer: AttentionLayer) -> list[Site]:
         site = Site("pattern", layer.index, stack=layer.stack)
