@@ -49,7 +49,7 @@ def decode(model: Model, ids: Tensor, steps: int, *, cache: bool = True) -> Deco
         state = run.cache if cache else None
         assert run.logits is not None
         new = run.logits[:, -1].argmax(-1).cpu()
-        keys.append(_favourites(run, text.shape[1]))
+        keys.append(_favourites(run))
         tokens.append(new)
         going = going & (new != end) if end is not None else going
         alive.append(going)
@@ -59,17 +59,11 @@ def decode(model: Model, ids: Tensor, steps: int, *, cache: bool = True) -> Deco
     return Decoded(torch.stack(tokens, 1), torch.stack(alive, 1), torch.stack(keys), tuple(run.maps), run)
 
 
-def _favourites(run: Run, length: int) -> Tensor:
-    """Key with the largest weight in the last row of every head, ``[B, L, H]``, as a position in the text of ``length``
-    tokens; -1 for a row without weight."""
+def _favourites(run: Run) -> Tensor:
+    """Key with the largest weight in the last row of every head, ``[B, L, H]``; -1 for a row without weight."""
     heads = {amap.shape[1] for amap in run.maps.values()}
     if len(heads) > 1:
         raise Refused(
             f"layers of this model have different numbers of heads ({sorted(heads)}); capture them one by one"
         )
-    found = []
-    for amap in run.maps.values():
-        key = amap.topk(1).indices[:, :, -1, 0].cpu()
-        gone = max(0, length - amap.shape[3])  # a sliding window's cache holds the last keys only
-        found.append(torch.where(key < 0, key, key + gone))
-    return torch.stack(found, 1)
+    return torch.stack([amap.topk(1).indices[:, :, -1, 0].cpu() for amap in run.maps.values()], 1)

@@ -76,6 +76,10 @@ def padding(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> Paddi
     inner = amap.raw if isinstance(amap, GatedMap) else amap
     mask = getattr(inner, "mask", None) or Mask()
     keys_real = None if mask.keys is None else mask.keys.cpu().expand(b, keys)
+    behind = 0 if mask.window is None or mask.prefix else amap.offset - mask.window + 1
+    if keys_real is not None and 0 < behind < keys:
+        # Behind every window, keys that a cache forgot are hidden like padding. They are padding if the first in reach is.
+        keys_real = torch.cat([keys_real[:, behind, None].expand(-1, behind), keys_real[:, behind:]], 1)
     queries_real = keys_real if stack != "cross" and queries == keys else None
     if mask.queries is not None:
         queries_real = mask.queries.cpu().expand(b, queries)

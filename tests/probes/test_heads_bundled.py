@@ -98,15 +98,19 @@ def test_the_start_token_is_the_sink_of_a_resting_head(needle):
     assert first.share == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_cached_and_whole_runs_of_a_transformers_model_agree(window):
-    """The cache of a sliding window forgets its first keys; positions are those of the text all the same."""
+def mistral(window):
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": 31, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    model = wb.load(MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval())
+    return wb.load(MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval())
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_cached_and_whole_runs_of_a_transformers_model_agree(window):
+    """The cache of a sliding window forgets its first keys; positions are those of the text all the same."""
+    model = mistral(window)
 
     def prompts(length, depth, seed):
         ids = torch.randint(3, 31, (3, length), generator=torch.Generator().manual_seed(seed))
@@ -119,3 +123,13 @@ def test_cached_and_whole_runs_of_a_transformers_model_agree(window):
     assert cached.looks.sum() > 0
     assert cached.copied.equal(whole.copied)
     assert cached.reason.startswith("MistralForCausalLM retrieved no needle")
+
+
+def test_sinks_of_a_step_count_keys_from_the_start_of_the_text():
+    ids, request = torch.arange(3, 14)[None], wb.capture(stats=("received",))
+    for window, forgotten in ((None, 0), (6, 5)):
+        model = mistral(window)
+        before = model.run(ids[:, :-1], maps=request, cache=True)
+        assert wb.sinks(before).share[0].shape == (4, 10)
+        step = model.run(ids[:, -1:], maps=request, cache=before.cache)
+        assert wb.sinks(step).queries[0].tolist() == [0] * forgotten + [1] * (11 - forgotten)
