@@ -36,7 +36,9 @@ def capture(
     model: ModelArgument,
     text: TextOption = None,
     file: FileOption = None,
-    blocks: Annotated[int, typer.Option("--blocks", help="Side of a block of the block maps, in tokens.")] = 64,
+    blocks: Annotated[
+        int, typer.Option("--blocks", max=2**24, help="Side of a block of the block maps, in tokens.")
+    ] = 64,
     layer: LayerOption = None,
     head: HeadOption = None,
     site: Annotated[

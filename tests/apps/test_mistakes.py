@@ -45,6 +45,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("capture", "MODEL", "--text", TEXT, "--site", "blocks.7.attn.hook_z"), "blocks.7.attn.hook_z"),
         (("capture", "MODEL", "--text", TEXT, "--blocks", "0"), "at least 1; got 0"),
         (("capture", "MODEL", "--text", TEXT, "--blocks", "four"), "Invalid value for '--blocks'"),
+        (("capture", "MODEL", "--text", TEXT, "--blocks", "99999999999999999999"), "Invalid value for '--blocks'"),
         (("sinks", "MODEL", "--text", TEXT, "--epsilon", "1.5"), "between 0 and 1; got 1.5"),
         (("sinks", "MODEL", "--text", TEXT, "--epsilon", "nan"), "between 0 and 1; got nan"),
         (("sinks", "MODEL", "MODEL", "--text", TEXT), "one model (two with --compare)"),
