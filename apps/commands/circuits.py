@@ -211,6 +211,7 @@ def faithfulness(
         "circuit": str(saved) if saved else method or _METHOD,
         "cpr": result.cpr,
         "cmd": result.cmd,
+        "note": result.note,
         "rows": frame,
         "saved": target,
         "provenance": result.provenance,
@@ -222,6 +223,8 @@ def faithfulness(
         console.print(
             f"CPR {result.cpr:.3f} (area under the curve, higher is better), CMD {result.cmd:.3f} (lower is better)"
         )
+        if result.note:
+            console.print(result.note)
         if target is not None:
             console.print(f"saved in {target}")
 

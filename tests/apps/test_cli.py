@@ -230,6 +230,7 @@ def test_circuit_and_its_faithfulness(workbench, tmp_path):
     judged = workbench("faithfulness", *words, "--circuit", folder, "--json").json
     assert judged["rows"][-1]["faithfulness"] == pytest.approx(1)
     assert judged["cpr"] is not None
+    assert judged["note"] == ""
     shown = workbench("circuit", *words, "--method", "eap-ig", "--option", "steps=2", "--level", "node")
     assert shown.out.splitlines()[-1] in ("strongest heads: 1.2, 0.1", "strongest heads: 0.1, 1.2")
 
@@ -278,3 +279,10 @@ def test_a_weight_near_its_null_is_called_no_find(workbench):
     said = workbench("heads", "compiled-induction").out.splitlines()
     assert any(line.startswith("head 1.2 looks at what followed") for line in said)
     assert any(line.startswith("no head looks at earlier copies") and "(null " in line for line in said)
+
+
+def test_why_faithfulness_is_undefined_is_said(workbench):
+    words = ("faithfulness", "compiled-needle", "induction", "-n", "4")
+    said = "the metric is 0 with everything and with nothing: faithfulness is undefined"
+    assert workbench(*words, "--json").json["note"] == said
+    assert said in workbench(*words).out.splitlines()
