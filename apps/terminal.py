@@ -218,7 +218,12 @@ def cell(value: Any) -> str:
 
 
 def percent(share: float) -> str:
-    return "undefined" if math.isnan(share) else f"{round(100 * share)}%"
+    """A share in whole percent; below one percent with a digit, so that little does not read as nothing."""
+    if math.isnan(share):
+        return "undefined"
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return f"{100 * share:.1f}%" if 0 < share < 0.01 else f"{round(100 * share)}%"
 
 
 def visible(token: str) -> str:

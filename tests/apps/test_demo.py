@@ -16,6 +16,7 @@ from workbench.apps.demo import demo, summary
 from workbench.apps.figures import heads_grid
 from workbench.apps.report import Numbers, Picture, Prose, Section, render, write_report
 from workbench.apps.svg import style
+from workbench.apps.terminal import percent
 from workbench.errors import WorkbenchError
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
@@ -249,3 +250,8 @@ def test_head_grids_fit_the_column(heads, kinds):
     figure = heads_grid({str(kind): frame for kind in range(kinds)}, "value", "share")
     assert figure.get_figwidth() <= max(9.5, 1 + 0.42 * heads)
     assert sum(ax.get_title() != "" for ax in figure.axes) == kinds
+
+
+def test_little_does_not_read_as_nothing():
+    shares = (0.0, 4e-4, 0.0011, 0.004, 0.01, 0.5, 1.0, float("nan"))
+    assert [percent(share) for share in shares] == ["0%", "<0.1%", "0.1%", "0.4%", "1%", "50%", "100%", "undefined"]
