@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.pairs import Task
@@ -27,8 +27,11 @@ def tasks() -> dict[str, str]:
 def task(name: str, **options: Any) -> Task:
     """A task with its options set, e.g. ``task("ioi", corruption="abc", split="test")``.
 
-    Raises ``UnknownName`` for an unknown task and ``WorkbenchError`` for an option that the task does not have.
+    Raises ``UnknownName`` for an unknown task and ``WorkbenchError`` for an option that the task does not have or whose value
+    has another type.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     if name not in _TASKS:
         raise UnknownName("task", name, _TASKS)
     module, attribute = _TASKS[name][0].split(":")
@@ -37,4 +40,10 @@ def task(name: str, **options: Any) -> Task:
     unknown = [option for option in options if option not in known]
     if unknown:
         raise WorkbenchError(f"task {name!r} has no option {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+    hints = get_type_hints(kind)
+    for option, value in options.items():
+        try:
+            TypeAdapter(hints[option]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise WorkbenchError(f"task {name!r}, option {option}: {error.errors()[0]['msg']}; got {value!r}") from None
     return kind(**options)

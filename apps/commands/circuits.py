@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -257,8 +257,7 @@ def assignments(given: list[str] | None, option: str, kinds: Mapping[str, Any]) 
 def _task(name: str, options: list[str] | None) -> Task:
     import workbench as wb
 
-    kinds = get_type_hints(type(wb.task(name)))
-    return wb.task(name, **assignments(options, "--task-option", kinds))
+    return wb.task(name, **assignments(options, "--task-option", {}))
 
 
 def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:

@@ -65,15 +65,15 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("circuit", "MODEL", "ioi", "--task-option", "nosuch=1"), "has no option 'nosuch'"),
         (
             ("tasks", "show", "needle", "--task-option", "length=abc"),
-            "--task-option length: Input should be a valid integer; got 'abc'",
+            "task 'needle', option length: Input should be a valid integer; got 'abc'",
         ),
         (
             ("tasks", "show", "needle", "--task-option", "length=true"),
-            "length: Input should be a valid integer; got 'true'",
+            "length: Input should be a valid integer; got True",
         ),
         (
             ("tasks", "show", "needle", "--task-option", "depth=[1]"),
-            "depth: Input should be a valid number; got '[1]'",
+            "depth: Input should be a valid number; got [1]",
         ),
         (
             ("circuit", "MODEL", "ioi", "--method", "discrete-sae", "-n", "2", "--option", "rate=x"),

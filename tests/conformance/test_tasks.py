@@ -267,6 +267,22 @@ def test_unknown_names_list_what_exists():
             wb.task(name, **option)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("needle", {"length": float("inf")}),
+        ("needle", {"distractors": 1.5}),
+        ("needle", {"depth": "0.5"}),
+        ("induction", {"length": True}),
+        ("colored-objects", {"shots": "1"}),
+        ("ioi", {"split": 3}),
+    ],
+)
+def test_options_of_another_type_are_refused(name, options):
+    with pytest.raises(WorkbenchError, match=f"task .{name}., option {next(iter(options))}: "):
+        wb.task(name, **options)
+
+
 def test_impossible_requests_are_refused(tokenizer):
     with pytest.raises(WorkbenchError, match="at least one"):
         wb.task("ioi").build(0, tokenizer, 0)
