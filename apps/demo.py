@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -174,7 +174,9 @@ def summary(done: list[Step], report: Path) -> None:
     console.print(f"results in {report.parent / FOLDER}{told}", soft_wrap=True)
 
 
-def main(out: Path = typer.Option(Path("results"), "--out", help="Folder of the results and the report.")) -> None:  # noqa: B008
+def main(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results and the report.")] = Path("results"),
+) -> None:
     """Run the main job on the bundled models and write the report."""
     done, report = demo(out)
     summary(done, report)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"
 """Drawn in this colour, a line or a letter takes the colour of the page's text."""
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "workbench",
     "font.family": "sans-serif",
@@ -38,7 +38,7 @@ def style() -> Any:
     """The look of figures in reports; draw and turn into SVG within ``with style():``."""
     import matplotlib as mpl
 
-    return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
+    return mpl.rc_context(_STYLE)
 
 
 def inline(figure: Figure, name: str) -> str:
@@ -50,10 +50,9 @@ def inline(figure: Figure, name: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
     text = re.sub(r"<[^>]*>", lambda tag: _own(tag[0], name), text)
-    width, height = (float(v) for v in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text).groups())  # type: ignore[union-attr]
     return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"',
-        f'width="{width * 4 / 3:.0f}" height="{height * 4 / 3:.0f}"',
+        r'width="([\d.]+)pt" height="([\d.]+)pt"',
+        lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" height="{float(size[2]) * 4 / 3:.0f}"',
         text,
         count=1,
     )

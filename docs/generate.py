@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,17 +84,17 @@ def command_line() -> str:
         "output, with undefined numbers as `null`. A mistake of yours is one line on standard error and exit code 2.\n",
     ]
 
-    def walk(command: object, path: str) -> None:
+    def walk(command: Any, path: str) -> None:
         children = getattr(command, "commands", {})
         for name in sorted(children):
             walk(children[name], f"{path} {name}")
-        if children and not command.invoke_without_command:  # type: ignore[attr-defined]
+        if children and not command.invoke_without_command:
             return
-        arguments = [p for p in command.params if p.param_type_name == "argument"]  # type: ignore[attr-defined]
-        options = [p for p in command.params if p.param_type_name == "option"]  # type: ignore[attr-defined]
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option"]
         options = [p for p in options if p.name != "help"]
         names = " ".join(p.metavar for p in arguments)
-        parts.append(f"## `{f'{path} {names}'.strip()}`\n\n{command.help or ''}\n")  # type: ignore[attr-defined]
+        parts.append(f"## `{f'{path} {names}'.strip()}`\n\n{command.help or ''}\n")
         rows = [(f"`{', '.join(p.opts)}`", p.help or "", default(p)) for p in options]
         if rows:
             parts.append(table(("option", "meaning", "default"), rows))

@@ -59,7 +59,7 @@ def attention_stats(
     k: Tensor,
     lse: Tensor | None = None,
     *,
-    mask: Mask = Mask(causal=True),  # noqa: B008
+    mask: Mask = Mask(causal=True),
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,

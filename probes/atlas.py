@@ -190,5 +190,5 @@ def draw_tile(ax: Axes, weights: Tensor, queries: Sequence[str], keys: Sequence[
     ax.set_xticks(range(len(keys)), list(keys), rotation=60, ha="right", fontsize=8, parse_math=False)
     ax.set_yticks(range(len(queries)), list(queries), fontsize=8, parse_math=False)
     ax.spines[:].set_visible(False)
-    ax.get_figure().colorbar(image, ax=ax, label="weight")  # type: ignore[union-attr]
+    ax.figure.colorbar(image, ax=ax, label="weight")
     return ax

@@ -1,4 +1,4 @@
-"""Needles of your own in text of your own: the prompts of the needle test for any tokenizer."""
+"""The prompts of the needle test: those of the bundled task, or needles of your own in text of your own for any tokenizer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,37 @@ from workbench.errors import WorkbenchError
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs
 
+Prompts = Callable[[int, float, int], Pairs]
+"""``prompts(length, depth, seed)``: examples of ``length`` tokens with the needle at ``depth`` (0 start, 1 end)."""
+
 QUESTION = "\nBased on the content of the book, Question: {question}\nAnswer:"
+
+
+def default_prompts(
+    model: Model,
+    trials: int = 4,
+    needles: Sequence[tuple[str, str]] | None = None,
+    texts: str | Sequence[str] | None = None,
+) -> Prompts:
+    """The prompts ``retrieval_heads`` uses when none are given."""
+    if (needles is None) != (texts is None):
+        raise WorkbenchError("needles (fact, question) and texts (the haystack) come together; got only one of them")
+    if needles is not None and texts is not None:
+        return haystack_prompts(model, needles, texts)
+    if trials < 1:
+        raise WorkbenchError(f"trials is at least 1 per cell; got {trials}")
+
+    def build(length: int, depth: float, seed: int) -> Pairs:
+        import workbench as wb
+
+        return wb.task("needle", length=length, depth=depth, split="test").build(seed, model.tokenizer, trials)
+
+    return build
 
 
 def haystack_prompts(
     model: Model, needles: Sequence[tuple[str, str]], texts: str | Sequence[str], question: str = QUESTION
-) -> Callable[[int, float, int], Pairs]:
+) -> Prompts:
     """``prompts(length, depth, seed)``: one example per needle, ``(fact, question)``, of ``length`` tokens.
 
     ::

@@ -44,4 +44,5 @@ def mean_masses(amap: AttentionMap, seen: Visibility, mods: Sequence[Mod]) -> tu
             even[i] += (hits * even_weight[..., lo:hi]).sum(-1)
             count[i] += (hits > 0).sum(-1)
     none = count == 0
-    return tuple((part / count.clamp(min=1)).masked_fill(none, float("nan")) for part in (total, even))  # type: ignore[return-value]
+    mean, expected = ((part / count.clamp(min=1)).masked_fill(none, float("nan")) for part in (total, even))
+    return mean, expected

@@ -30,15 +30,13 @@ from workbench.models.requests import check_length
 from workbench.pairs import Pairs
 from workbench.probes.bootstrap import interval
 from workbench.probes.decoding import Decoded, decode
+from workbench.probes.haystack import Prompts, default_prompts
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-Prompts = Callable[[int, float, int], Pairs]
-"""``prompts(length, depth, seed)``: examples of ``length`` tokens with the needle at ``depth`` (0 start, 1 end)."""
 
 FORMS = ("unique", "published")
 TARGETS = ("VALUE", "NEEDLE", "needle")
@@ -152,7 +150,7 @@ class RetrievalResult(Result):
         ax.set_yticks(range(table.shape[0]), [f"{depth:.0%}" for depth in table.index])
         title = f"Needle recall\n{self.provenance.model}"
         ax.set(xlabel="context length (tokens)", ylabel="depth of the needle", title=title)
-        ax.get_figure().colorbar(image, ax=ax, label="recall")  # type: ignore[union-attr]
+        ax.figure.colorbar(image, ax=ax, label="recall")
         return ax
 
     def to_json(self, path: str | Path) -> Path:
@@ -228,16 +226,11 @@ def retrieval_heads(
         ]
         if progress is not None:
             progress(done + 1, len(cells))
-    recall = torch.cat([part.recall for part in parts])
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    recall = tensors["recall"]
     best = f"recall {float(recall.max()):.2f} at best, more than {RECALL} needed"
     return RetrievalResult(
-        copied=torch.cat([part.copied for part in parts]),
-        null=torch.cat([part.null for part in parts]),
-        looks=torch.cat([part.looks for part in parts]),
-        looks_null=torch.cat([part.looks_null for part in parts]),
-        length=torch.cat([part.length for part in parts]),
-        depth=torch.cat([part.depth for part in parts]),
-        recall=recall,
+        **tensors,
         layers=parts[0].layers,
         form=form,
         threshold=threshold,
@@ -249,42 +242,14 @@ def retrieval_heads(
     )
 
 
-def default_prompts(
-    model: Model,
-    trials: int = 4,
-    needles: Sequence[tuple[str, str]] | None = None,
-    texts: str | Sequence[str] | None = None,
-) -> Prompts:
-    """The prompts ``retrieval_heads`` uses when none are given."""
-    if (needles is None) != (texts is None):
-        raise WorkbenchError("needles (fact, question) and texts (the haystack) come together; got only one of them")
-    if needles is not None and texts is not None:
-        from workbench.probes.haystack import haystack_prompts
-
-        return haystack_prompts(model, needles, texts)
-    if trials < 1:
-        raise WorkbenchError(f"trials is at least 1 per cell; got {trials}")
-
-    def build(length: int, depth: float, seed: int) -> Pairs:
-        import workbench as wb
-
-        return wb.task("needle", length=length, depth=depth, split="test").build(seed, model.tokenizer, trials)
-
-    return build
-
-
 def _retrieved(recall: Tensor) -> Tensor:
     return recall > RECALL
 
 
 class _Cell(NamedTuple):
-    copied: Tensor
-    null: Tensor
-    looks: Tensor
-    looks_null: Tensor
-    length: Tensor
-    depth: Tensor
-    recall: Tensor
+    """Trials of one length and depth: the tensors of a ``RetrievalResult`` by name."""
+
+    tensors: dict[str, Tensor]
     layers: tuple[int | str, ...]
     provenance: Provenance
 
@@ -332,18 +297,13 @@ def _cell(
     decoded = decode(model, prompt, steps, cache=cache)
     rows = [_trial(decoded, b, prompt[b].cpu(), spans[b].tolist(), form, generator) for b in range(len(prompt))]
     recall = [_recall(decoded, b, prompt[b].cpu(), spans[b].tolist(), pairs.answer[b]) for b in range(len(prompt))]
-    copied, null, looks, looks_null = (torch.stack(part) for part in zip(*rows, strict=True))
-    return _Cell(
-        copied,
-        null,
-        looks,
-        looks_null,
-        torch.full((len(prompt),), length),
-        torch.full((len(prompt),), depth, dtype=torch.float64),
-        torch.tensor(recall, dtype=torch.float64),
-        decoded.layers,
-        decoded.last.provenance,
+    tensors = dict(
+        zip(("copied", "null", "looks", "looks_null"), map(torch.stack, zip(*rows, strict=True)), strict=True)
     )
+    tensors["length"] = torch.full((len(prompt),), length)
+    tensors["depth"] = torch.full((len(prompt),), depth, dtype=torch.float64)
+    tensors["recall"] = torch.tensor(recall, dtype=torch.float64)
+    return _Cell(tensors, decoded.layers, decoded.last.provenance)
 
 
 def _target(pairs: Pairs) -> Tensor:

@@ -246,7 +246,7 @@ class SinkComparison(Result):
                     row |= {quantity: getattr(result, quantity), f"{quantity}_low": low, f"{quantity}_high": high}
                 gates = [gate.mean() for gate in result.gate.values()]
                 row["mean_gate"] = float(torch.stack(gates).mean()) if gates else float("nan")
-                rows.append({**row, "largest": float("nan") if result.largest is None else result.largest})
+                rows.append({**row, "largest": _known(result.largest)})
         a, b = (found[0] for found in self.results)
         row = {"model": f"{self.labels[1]} - {self.labels[0]}", "map": "effective"}
         for quantity in ("f_attn", "sink_score"):
@@ -256,8 +256,7 @@ class SinkComparison(Result):
                 f"{quantity}_low": low,
                 f"{quantity}_high": high,
             }
-        known = a.largest is not None and b.largest is not None
-        row["largest"] = b.largest - a.largest if known else float("nan")  # type: ignore[operator]
+        row["largest"] = _known(b.largest) - _known(a.largest)
         return pd.DataFrame([*rows, row])
 
     def difference(self, quantity: str = "f_attn") -> tuple[float, float]:
@@ -309,6 +308,10 @@ def _largest(run: Run | None) -> float | None:
         tensor.detach().abs().max().item() for site, tensor in run.acts.items() if Site.parse(site).kind in _RESIDUAL
     ]
     return max(found, default=None)
+
+
+def _known(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _mean(values: Tensor) -> float:

@@ -95,7 +95,7 @@ def test_nothing_of_q_and_k_is_held_by_a_summary() -> None:
 class Largest(TorchDispatchMode):
     numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor) and 0 not in value.stride():

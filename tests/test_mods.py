@@ -84,7 +84,7 @@ def test_a_mod_weighs_a_map() -> None:
         (lambda: table(mods.spans(torch.zeros(2, 2).long()), batch=3), "spans of 2 examples"),
     ],
 )
-def test_bad_mods_raise(make, said) -> None:  # type: ignore[no-untyped-def]
+def test_bad_mods_raise(make, said) -> None:
     with pytest.raises(WorkbenchError, match=said):
         make()
 

@@ -167,7 +167,7 @@ def head_map(
     ax.set_yticks(range(0, len(values), step), [str(layer) for layer in list(layers)[::step]])
     ax.set_xticks(range(0, heads, max(1, heads // 16)))
     ax.set(xlabel="head", ylabel="layer", title=title)
-    ax.get_figure().colorbar(image, ax=ax, label=unit)  # type: ignore[union-attr]
+    ax.figure.colorbar(image, ax=ax, label=unit)
     return ax
 
 

@@ -60,7 +60,7 @@ class Activations(Mapping["Site | str", Tensor]):
     selects head 3 of a stored site. Hook names that are no site (a bridge has some) are keys as they are."""
 
     def __init__(self, tensors: Mapping[Site, Tensor] | Mapping[Site | str, Tensor]) -> None:
-        self._tensors: dict[Site | str, Tensor] = {key: tensors[key] for key in tensors}  # type: ignore[index]
+        self._tensors = dict[Site | str, Tensor](tensors.items())
 
     def __getitem__(self, key: Site | str) -> Tensor:
         if key in self._tensors:

@@ -25,8 +25,10 @@ def page(monkeypatch):
 
 
 def test_page_lists_and_opens_what_is_stored(page, workbench, model, tmp_path):
-    workbench("sinks", model, "--text", TEXT, "--out", tmp_path / "a" / "sinks", "--json").json  # noqa: B018
-    workbench("capture", model, "--text", TEXT, "--blocks", "4", "--out", tmp_path / "atlas", "--json").json  # noqa: B018
+    assert workbench("sinks", model, "--text", TEXT, "--out", tmp_path / "a" / "sinks", "--json").json["saved"]
+    assert workbench("capture", model, "--text", TEXT, "--blocks", "4", "--out", tmp_path / "atlas", "--json").json[
+        "saved"
+    ]
     shown = page(tmp_path)
     assert not shown.exception
     assert shown.sidebar.radio[0].options == ["a/sinks", "atlas"]

@@ -178,7 +178,9 @@ def test_half_written_results(workbench, half_written, tmp_path):
 
 def test_a_circuit_of_another_model_is_refused(workbench, model, tmp_path):
     words = ("induction", "-n", "2", "--method", "eap", "--level", "node")
-    workbench("circuit", "compiled-needle", "needle", *words[1:], "--out", tmp_path / "c", "--json").json  # noqa: B018
+    assert workbench("circuit", "compiled-needle", "needle", *words[1:], "--out", tmp_path / "c", "--json").json[
+        "saved"
+    ]
     line = workbench("faithfulness", model, "ioi", "-n", "2", "--circuit", tmp_path / "c").mistake()
     assert "no node of random 'a0.h2'" in line
 

@@ -303,7 +303,7 @@ def test_mass_is_the_sum_under_a_mod(case: Case) -> None:
         close(case.map.mass(mod), (case.dense * weight).sum(-1), case)
     for bad in (lambda b, h, q, k: True, lambda b, h, q, k: torch.ones(7, 1, 1, 1)):
         with pytest.raises(WorkbenchError, match="a mod returns a tensor"):
-            case.map.mass(bad)  # type: ignore[arg-type]
+            case.map.mass(bad)
 
 
 def test_the_declared_row_sums_and_sign_hold(case: Case) -> None:

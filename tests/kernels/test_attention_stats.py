@@ -52,7 +52,10 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     bias = maybe(lambda: rand(1, h, queries, keys))
     if bias is not None and draw(st.booleans()):
         table = bias
-        bias = lambda lo, hi: table[:, :, lo:hi]  # type: ignore[assignment]  # noqa: E731
+
+        def bias(lo, hi):
+            return table[:, :, lo:hi]
+
     return {
         "q": 2 * rand(b, h, queries, e),
         "k": 2 * rand(b, kv, keys, e),
@@ -240,7 +243,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor):

@@ -33,7 +33,7 @@ def masks(draw: st.DrawFn) -> tuple[Mask, int, int]:
     keys = draw(st.integers(1, 12))
     seed = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
-    def maybe(make):  # type: ignore[no-untyped-def]
+    def maybe(make):
         return make() if draw(st.booleans()) else None
 
     fits = offset + queries <= keys
@@ -122,6 +122,6 @@ def test_window_keeps_exactly_that_many_keys() -> None:
         (lambda: Mask(documents=torch.zeros(1, 3).long()).tile(slice(2, 4), slice(0, 3)), "asked up to 3"),
     ],
 )
-def test_masks_that_do_not_fit_raise_naming_the_part(make, said) -> None:  # type: ignore[no-untyped-def]
+def test_masks_that_do_not_fit_raise_naming_the_part(make, said) -> None:
     with pytest.raises(ValueError, match=said):
         make()

@@ -131,7 +131,10 @@ def test_a_long_run_never_builds_the_pattern(monkeypatch):
 
 def test_maps_follow_edits_of_the_same_run(booted):
     model = booted("llama")
-    uniform = lambda s: torch.where(s > -1e30, 0.0, s)  # noqa: E731
+
+    def uniform(s):
+        return torch.where(s > -1e30, 0.0, s)
+
     run = model.run(
         IDS,
         read=["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_pre", "blocks.0.attn.hook_lse"],

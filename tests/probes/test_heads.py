@@ -12,7 +12,7 @@ from workbench.models.protocol import Manifest, Shape, Tokens
 from workbench.probes.heads import head_scores
 from workbench.probes.repeats import repeats
 from workbench.results import load_result
-from workbench.run import Maps, Provenance, Run
+from workbench.run import EMPTY, Maps, Provenance, Run
 
 
 def planted(ids, wanted, strength=0.75):
@@ -30,7 +30,10 @@ def planted(ids, wanted, strength=0.75):
 def heads_of(ids, distance):
     """Layer 0: previous, duplicate. Layer 1: induction, a fixed distance, uniform causal."""
     t = ids.tolist()
-    earlier = lambda b, q: [k for k in range(q) if t[b][k] == t[b][q]]  # noqa: E731
+
+    def earlier(b, q):
+        return [k for k in range(q) if t[b][k] == t[b][q]]
+
     uniform = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.float64).tril()
     uniform = (uniform / uniform.sum(-1, keepdim=True)).expand(len(ids), -1, -1)
     return {
@@ -70,7 +73,7 @@ class Planted:
     def manifest(self):
         return Manifest(self.name, ())
 
-    def run(self, tokens, read=(), edit={}, maps=None, *, logits="all", cache=None):  # noqa: B006
+    def run(self, tokens, read=(), edit=EMPTY, maps=None, *, logits="all", cache=None):
         self.seen.append(tokens)
         found = {
             k: self.wrap(v) for k, v in heads_of(tokens, self.distance).items() if not maps.layers or k in maps.layers

@@ -14,7 +14,7 @@ from workbench.probes.haystack import haystack_prompts
 from workbench.probes.masking import masking
 from workbench.probes.retrieval import retrieval_heads
 from workbench.results import load_result
-from workbench.run import Maps, Provenance, Run
+from workbench.run import EMPTY, Maps, Provenance, Run
 from workbench.sites import Site
 
 START, END, ASK, STOP, VOCAB = 40, 41, 42, 49, 50
@@ -45,7 +45,7 @@ class Copier:
     def manifest(self):
         return Manifest(self.name, ())
 
-    def run(self, tokens, read=(), edit={}, maps=None, *, logits="all", cache=None):  # noqa: B006
+    def run(self, tokens, read=(), edit=EMPTY, maps=None, *, logits="all", cache=None):
         ids = torch.cat([cache, tokens], 1) if torch.is_tensor(cache) else tokens
         before = ids.shape[1] - tokens.shape[1]
         rows = torch.zeros(2, len(ids), 2, tokens.shape[1], ids.shape[1])

@@ -173,8 +173,9 @@ class Hooks:
                 new = apply_edits(new, key, {key: edit}) if isinstance(key, Site) else edited(new, key, edit)
                 self._fired.add(key)
             for key in reads:
-                head = key.head if isinstance(key, Site) else None
-                self.acts[key] = new if head is None else new.select(key.head_axis, head)  # type: ignore[union-attr]
+                self.acts[key] = new
+                if isinstance(key, Site) and key.head is not None:
+                    self.acts[key] = new.select(key.head_axis, key.head)
             # The bridge shows a reshaped copy: gradients reach it only if it is what the bridge goes on with.
             return new if edits or torch.is_grad_enabled() else None
 
