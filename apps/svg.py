@@ -50,12 +50,15 @@ def inline(figure: Figure, name: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
     text = re.sub(r"<[^>]*>", lambda tag: _own(tag[0], name), text)
-    return re.sub(
+    text, sized = re.subn(
         r'width="([\d.]+)pt" height="([\d.]+)pt"',
         lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" height="{float(size[2]) * 4 / 3:.0f}"',
         text,
         count=1,
     )
+    if not sized:
+        raise RuntimeError("matplotlib's SVG states no size in pt, so the figure cannot be scaled to the page")
+    return text
 
 
 def _own(tag: str, name: str) -> str:

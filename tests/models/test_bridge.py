@@ -3,27 +3,18 @@
 import builders as B
 import pytest
 import torch
+from bridges import IDS, boot, state
 from transformer_lens.model_bridge import TransformerBridge
 
 import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models import bridge as module
 from workbench.models.bridge import BridgeModel
-from workbench.models.hf import HFModel
-from workbench.models.interface import configs
 from workbench.models.protocol import Tokens
 
 FAMILIES = ("gpt2", "llama", "qwen2", "gemma2", "gemma3", "mistral", "phi3", "opt", "bert", "gpt_oss")
 OUTSIDE = ("opt", "bert")
 """Families whose bridge leaves attention to the Hugging Face module and only shows what came out."""
-IDS = B.ids()
-
-
-def boot(name: str) -> BridgeModel:
-    """A fresh bridge: tests that change one must not share it."""
-    net = B.NETS[name](dtype=torch.float32)
-    net.config.architectures = [type(net).__name__]
-    return wb.load(TransformerBridge.boot_transformers(name, hf_model=net, tokenizer=B.tokenizer()))
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +33,6 @@ def no_grad():
 def long(monkeypatch):
     """Let every run count as too long for the bridge's own attention."""
     monkeypatch.setattr(module, "EAGER_LIMIT", 1)
-
-
-def state(bridge) -> tuple:
-    """Everything that a run could leave behind."""
-    hooks = {n: (len(p.fwd_hooks), len(p.bwd_hooks), len(p._forward_hooks)) for n, p in bridge.hook_dict.items()}
-    modules = [(n, id(m)) for n, m in bridge.original_model.named_modules()]
-    flags = {
-        f: getattr(bridge.cfg, f) for f in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_in")
-    }
-    attention = [config._attn_implementation_internal for config in configs(bridge.original_model)]
-    return hooks, modules, flags, attention, bridge.training
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -237,88 +217,6 @@ def test_weights_are_those_that_the_bridge_computes_with(booted):
     for name, layer in (("W_O", 9), ("W_O", None), ("W_X", 0), ("W_U", 0)):
         with pytest.raises(UnknownName, match="known: "):
             model.weight(name, layer)
-
-
-def test_nothing_is_left_behind_after_an_error(monkeypatch):
-    model = boot("llama")
-    before, expected = state(model.bridge), model.bridge(IDS)
-
-    def fail(x):
-        raise ZeroDivisionError
-
-    for edit in (
-        "blocks.0.attn.hook_z",
-        "blocks.1.hook_q_input",
-        "blocks.1.attn.hook_result",
-        "blocks.1.attn.hook_pattern",
-    ):
-        with pytest.raises(ZeroDivisionError):
-            model.run(IDS, edit={edit: fail}, read=["blocks.0.hook_mlp_in"], maps=wb.capture())
-        assert state(model.bridge) == before
-    monkeypatch.setattr(module, "EAGER_LIMIT", 1)
-    last = model.bridge.original_model.model.norm.original_component
-    handle = last.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model.run(IDS, maps=wb.capture())
-    handle.remove()
-    assert state(model.bridge) == before
-    assert torch.equal(model.bridge(IDS), expected)
-
-
-def test_hooks_that_were_there_stay_and_act(monkeypatch):
-    model = boot("gpt2")
-    plain = model.run(IDS).logits
-    model.bridge.add_hook("blocks.0.attn.hook_z", lambda z, hook: z * 0, is_permanent=True)
-    before, expected = state(model.bridge), model.bridge(IDS)
-    run = model.run(IDS, maps=wb.capture(), read=["blocks.0.attn.hook_z"])
-    assert (run.acts["blocks.0.attn.hook_z"] == 0).all()
-    assert torch.equal(run.logits, expected)
-    assert not torch.allclose(expected, plain)
-    assert state(model.bridge) == before
-    monkeypatch.setattr(module, "EAGER_LIMIT", 1)
-    assert torch.equal(model.run(IDS).logits, expected)
-    with pytest.raises(Refused, match=r"hooks of its own on blocks.0.attn.hook_z.*reset_hooks"):
-        model.run(IDS, maps=wb.capture())
-    model.bridge.reset_hooks(including_permanent=True)
-    torch.testing.assert_close(model.run(IDS, maps=wb.capture()).logits, plain, rtol=1e-4, atol=1e-4)
-
-
-def test_processed_weights_never_meet_the_original_ones(monkeypatch):
-    model = boot("gpt2")
-    plain = model.run(IDS).logits
-    model.bridge.enable_compatibility_mode()
-    expected = model.bridge(IDS)
-    assert not torch.equal(expected, plain)
-    run = model.run(IDS, maps=wb.capture(), read=["blocks.0.attn.hook_result"])
-    assert torch.equal(run.logits, expected)
-    out = model.run(IDS, read=["blocks.0.hook_attn_out"]).acts["blocks.0.hook_attn_out"]
-    torch.testing.assert_close(
-        run.acts["blocks.0.attn.hook_result"].sum(2) + model.bridge.blocks[0].attn.b_O, out, rtol=1e-4, atol=1e-5
-    )
-    monkeypatch.setattr(module, "EAGER_LIMIT", 1)
-    assert torch.equal(model.run(IDS).logits, expected)
-    with pytest.raises(Refused, match="weights were processed"):
-        model.run(IDS, maps=wb.capture())
-
-
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "llama"])
-@pytest.mark.parametrize("first", ["bridge", "capture"])
-def test_booting_a_bridge_and_capturing_elsewhere_do_not_meet(name, first):
-    """Bridges of some families patch classes for the whole process; our attention functions are registered for it."""
-    other = B.NETS[name](dtype=torch.float32)
-    plain = other(IDS).logits
-    reference = HFModel(other).run(IDS, maps=wb.capture()).maps if first == "capture" else None
-    model = boot(name)
-    expected, cache = model.bridge.run_with_cache(IDS)
-    run = HFModel(other).run(IDS, maps=wb.capture())
-    assert torch.equal(run.logits, plain)
-    assert torch.equal(other(IDS).logits, plain)
-    for layer in range(2):
-        torch.testing.assert_close(run.maps[layer].dense(), cache["pattern", layer], rtol=1e-4, atol=1e-5)
-        if reference is not None:
-            assert torch.equal(run.maps[layer].dense(), reference[layer].dense())
-    assert torch.equal(model.bridge(IDS), expected)
-    assert torch.equal(model.run(IDS, maps=wb.capture()).logits, expected)
 
 
 def test_texts_are_tokenized_as_the_bridge_does(booted):

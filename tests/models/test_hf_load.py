@@ -123,22 +123,23 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, folder):
     one_line(caught)
 
 
-def test_missing_weights_are_refused(tmp_path, folder):
+def of_depth(layers: int, folder, to):
+    """The model of ``folder`` with a config that speaks of another number of layers than its weights hold."""
     config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] = 3
+    config["num_hidden_layers"] = layers
     config.pop("layer_types", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (to / "config.json").write_text(json.dumps(config))
+    (to / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+
+
+def test_missing_weights_are_refused(tmp_path, folder):
+    of_depth(3, folder, tmp_path)
     with pytest.raises(WorkbenchError, match=r"lack .*layers\.2"):
         load(tmp_path)
 
 
 def test_weights_without_a_place_are_told(tmp_path, folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"] = 1
-    config.pop("layer_types", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    of_depth(1, folder, tmp_path)
     with pytest.warns(UserWarning, match=r"tensors of .* have no place in LlamaForCausalLM .*model\.layers\.1"):
         load(tmp_path)
 

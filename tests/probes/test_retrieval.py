@@ -4,99 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from copier import ASK, STOP, Copier, prompts
 
 import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
-from workbench.models.protocol import Manifest, Shape, Tokens
 from workbench.pairs import Pairs
-from workbench.probes.haystack import haystack_prompts
 from workbench.probes.masking import masking
 from workbench.probes.retrieval import retrieval_heads
 from workbench.results import load_result
-from workbench.run import EMPTY, Maps, Provenance, Run
-from workbench.sites import Site
-
-START, END, ASK, STOP, VOCAB = 40, 41, 42, 49, 50
-NEEDLE = (5, 6, 7)
-
-
-class Tokenizer:
-    eos_token_id = STOP
-
-
-class Copier:
-    """Writes the tokens between START and END after ASK, then STOP.
-
-    Head 1.0 looks at the token about to be written and carries the answer: with its output at zero, all logits are equal.
-    Head 1.1 looks one token further; 0.0 looks at the first token; 0.1 at the last query itself.
-    """
-
-    name = "copier"
-
-    def __init__(self, fails=lambda prompt: False, says=lambda needle: [*needle, STOP], context=None):
-        self.shape = Shape(2, 2, 2, 4, 1, VOCAB, context)
-        self.tokenizer = Tokenizer()
-        self.fails, self.says, self.captured = fails, says, []
-
-    def tokens(self, texts):
-        raise NotImplementedError
-
-    def manifest(self):
-        return Manifest(self.name, ())
-
-    def run(self, tokens, read=(), edit=EMPTY, maps=None, *, logits="all", cache=None):
-        ids = torch.cat([cache, tokens], 1) if torch.is_tensor(cache) else tokens
-        before = ids.shape[1] - tokens.shape[1]
-        rows = torch.zeros(2, len(ids), 2, tokens.shape[1], ids.shape[1])
-        scores = torch.zeros(len(ids), 1, VOCAB)
-        z = torch.ones(len(ids), tokens.shape[1], 2, 1)
-        for site, change in edit.items():
-            site = Site.parse(site)
-            assert site.kind == "z"
-            if site.layer == 1:
-                z[:, :, site.head] = change(z[:, :, site.head])
-        for b, line in enumerate(ids.tolist()):
-            needle = list(range(line.index(START) + 1, line.index(END)))
-            for q in range(tokens.shape[1]):
-                now = line[: before + q + 1]
-                step = len(now) - 1 - now.index(ASK) if ASK in now else 0
-                at = needle[step % len(needle)]
-                rows[0, b, 0, q, 0] = rows[0, b, 1, q, before + q] = 1
-                rows[1, b, 0, q, at], rows[1, b, 1, q, at + 1] = 1, 1
-            words = [0] * 9 if self.fails(line) else self.says([line[i] for i in needle])
-            scores[b, 0, words[step] if step < len(words) else STOP] = 20 * z[b, -1, 0, 0]
-        found = {}
-        if maps is not None:
-            assert maps.stats == ("top1",)
-            self.captured.append((cache is not None, tokens.shape[1]))
-            found = {layer: AttentionMap.from_dense(rows[layer], offset=before) for layer in range(2)}
-        assert logits in ("last", None)
-        return Run(
-            Tokens.of(tokens), scores if logits else None, maps=Maps(found), provenance=Provenance(self.name), cache=ids
-        )
-
-
-def prompts(needle=NEEDLE, n=2, **changes):
-    def build(length, depth, seed):
-        room = length - len(needle) - 3
-        at = round(depth * room)
-        generator = torch.Generator().manual_seed(seed)
-        hay = torch.randint(10, 30, (n, room), generator=generator)
-        fact = torch.tensor([START, *needle, END]).expand(n, -1)
-        clean = torch.cat([hay[:, :at], fact, hay[:, at:], torch.full((n, 1), ASK)], 1)
-        spans = torch.tensor([[at + 1, at + 1 + len(needle)]] * n)
-        answer = torch.tensor([sorted(set(needle))] * n)
-        return Pairs(
-            clean,
-            clean,
-            answer,
-            torch.full((n, 1), -1),
-            torch.full((n,), length - 1),
-            {changes.get("span", "NEEDLE"): spans},
-        )
-
-    return build
+from workbench.run import Maps
 
 
 def scores(result):
@@ -292,65 +209,6 @@ def test_what_cannot_be_measured_is_refused():
         retrieval_heads(Copier(context=12), 12, 1, prompts=lambda length, depth, seed: prompts()(13, depth, seed))
 
 
-def test_removing_the_copying_head_removes_the_answer():
-    result = retrieval_heads(Copier(), (12, 20), 2, prompts=prompts(needle=(9,)))
-    effect = masking(Copier(), result, top=1, random=3, prompts=prompts(needle=(9,)))
-    table = effect.frame()
-    assert table["condition"].tolist() == ["none", "top", "random", "random", "random"]
-    assert table["heads"].tolist() == ["", "1.0", "1.1", "1.1", "1.1"]
-    assert table["examples"].tolist() == [8] * 5
-    assert table["probability"][0] > 0.99
-    assert table["probability"][1] == pytest.approx(1 / VOCAB)
-    assert table["accuracy"].tolist() == [1, 0, 1, 1, 1]
-    assert effect.drop() == pytest.approx(table["probability"][0] - 1 / VOCAB)
-    assert effect.drop("random") == pytest.approx(0)
-    assert effect.plot().get_ylabel() == "probability of the answer"
-    with pytest.raises(WorkbenchError, match="no condition 'best'"):
-        effect.drop("best")
-
-
-def test_token_0_is_an_answer_like_any_other_next_to_padding():
-    class Constant(Copier):
-        def run(self, tokens, *args, **options):
-            return Run(Tokens.of(tokens), torch.zeros(len(tokens), 1, VOCAB).index_fill_(2, torch.tensor([0]), 9.0))
-
-    result = retrieval_heads(Copier(), 12, 1, prompts=prompts(needle=(9,)))
-
-    def build(length, depth, seed):
-        found = prompts(needle=(9,))(length, depth, seed)
-        return replace(found, answer=torch.tensor([[0, -1], [7, -1]]))
-
-    effect = masking(Constant(), result, top=1, random=1, prompts=build)
-    assert effect.accuracy[0].tolist() == [1, 0]
-    assert effect.probability[0].tolist() == pytest.approx([0.994, 0.0001], abs=1e-3)
-
-
-def test_masking_takes_other_layers_only_when_it_must():
-    result = retrieval_heads(Copier(), 12, 1, prompts=prompts(needle=(9,)))
-    effect = masking(Copier(), result, top=2, random=4, prompts=prompts(needle=(9,)))
-    chosen = set(effect.heads[1])
-    assert (1, 0) in chosen
-    for heads in effect.heads[2:]:
-        assert len(set(heads)) == 2
-        assert not set(heads) & chosen
-    with pytest.raises(Refused, match="smaller top"):
-        masking(Copier(), result, top=3, prompts=prompts(needle=(9,)))
-    with pytest.raises(WorkbenchError, match=r"retrieved at lengths \[12\]"):
-        masking(Copier(), result, prompts=prompts(needle=(9,)), lengths=(99,))
-
-
-def test_masking_by_default_removes_all_retrieval_heads_where_they_worked():
-    limited = Copier(fails=lambda line: len(line) >= 20)
-    result = retrieval_heads(limited, (12, 20), 2, prompts=prompts(needle=(9,)))
-    effect = masking(limited, result, random=1, prompts=prompts(needle=(9,)))
-    assert effect.heads[1] == ((1, 0),)
-    assert effect.frame()["examples"].tolist() == [4] * 3
-    assert effect.frame()["accuracy"].tolist() == [1, 0, 1]
-    nothing = retrieval_heads(limited, 12, 1, prompts=prompts(needle=(9,)), threshold=1.5)
-    with pytest.raises(Refused, match=r"no head reaches the threshold of 1\.5"):
-        masking(limited, nothing, prompts=prompts(needle=(9,)))
-
-
 def test_results_are_drawn_shown_and_saved(tmp_path):
     result = retrieval_heads(Copier(), (12, 20), 2, prompts=prompts())
     assert result.plot().get_title() == "Retrieval heads\ncopier"
@@ -360,61 +218,6 @@ def test_results_are_drawn_shown_and_saved(tmp_path):
     assert load_result(result.save(tmp_path / "retrieval")).tensors["copied"].equal(result.copied)
     effect = masking(Copier(), result, prompts=prompts())
     assert load_result(effect.save(tmp_path / "masking")).labels["conditions"][0] == "none"
-
-
-@pytest.fixture
-def words():
-    from tokenizers import Tokenizer as Words
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    text = "the cat sat on a mat . it slept code is blue green ? Based content of book , Question : Answer what"
-    vocab = {word: i for i, word in enumerate(["<unk>", "<bos>", *dict.fromkeys(text.split())])}
-    tokenizer = Words(WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
-
-
-def test_needles_of_your_own_are_put_between_sentences(words):
-    model = Copier()
-    model.tokenizer = words
-    build = haystack_prompts(model, [("the code is blue .", "what is the code ?")], "the cat sat on a mat . it slept .")
-    for depth in (0.0, 0.3, 1.0):
-        pairs = build(50, depth, seed=1)
-        assert pairs.clean.shape == pairs.corrupt.shape == (1, 50)
-        (lo, hi), line = pairs.spans["NEEDLE"][0].tolist(), words.convert_ids_to_tokens(pairs.clean[0])
-        assert line[0] == "<bos>"
-        assert line[lo:hi] == ["the", "code", "is", "blue", "."]
-        assert line[-1] == ":"
-        assert line[lo - 1] in (".", "<bos>") or depth == 1.0
-        assert "code" not in words.convert_ids_to_tokens(pairs.corrupt[0])[: hi + 5]
-        assert {*pairs.answer[0].tolist()} == {*pairs.clean[0, lo:hi].tolist()}
-    assert build(50, 0.0, 1).spans["NEEDLE"][0, 0] == 1
-    deep = build(50, 1.0, 1)
-    assert (
-        deep.clean[0, int(deep.spans["NEEDLE"][0, 1]) :].tolist()
-        == deep.corrupt[0, int(deep.spans["NEEDLE"][0, 1]) :].tolist()
-    )
-
-
-def test_unfit_needles_are_refused(words):
-    model = Copier()
-    model.tokenizer = words
-    with pytest.raises(WorkbenchError, match="contains the needle already"):
-        haystack_prompts(model, [("the cat sat", "?")], "the cat sat on a mat .")
-    with pytest.raises(WorkbenchError, match="haystack is empty"):
-        haystack_prompts(model, [("the code is blue .", "?")], " ")
-    with pytest.raises(WorkbenchError, match="does not know every word of the needle 'the code is xyz'"):
-        haystack_prompts(model, [("the code is xyz", "?")], "the cat")
-    with pytest.raises(WorkbenchError, match="pairs"):
-        haystack_prompts(model, [], "the cat")
-    build = haystack_prompts(model, [("the code is blue .", "what is the code ?")], "the cat sat .")
-    with pytest.raises(WorkbenchError, match="leave no room"):
-        build(10, 0.5, 0)
-    model.tokenizer = None
-    with pytest.raises(WorkbenchError, match="no tokenizer"):
-        haystack_prompts(model, [("a", "b")], "c")
 
 
 def test_untrained_models_retrieve_nothing():
