@@ -337,6 +337,20 @@ def test_shared_layers_are_not_mixed_up():
         model.run(torch.tensor([[3, 4]]), maps=capture())
 
 
+def test_attention_that_is_two_calls_is_no_map_and_the_manifest_says_so():
+    torch.manual_seed(0)
+    config = hf.DiffLlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )  # fmt: skip
+    model = HFModel(hf.DiffLlamaForCausalLM(config).eval())
+    assert model.run(torch.tensor([[3, 4]])).logits.shape == (1, 2, 20)
+    frame = model.manifest().frame()
+    assert frame.route.tolist() == ["none"] * 2
+    assert frame.missing.str.contains("calls its attention function twice").all()
+    with pytest.raises(Refused, match=r"layer 0 of DiffLlamaForCausalLM: .*self_attn .*twice"):
+        model.run(torch.tensor([[3, 4]]), maps=capture())
+
+
 def test_keep_false_lets_queries_and_keys_go():
     case = B.hugging_face("llama")
     kept = case.model.run(case.inputs, maps=capture(blocks=4, stats=("received",))).maps[1]

@@ -24,7 +24,7 @@ from workbench.models.inputs import (
     two_stacks,
 )
 from workbench.models.interface import Key, capturing, configs
-from workbench.models.layers import AttentionLayer, attention_layers, describe
+from workbench.models.layers import AttentionLayer, attention_layers, describe, why_not
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
 from workbench.models.requests import check_layers, check_logits
 from workbench.models.session import Session
@@ -172,8 +172,8 @@ class HFModel:
             if by_key[key].route == "none":
                 fine = [layer.key for layer in self._layers if layer.route != "none"]
                 raise Refused(
-                    f"layer {key} of {self.family}: {by_key[key].name} does not go through transformers' attention "
-                    f"interface and no recorder knows it; layers that can be captured: {fine or 'none'}"
+                    f"layer {key} of {self.family}: {by_key[key].name} {why_not(by_key[key].module)}; layers that can be "
+                    f"captured: {fine or 'none'}"
                 )
         for site in edits:
             layer = next((x for x in self._layers if (x.stack, x.index) == (site.stack, site.layer)), None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -19,6 +22,7 @@ _LOOKS_LIKE_MIXER = re.compile(
 )
 _IS_A_PART = re.compile(r"Norm|Embedding|Bias|Output|Mask|Pool")
 _INTERFACE_CALL = re.compile(r"(?:get_interface\(\s*[^,]+,\s*|ALL_ATTENTION_FUNCTIONS\.get\(\s*[^,]+,\s*)(\w+)")
+
 
 _EAGER: dict[Any, str | None] = {}
 
@@ -57,6 +61,22 @@ def _read_eager_function(cls: Any) -> str | None:
         return None
     match = _INTERFACE_CALL.search(source)
     return match[1] if match else None
+
+
+@cache
+def _calls_twice(forward: Callable[..., Any]) -> bool:
+    """Whether a forward pass always calls the attention function twice (differential attention): neither call has the layer's
+    pattern."""
+    function: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]
+    calls = [step.value for step in function.body if isinstance(step, ast.Assign) and isinstance(step.value, ast.Call)]
+    return sum(isinstance(call.func, ast.Name) and call.func.id == "attention_interface" for call in calls) > 1
+
+
+def why_not(module: nn.Module) -> str:
+    """Why a layer without a route cannot be captured."""
+    if interface_function(type(module)) is not None:
+        return "calls its attention function twice and combines what comes out, so no one map is its own"
+    return "does not go through transformers' attention interface and no recorder knows it"
 
 
 def kernel_before(module: nn.Module, implementation: str) -> Callable[..., Any]:
@@ -102,8 +122,7 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
     """The manifest's line about one layer."""
     if layer.route == "none":
         what = type(layer.module).__name__
-        missing = f"{what} does not go through transformers' attention interface and no recorder knows it"
-        return LayerRecord(layer.key, what, "none", "none", missing)
+        return LayerRecord(layer.key, what, "none", "none", f"{what} {why_not(layer.module)}")
     missing = ""
     if "flash" in implementation or "flex" in implementation:
         missing = f"editing pattern ({implementation} never builds it)"
@@ -140,7 +159,7 @@ def _mixer(module: nn.Module) -> str:
 
 
 def _route(module: nn.Module) -> str:
-    if interface_function(type(module)) is not None:
+    if interface_function(type(module)) is not None and not _calls_twice(type(module).forward):
         return "attention interface"
     if any(cls.__name__ in RECORDED for cls in type(module).__mro__):
         return "recorder"
