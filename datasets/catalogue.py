@@ -6,7 +6,7 @@ import importlib
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from workbench.errors import UnknownName, WorkbenchError
+from workbench.errors import UnknownName, WorkbenchError, check_types
 from workbench.pairs import Task
 
 _TASKS: dict[str, tuple[str, str]] = {
@@ -30,8 +30,6 @@ def task(name: str, **options: Any) -> Task:
     Raises ``UnknownName`` for an unknown task and ``WorkbenchError`` for an option that the task does not have or whose value
     has another type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if name not in _TASKS:
         raise UnknownName("task", name, _TASKS)
     module, attribute = _TASKS[name][0].split(":")
@@ -40,10 +38,5 @@ def task(name: str, **options: Any) -> Task:
     unknown = [option for option in options if option not in known]
     if unknown:
         raise WorkbenchError(f"task {name!r} has no option {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
-    hints = get_type_hints(kind)
-    for option, value in options.items():
-        try:
-            TypeAdapter(hints[option]).validate_python(value, strict=True)
-        except ValidationError as error:
-            raise WorkbenchError(f"task {name!r}, option {option}: {error.errors()[0]['msg']}; got {value!r}") from None
+    check_types(f"task {name!r}", get_type_hints(kind), options)
     return kind(**options)

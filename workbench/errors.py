@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class WorkbenchError(ValueError):
@@ -23,3 +24,14 @@ class UnknownName(WorkbenchError):
 
 class Refused(WorkbenchError):
     """A request that could be carried out only by being subtly wrong or by not fitting the machine."""
+
+
+def check_types(what: str, kinds: Mapping[str, Any], options: Mapping[str, object]) -> None:
+    """Refuse options of ``what`` whose value has not the type that ``kinds`` names; whole numbers pass as fractions."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for name, value in options.items():
+        try:
+            TypeAdapter(kinds[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise WorkbenchError(f"{what}, option {name}: {error.errors()[0]['msg']}; got {value!r}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,11 +230,8 @@ def faithfulness(
     answer(as_json, payload, show)
 
 
-def assignments(given: list[str] | None, option: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise, and refused where they
-    are not of the option's type in ``kinds``. Names that are not in ``kinds`` are left to be refused by who takes them."""
-    from pydantic import TypeAdapter, ValidationError
-
+def assignments(given: list[str] | None, option: str) -> dict[str, Any]:
+    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise."""
     found: dict[str, Any] = {}
     for text in given or []:
         name, equals, said = text.partition("=")
@@ -244,20 +240,16 @@ def assignments(given: list[str] | None, option: str, kinds: Mapping[str, Any]) 
         if name in found:
             raise WorkbenchError(f"{option} {name} is given twice")
         try:
-            value = json.loads(said)
+            found[name] = json.loads(said)
         except ValueError:
-            value = said
-        try:
-            found[name] = TypeAdapter(kinds.get(name, Any)).validate_json(json.dumps(value), strict=True)
-        except ValidationError as error:
-            raise WorkbenchError(f"{option} {name}: {error.errors()[0]['msg']}; got {said!r}") from None
+            found[name] = said
     return found
 
 
 def _task(name: str, options: list[str] | None) -> Task:
     import workbench as wb
 
-    return wb.task(name, **assignments(options, "--task-option", {}))
+    return wb.task(name, **assignments(options, "--task-option"))
 
 
 def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
@@ -290,8 +282,7 @@ def _find(
 ) -> Circuit:
     import workbench as wb
 
-    known = wb.methods()[method].options if method in wb.methods() else {}
-    keywords = assignments(options, "--option", {name: type(value) for name, value in known.items()})
+    keywords = assignments(options, "--option")
     return wb.find_circuit(model, pairs, method=method, level=level, ablation=ablation, **keywords)
 
 

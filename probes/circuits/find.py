@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench.circuits import LEVELS, Circuit
-from workbench.errors import Refused, UnknownName
+from workbench.errors import Refused, UnknownName, check_types
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs
 from workbench.probes.circuits.components import ABLATIONS, Metric, Setting
@@ -90,7 +90,7 @@ def find_circuit(
     output: ``"counterfactual"`` (the paired corrupted prompt's), ``"zero"``, or ``"mean"`` (per position over the
     clean prompts). ``metric(logits, pairs) -> [B]`` is the logit difference unless given. ``options`` are the
     method's own, see ``methods()[name].options``. Raises ``UnknownName`` for an unknown method, level, ablation or
-    option, and ``Refused`` where the model or method cannot serve the level.
+    option, ``WorkbenchError`` for an option of another type, and ``Refused`` where the model or method cannot serve the level.
     """
     if method not in _METHODS:
         raise UnknownName("circuit method", method, _METHODS)
@@ -108,6 +108,7 @@ def find_circuit(
     for name in options:
         if name not in known:
             raise UnknownName(f"option of {method!r}", name, known)
+    check_types(f"method {method!r}", {name: type(value) for name, value in known.items()}, options)
     circuit = chosen(setting, level, **options)
     return replace(
         circuit, provenance={**setting.provenance(method, level, {**known, **options}), **circuit.provenance}

@@ -77,7 +77,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         ),
         (
             ("circuit", "MODEL", "ioi", "--method", "discrete-sae", "-n", "2", "--option", "rate=x"),
-            "--option rate: Input should be a valid number",
+            "method 'discrete-sae', option rate: Input should be a valid number; got 'x'",
         ),
         (
             ("tasks", "show", "ioi", "--task-option", "split=test", "--task-option", "split=train"),
