@@ -106,10 +106,10 @@ def attention_stats(
             raise ValueError("gate must not be negative here: entropy and the largest weight of a signed row differ")
     with torch.no_grad():
         if impl == "reference":
-            from workbench.kernels.reference import reference_stats
+            from workbench.kernels.stats.reference import reference_stats
 
             return reference_stats(scores, lse, wanted)
-        from workbench.kernels.blocked import blocked_stats
+        from workbench.kernels.stats.cpu import blocked_stats
 
         return blocked_stats(scores, lse, wanted)
 

@@ -6,7 +6,8 @@ offset is the number of keys that came before the first query.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Mask:
     parts still hide them). ``documents`` ``[B or 1, K]`` int: query and key must carry the same number; it needs every
     query to stand on a key. ``keys`` ``[B or 1, K]`` bool: False hides a key (padding). ``queries`` ``[B or 1, Q]`` bool:
     False empties a row, so that padding tokens give no mass to anything. ``dense`` ``[B or 1, H or 1, Q, K]`` bool: an
-    explicit mask, for short inputs.
+    explicit mask, for short inputs. ``blocks`` ``[B or 1, H or 1, Q/side, K/side]`` (rounded up) bool: False hides a whole
+    block of ``side`` query rows by ``side`` keys, counted like the blocks of a block map (rows by index, without the offset).
     """
 
     causal: bool = False
@@ -37,8 +39,19 @@ class Mask:
     dense: Tensor | None = None
     offset: int = 0
     queries: Tensor | None = None
+    blocks: Tensor | None = None
+    side: int | None = None
 
     def __post_init__(self) -> None:
+        if (self.blocks is None) != (self.side is None):
+            raise ValueError(
+                "mask.blocks and mask.side go together: which blocks are visible, and how many tokens a side"
+            )
+        if self.side is not None and (isinstance(self.side, bool) or not isinstance(self.side, int) or self.side < 1):
+            raise ValueError(f"mask.side is a positive number of tokens; got {self.side!r}")
+        if self.blocks is not None and (self.blocks.ndim != 4 or self.blocks.dtype != torch.bool):
+            got = f"{self.blocks.dtype} {list(self.blocks.shape)}"
+            raise ValueError(f"mask.blocks is bool [B, H, Q/side, K/side]; got {got}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"mask.window keeps at least one key; got {self.window}")
         for name in ("prefix", "offset"):
@@ -57,6 +70,10 @@ class Mask:
             if name != "documents" and part.dtype != torch.bool:
                 raise ValueError(f"mask.{name} holds bools, False hides; got {part.dtype}")
 
+    def parts(self) -> tuple[Any, ...]:
+        """The fields in order, as plain arguments of a custom operator: ``Mask(*mask.parts())`` is the mask again."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def check(self, shape: tuple[int, int, int, int]) -> None:
         """Raise ``ValueError`` naming the part that does not fit a map of shape ``(B, H, Q, K)``."""
         b, h, q, k = shape
@@ -71,9 +88,16 @@ class Mask:
             if got[0] not in (1, b) or got[1] not in (1, h) or got[2:] != (q, k):
                 raise ValueError(f"mask.dense broadcasts to [B, H, Q, K] = {[b, h, q, k]}; got {list(got)}")
 
+        if self.blocks is not None and self.side is not None:
+            got, want = tuple(self.blocks.shape), (b, h, -(-q // self.side), -(-k // self.side))
+            if got[0] not in (1, b) or got[1] not in (1, h) or got[2:] != want[2:]:
+                raise ValueError(
+                    f"mask.blocks broadcasts to [B, H, Q/{self.side}, K/{self.side}] = {list(want)}; got {list(got)}"
+                )
+
     def covers(self, queries: int, keys: int) -> bool:
         """Whether every query is sure to see a key, judged without building the mask; False when in doubt."""
-        if self.dense is not None or self.queries is not None or not keys:
+        if self.dense is not None or self.queries is not None or self.blocks is not None or not keys:
             return False
         last = self.offset + queries - 1
         if last < keys and (self.keys is None or bool(self.keys[:, self.offset : last + 1].all())):
@@ -104,11 +128,16 @@ class Mask:
             first, last = _narrow(seen, first, last)
         if self.keys is not None:
             first, last = _narrow(self.keys, first, last)
+        if self.blocks is not None and self.side is not None:
+            seen = self.blocks[:, :, lo // self.side : -(-hi // self.side)].flatten(0, 2)
+            left, right = _narrow(seen, 0, seen.shape[1])
+            first, last = max(first, left * self.side), min(last, right * self.side)
+            first = min(first, last)
         return first, last
 
     def open(self, lo: int, hi: int, first: int, last: int) -> tuple[int, int]:
         """A key range inside ``[first, last)`` in which every query row in ``[lo, hi)`` sees every key; may be empty."""
-        if any(part is not None for part in (self.documents, self.keys, self.dense, self.queries)):
+        if any(part is not None for part in (self.documents, self.keys, self.dense, self.queries, self.blocks)):
             return first, first
         low, high = lo + self.offset, hi - 1 + self.offset
         start, stop = first, last
@@ -150,6 +179,9 @@ class Mask:
             parts.append(self.queries.to(device)[:, None, q, None])
         if self.dense is not None:
             parts.append(self.dense.to(device)[:, :, q, k])
+        if self.blocks is not None and self.side is not None:
+            blocks = self.blocks.to(device)[:, :, torch.arange(q.start, q.stop, device=device) // self.side]
+            parts.append(blocks[..., torch.arange(k.start, k.stop, device=device) // self.side])
         if not parts:
             return None
         out = parts[0]
@@ -167,11 +199,17 @@ class Mask:
         def take(part: Tensor | None) -> Tensor | None:
             return part if part is None or part.shape[0] == 1 else part[batch]
 
-        dense = take(self.dense)
-        if dense is not None and dense.shape[1] > 1:
-            dense = dense[:, heads]
+        def pick(part: Tensor | None) -> Tensor | None:
+            part = take(part)
+            return part if part is None or part.shape[1] == 1 else part[:, heads]
+
         return replace(
-            self, documents=take(self.documents), keys=take(self.keys), queries=take(self.queries), dense=dense
+            self,
+            documents=take(self.documents),
+            keys=take(self.keys),
+            queries=take(self.queries),
+            dense=pick(self.dense),
+            blocks=pick(self.blocks),
         )
 
 
@@ -179,3 +217,10 @@ def _narrow(seen: Tensor, first: int, last: int) -> tuple[int, int]:
     """``[first, last)`` cut down to the columns that any row of ``seen`` ``[B, K]`` has."""
     at = seen.any(0)[first:last].nonzero()
     return (first + int(at[0]), first + int(at[-1]) + 1) if len(at) else (first, first)
+
+
+SCHEMA = (
+    "bool causal, int? window, int prefix, Tensor? documents, Tensor? keys, Tensor? dense, int offset, Tensor? queries, "
+    "Tensor? blocks, int? side"
+)
+"""``Mask.parts()`` in the schema language of ``torch.library``."""

@@ -16,10 +16,44 @@ from torch import Tensor
 
 from workbench.kernels.mask import Mask
 
-Bias = Tensor | Callable[[int, int], Tensor]
-"""Additive bias: a tensor that broadcasts to ``[B, H, Q, K]``, or a function (lo, hi) -> rows ``[B or 1, H or 1, hi - lo, K]``.
-A value of -1e30 or less hides the key, as the mask does."""
 HIDDEN = -1e30
+
+
+@dataclass(frozen=True, eq=False)
+class Relative:
+    """A bias that depends on the distance alone (T5, ALiBi, Music Transformer): query at absolute position i and key j get
+    ``table[h, j - i - first]``. ``table`` is ``[H or 1, M]`` for the M distances j - i from ``first`` on. Linear memory."""
+
+    table: Tensor
+    first: int
+
+    def __post_init__(self) -> None:
+        if self.table.ndim != 2 or not self.table.is_floating_point() or not self.table.numel():
+            raise ValueError(f"a relative bias table is [H, M]; got {self.table.dtype} {list(self.table.shape)}")
+
+    def check(self, shape: tuple[int, int, int, int], mask: Mask) -> None:
+        """Raise ``ValueError`` unless every visible pair of a map ``(B, H, Q, K)`` has its distance in the table."""
+        _, h, q, k = shape
+        if self.table.shape[0] not in (1, h):
+            raise ValueError(f"bias: its table has {self.table.shape[0]} heads; q has {h}")
+        low = -(mask.offset + q - 1)
+        if mask.window is not None and not mask.prefix:
+            low = max(low, 1 - mask.window)
+        high = min(0, k - 1 - mask.offset) if mask.causal and not mask.prefix else k - 1 - mask.offset
+        last = self.first + self.table.shape[1] - 1
+        if self.first > low or last < high:
+            raise ValueError(f"bias: its table holds distances {self.first} to {last}; this map needs {low} to {high}")
+
+    def tile(self, rows: slice, columns: slice, offset: int) -> Tensor:
+        """``[1, H or 1, rows, columns]``; pairs outside the table, which the mask hides, hold the end's value."""
+        at = torch.arange(columns.start, columns.stop, device=self.table.device)
+        at = at - (torch.arange(rows.start, rows.stop, device=self.table.device)[:, None] + offset + self.first)
+        return self.table[:, at.clamp_(0, self.table.shape[1] - 1)][None]
+
+
+Bias = Tensor | Relative | Callable[[int, int], Tensor]
+"""Additive bias: a tensor that broadcasts to ``[B, H, Q, K]``, a ``Relative`` table, or a function (lo, hi) -> rows
+``[B or 1, H or 1, hi - lo, K]``. A value of -1e30 or less hides the key, as the mask does."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,8 +103,11 @@ class Scores:
         self.mask.check(self.shape)
         if isinstance(self.bias, Tensor):
             self._check_bias(self.bias, self.shape, "bias")
+        elif isinstance(self.bias, Relative):
+            self.bias.check(self.shape, self.mask)
         elif self.bias is not None and not callable(self.bias):
-            raise ValueError(f"bias is a tensor or a function (lo, hi) -> rows; got {type(self.bias).__name__}")
+            kinds = "a tensor, a Relative table or a function (lo, hi) -> rows"
+            raise ValueError(f"bias is {kinds}; got {type(self.bias).__name__}")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -105,6 +142,9 @@ class Scores:
     def bias_tile(self, rows: slice, columns: slice, batch: slice = slice(None), heads: slice = slice(None)) -> Tensor:
         """Bias of a tile in the working type, broadcastable to ``[B, H, rows, columns]`` of these examples and heads."""
         b, h, _, k = self.shape
+        if isinstance(self.bias, Relative):
+            part = self.bias.tile(rows, columns, self.mask.offset).to(self.q.device, self.dtype)
+            return part[:, heads] if part.shape[1] > 1 else part
         if isinstance(self.bias, Tensor):
             part = self.bias[(None,) * (4 - self.bias.ndim)]
             part = part[:, :, rows] if part.shape[2] > 1 else part

@@ -6,4 +6,6 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when the first kernel is defined
 torch.set_num_threads(int(os.environ.get("WORKBENCH_TEST_THREADS", "1")))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.kernels import blocked
+from workbench.kernels.stats import cpu as blocked
 from workbench.kernels.attention_stats import REDUCTIONS, STATS, AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
 
@@ -304,7 +304,7 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         ({"sink": torch.zeros(2)}, "sink is one logit per query head"),
         ({"bias": torch.zeros(4, 5, 5)}, "bias must broadcast"),
         ({"bias": lambda lo, hi: torch.zeros(4, hi - lo, 5)}, r"bias\(0, 5\) must broadcast"),
-        ({"bias": 3.0}, "bias is a tensor or a function"),
+        ({"bias": 3.0}, "bias is a tensor, a Relative table or a function"),
         ({"gate": torch.zeros(2, 4)}, "gate is floating point"),
         ({"gate": -torch.ones(2, 4, 5)}, "gate must not be negative"),
         ({"block": 0}, "block is a positive number"),
