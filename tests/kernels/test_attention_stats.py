@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.kernels.stats import cpu as blocked
 from workbench.kernels.attention_stats import REDUCTIONS, STATS, AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
+from workbench.kernels.stats import cpu as blocked
 
 LENGTHS = (1, 63, 100, 257)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
