@@ -111,7 +111,8 @@ def _layout() -> Iterator[Check]:
 def _kernels() -> Iterator[Check]:
     import torch
 
-    from workbench.kernels.attention_stats import IMPLS, attention_stats
+    from workbench.kernels.attention_stats import attention_stats
+    from workbench.kernels.forms import IMPLS
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, 33, 8, generator=generator, dtype=torch.float64)

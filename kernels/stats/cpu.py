@@ -19,9 +19,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from workbench.kernels.attention_stats import AttentionStats, Wanted
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import HIDDEN, Scores
+from workbench.kernels.stats.reference import pair_weights
+from workbench.kernels.stats.request import Wanted, block_cells, layout
 
 CHUNK = 2**20
 """Scores per chunk, raised to 64 rows of the longest inputs but never above ``4 * CHUNK``. At 2**20 the two buffers are 4 MiB
@@ -31,46 +32,49 @@ _LN2 = math.log(2.0)
 
 
 class _Sums:
-    """Accumulators of one call, in the shapes of ``AttentionStats``."""
+    """Accumulators of one call: ``out`` by the names of ``layout``, what a row finds or the cells of the grid."""
 
     def __init__(self, scores: Scores, wanted: Wanted) -> None:
         b, h, q, k = scores.shape
         like = scores.q.new_empty(0, dtype=scores.dtype)
         row = (b, h, q)
-        size = wanted.block
+        size = wanted.block or 1
+        grid = (b, h, -(-q // size), -(-k // size))
         self.lse = like.new_full(row, float("-inf"))
         if scores.sink is not None:
             self.lse.copy_(scores.sink.to(like)[None, :, None].expand(row))
-        grid = None if size is None else (b, h, -(-q // size), -(-k // size))
-        linear = {"sum", "mean", "abs"} & set(wanted.reduce)
-        self.mass = like.new_zeros(grid) if grid and linear else None
-        self.peak = like.new_zeros(grid) if grid and "max" in wanted.reduce else None
-        self.received = like.new_zeros((b, h, k)) if "received" in wanted.stats else None
-        self.entropy = like.new_zeros(row) if "entropy" in wanted.stats else None
-        self.distance = like.new_zeros(row) if "distance" in wanted.stats else None
-        self.top = like.new_zeros(row) if "top1" in wanted.stats else None
-        self.index = torch.full(row, -1, device=scores.q.device) if "top1" in wanted.stats else None
+        self.mass = like.new_zeros(grid) if {"sum", "mean", "abs"} & set(wanted.reduce) else None
+        self.peak = like.new_zeros(grid) if "max" in wanted.reduce else None
+        self.out: dict[str, Tensor] = {}
+        for name in layout(wanted):
+            if name == "lse" or name.startswith("blocks "):
+                continue
+            shape: tuple[int, ...] = (b, h, k) if name == "received" else row
+            shape = (*row, wanted.topk or 0) if name.startswith("topk") else shape
+            whole = name.endswith(" keys")
+            self.out[name] = torch.full(shape, -1, device=like.device) if whole else like.new_zeros(shape)
+        self.extra = bool({"distance", "windowed", "distance2"} & set(wanted.stats)) or bool(wanted.pairs)
+
+    def ordered(self, scores: Scores, wanted: Wanted) -> list[Tensor]:
+        _, _, q, k = scores.shape
+        found = {"lse": self.lse, **self.out}
+        for name in wanted.reduce:
+            assert wanted.block is not None
+            part = self.peak if name == "max" else self.mass
+            assert part is not None
+            if name == "mean":
+                part = part / block_cells(q, k, wanted.block, part)
+            found[f"blocks {name}"] = part.clone() if any(part is other for other in found.values()) else part
+        return [found[name] for name in layout(wanted)]
 
 
-def blocked_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> AttentionStats:
-    _, _, q, k = scores.shape
+def blocked_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Tensor]:
     sums = _Sums(scores, wanted)
     if lse is not None:
         sums.lse.copy_(lse)
     for batch, groups in _slabs(scores):
         _slab(scores, lse is not None, wanted, sums, batch, groups)
-    blocks: dict[str, Tensor] = {}
-    for name in wanted.reduce if wanted.block is not None else ():
-        assert wanted.block is not None
-        if name == "max":
-            assert sums.peak is not None
-            blocks[name] = sums.peak
-        else:
-            assert sums.mass is not None
-            cells = _lengths(q, wanted.block, sums.mass)[:, None] * _lengths(k, wanted.block, sums.mass)
-            blocks[name] = sums.mass / cells if name == "mean" else sums.mass
-    top1 = None if sums.top is None or sums.index is None else (sums.top, sums.index)
-    return AttentionStats(sums.lse, blocks, sums.received, sums.entropy, sums.distance, top1, "cpu")
+    return sums.ordered(scores, wanted)
 
 
 def _budget(keys: int) -> int:
@@ -139,8 +143,9 @@ def _slab(scores: Scores, known: bool, wanted: Wanted, sums: _Sums, batch: slice
         if scores.bias is not None:
             x.add_(scores.bias_tile(rows, columns, batch, heads), alpha=_LOG2E).clamp_(min=HIDDEN)
         _hide(x, mask, rows, columns)
-        other = x if sums.entropy is None else spare.take(1, (nb, nh, n, m))
-        _reduce(x, other, sink, known, wanted, sums, (batch, heads, rows, columns), mask.offset)
+        apart = "entropy" in sums.out or sums.extra
+        other = spare.take(1, (nb, nh, n, m)) if apart else x
+        _reduce(x, other, sink, known, wanted, sums, (batch, heads, rows, columns), scores)
 
 
 def _reduce(
@@ -151,15 +156,17 @@ def _reduce(
     wanted: Wanted,
     sums: _Sums,
     place: tuple[slice, slice, slice, slice],
-    offset: int,
+    scores: Scores,
 ) -> None:
     """Everything that is wanted of one chunk of base-2 scores; ``x`` and ``out`` are overwritten."""
     batch, heads, rows, columns = place
     at = (batch, heads, rows)
+    out_of = sums.out
     top = x if known else x.amax(-1)
     key = top
-    if sums.index is not None:
+    if "top1 keys" in out_of:
         top, key = _argmax(x)
+    best = x.topk(min(wanted.topk, x.shape[-1])) if wanted.topk else None
     if known:
         base = sums.lse[at] * _LOG2E
         base = base.masked_fill(base.isinf(), -HIDDEN)
@@ -179,27 +186,60 @@ def _reduce(
         gate = wanted.gate[at].to(weight)
         weight = weight * gate
         rest = rest - gate.log2().masked_fill_(gate == 0, 0.0)
-    if sums.top is not None and sums.index is not None:
-        best = torch.exp2(top - base).mul_(weight)
-        sums.top[at] = best
-        sums.index[at] = torch.where(best > 0, key + columns.start, -1)
+    if "top1 keys" in out_of:
+        largest = torch.exp2(top - base).mul_(weight)
+        out_of["top1 values"][at] = largest
+        out_of["top1 keys"][at] = torch.where(largest > 0, key + columns.start, -1)
+    if best is not None:
+        held = best.values.shape[-1]
+        largest = torch.exp2(best.values - base[..., None]).mul_(weight[..., None])
+        out_of["topk values"][at][..., :held] = largest
+        out_of["topk keys"][at][..., :held] = torch.where(largest > 0, best.indices + columns.start, -1)
     if sums.peak is not None:
         e.mul_(weight[..., None])
         total, weight = total * weight, torch.ones_like(weight)
         grid = _grid(e, wanted.block)
         part = sums.peak[batch, heads][_window(place, grid, wanted.block)]
         torch.maximum(part, _pool(grid.amax(3), wanted.block).amax(-1), out=part)
-    if sums.mass is not None or sums.received is not None:
+    if sums.mass is not None or "received" in out_of:
         grid = _grid(e, wanted.block)
         by_key = (weight.view(*grid.shape[:3], 1, grid.shape[3]) @ grid).squeeze(3)
-        if sums.received is not None:
-            sums.received[batch, heads, columns] += by_key.sum(2)
+        if "received" in out_of:
+            out_of["received"][batch, heads, columns] += by_key.sum(2)
         if sums.mass is not None:
             sums.mass[batch, heads][_window(place, grid, wanted.block)] += _pool(by_key, wanted.block).sum(-1)
-    if sums.entropy is not None:
-        sums.entropy[at] = (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * _LN2)
-    if sums.distance is not None:
-        sums.distance[at] = e.mul_(_far(rows, columns, offset, wanted.window, e)).sum(-1).mul_(weight)
+    if "entropy" in out_of:
+        out_of["entropy"][at] = (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * _LN2)
+    if wanted.keys:
+        sets = torch.stack(
+            [w[batch if len(w) > 1 else slice(None)][:, columns].expand(len(e), -1) for w in wanted.keys], -1
+        )
+        masses = (e @ sets[:, None]).mul_(weight[..., None])
+        for i in range(len(wanted.keys)):
+            out_of[f"mass {i}"][at] = masses[..., i]
+    if sums.extra:
+        _far_sums(e, x, weight, wanted, out_of, at, _far(rows, columns, scores.mask.offset, e))
+    for i, pair in enumerate(wanted.pairs, len(wanted.keys)):
+        w = pair_weights(pair, scores, rows.start, rows.stop, columns)
+        w = w[batch] if w.ndim == 4 and w.shape[0] > 1 else w
+        w = w[:, heads] if w.ndim == 4 and w.shape[1] > 1 else w[heads] if w.ndim == 3 and w.shape[0] > 1 else w
+        out_of[f"mass {i}"][at] = torch.mul(e, w, out=x).sum(-1).mul_(weight)
+
+
+def _far_sums(
+    e: Tensor,
+    spare: Tensor,
+    weight: Tensor,
+    wanted: Wanted,
+    out: dict[str, Tensor],
+    at: tuple[slice, slice, slice],
+    far: Tensor,
+) -> None:
+    """Weighted distances; ``spare`` is overwritten."""
+    for name in ("distance", "windowed", "distance2"):
+        if name in out:
+            by = far.clamp(max=wanted.window) if name == "windowed" else far.square() if name == "distance2" else far
+            out[name][at] = torch.mul(e, by, out=spare).sum(-1).mul_(weight)
 
 
 def _hide(x: Tensor, mask: Mask, rows: slice, columns: slice) -> None:
@@ -250,16 +290,9 @@ def _window(place: tuple[slice, ...], grid: Tensor, block: int | None) -> tuple[
     return slice(None), slice(None), slice(i, i + grid.shape[2]), slice(j, j - (-grid.shape[4] // block))
 
 
-def _far(rows: slice, columns: slice, offset: int, window: int | None, like: Tensor) -> Tensor:
+def _far(rows: slice, columns: slice, offset: int, like: Tensor) -> Tensor:
     at = torch.arange(rows.start + offset, rows.stop + offset, dtype=like.dtype, device=like.device)
-    far = (at[:, None] - torch.arange(columns.start, columns.stop, dtype=like.dtype, device=like.device)).abs_()
-    return far if window is None else far.clamp_(max=window)
-
-
-def _lengths(length: int, size: int, like: Tensor) -> Tensor:
-    """Tokens in each block."""
-    edges = torch.arange(0, length, size, device=like.device, dtype=like.dtype)
-    return (length - edges).clamp(max=size)
+    return (at[:, None] - torch.arange(columns.start, columns.stop, dtype=like.dtype, device=like.device)).abs_()
 
 
 class _Buffers:

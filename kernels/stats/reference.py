@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from workbench.kernels.attention_stats import AttentionStats, Wanted
 from workbench.kernels.scores import HIDDEN, Scores
+from workbench.kernels.stats.request import Wanted, layout
 
 
 def dense_attention(scores: Scores, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weights ``[B, H, Q, K]`` and lse ``[B, H, Q]`` of a score description, in its working type."""
+    """Weights ``[B, H, Q, K]`` and lse ``[B, H, Q]`` of a score description, in its working type; differentiable."""
     assert scores.scale is not None
     q, k = scores.q.to(scores.dtype), scores.k.to(scores.dtype)
     n, m = q.shape[2], k.shape[2]
@@ -18,39 +21,97 @@ def dense_attention(scores: Scores, lse: Tensor | None = None) -> tuple[Tensor, 
     if scores.softcap is not None:
         s = scores.softcap * torch.tanh(s / scores.softcap)
     if scores.bias is not None:
-        bias = scores.bias if isinstance(scores.bias, Tensor) else scores.bias(0, n)
-        s = s + torch.where(bias.to(s) <= HIDDEN, float("-inf"), bias.to(s))
+        bias = scores.bias_tile(slice(0, n), slice(0, m))
+        s = s + torch.where(bias <= HIDDEN, float("-inf"), bias)
     allowed = scores.mask.tile(slice(0, n), slice(0, m), s.device)
     if allowed is not None:
         s = torch.where(allowed, s, float("-inf"))
+    blind = torch.isneginf(s).all(-1)
     if lse is None:
-        lse = s.logsumexp(-1)
+        lse = torch.where(blind[..., None], 0.0, s).logsumexp(-1).masked_fill(blind, float("-inf"))
         if scores.sink is not None:
             lse = torch.logaddexp(lse, scores.sink.to(s)[None, :, None])
     lse = lse.to(s)
-    weights = (s - lse[..., None]).exp()
-    return torch.where(torch.isneginf(s), 0.0, weights), lse
+    hidden = torch.isneginf(s)
+    weights = (torch.where(hidden, 0.0, s) - torch.where(torch.isneginf(lse), 0.0, lse)[..., None]).exp()
+    return torch.where(hidden, 0.0, weights), lse
 
 
-def reference_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> AttentionStats:
+def reference_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Tensor]:
+    _, _, n, m = scores.shape
     p, lse = dense_attention(scores, lse)
     if wanted.gate is not None:
         p = p * wanted.gate.to(p)[..., None]
-    rows = torch.arange(p.shape[2], device=p.device)[:, None] + scores.mask.offset
-    columns = torch.arange(p.shape[3], device=p.device)[None, :]
-    far = (rows - columns).abs()
-    if wanted.window is not None:
-        far = far.clamp(max=wanted.window)
-    values, indices = p.max(-1)
-    return AttentionStats(
-        lse=lse,
-        blocks={name: pool(p, wanted.block, name) for name in wanted.reduce} if wanted.block is not None else {},
-        received=p.sum(2) if "received" in wanted.stats else None,
-        entropy=torch.special.entr(p).sum(-1) if "entropy" in wanted.stats else None,
-        distance=(p * far).sum(-1) if "distance" in wanted.stats else None,
-        top1=(values, torch.where(values > 0, indices, -1)) if "top1" in wanted.stats else None,
-        impl="reference",
+    device = p.device
+    rows = torch.arange(n, device=device)[:, None] + scores.mask.offset
+    columns = torch.arange(m, device=device)[None, :]
+    far = (rows - columns).abs().to(p)
+    found = {"lse": lse}
+    if wanted.block is not None:
+        found |= {f"blocks {name}": pool(p, wanted.block, name) for name in wanted.reduce}
+    makers = {
+        "received": lambda: p.sum(2),
+        "entropy": lambda: torch.special.entr(p).sum(-1),
+        "distance": lambda: (p * far).sum(-1),
+        "windowed": lambda: (p * far.clamp(max=wanted.window)).sum(-1),
+        "distance2": lambda: (p * far.square()).sum(-1),
+    }
+    found |= {name: makers[name]() for name in wanted.stats if name != "top1"}
+    for name, k in (("top1", 1), ("topk", wanted.topk)):
+        if k is None or (name == "top1" and name not in wanted.stats):
+            continue
+        values, keys = p.sort(dim=-1, descending=True, stable=True)
+        values, keys = values[..., :k], torch.where(values > 0, keys, -1)[..., :k]
+        found |= {f"{name} values": values, f"{name} keys": keys}
+        if name == "top1":
+            found |= {"top1 values": values[..., 0], "top1 keys": keys[..., 0]}
+    masses = [(p * w.to(p)[:, None, None, :]).sum(-1) for w in wanted.keys]
+    for weight in wanted.pairs:
+        w = pair_weights(weight, scores, 0, n, slice(0, m))
+        masses.append((p * w).sum(-1))
+    found |= {f"mass {i}": value for i, value in enumerate(masses)}
+    return [found[name] for name in layout(wanted)]
+
+
+def pair_weights(weight: Callable[..., Tensor], scores: Scores, lo: int, hi: int, columns: slice) -> Tensor:
+    """A weight function on query rows ``[lo, hi)`` and some keys, broadcastable to ``[B, H, rows, columns]``."""
+    b, h, _, _ = scores.shape
+    device = scores.q.device
+    value = weight(
+        torch.arange(b, device=device)[:, None, None, None],
+        torch.arange(h, device=device)[None, :, None, None],
+        torch.arange(lo, hi, device=device)[None, None, :, None] + scores.mask.offset,
+        torch.arange(columns.start, columns.stop, device=device)[None, None, None, :],
     )
+    full = (b, h, hi - lo, columns.stop - columns.start)
+    fits = isinstance(value, Tensor) and value.ndim <= 4
+    if not fits or any(n not in (1, m) for n, m in zip(value.shape[::-1], full[::-1], strict=False)):
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"mass: a function of (b, h, q, k) returns what broadcasts to {list(full)}; got {got}")
+    return value.to(scores.dtype)
+
+
+def reference_backward(
+    scores: Scores, lse: Tensor | None, wanted: Wanted, gradients: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, sink and a given lse, by torch's own differentiation of the dense formulas."""
+    given = [scores.q, scores.k, scores.sink, lse]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        q, k, sink, lse = leaves
+        assert q is not None
+        assert k is not None
+        asked = Wanted(wanted.block, ("sum",) if wanted.block else (), ("received",), gate=wanted.gate)
+        found = dict(zip(layout(asked), reference_stats(replace(scores, q=q, k=k, sink=sink), lse, asked), strict=True))
+        names = {"d_lse": "lse", "d_blocks": "blocks sum", "d_received": "received"}
+        known = [(found[names[name]], gradient) for name, gradient in gradients.items() if gradient is not None]
+        terms = [(torch.where(torch.isinf(value), 0.0, value) * gradient).sum() for value, gradient in known]
+        wanted_leaves = [t for t in leaves if t is not None]
+        got = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted_leaves, allow_unused=True))
+    dq, dk, d_sink, d_lse = (None if t is None else next(got) for t in leaves)
+    assert dq is not None
+    assert dk is not None
+    return dq, dk, d_sink, d_lse
 
 
 def pool(p: Tensor, size: int, reduce: str) -> Tensor:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.kernels.attention_stats import REDUCTIONS, STATS, AttentionStats, attention_stats
+from workbench.kernels.attention_stats import AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
 from workbench.kernels.stats import cpu as blocked
+from workbench.kernels.stats.request import REDUCTIONS, STATS
 
 LENGTHS = (1, 63, 100, 257)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,9 +20,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def pieces(found: AttentionStats) -> dict[str, Tensor]:
     named = {"lse": found.lse, "received": found.received, "entropy": found.entropy, "distance": found.distance}
+    named |= {"windowed": found.windowed, "distance2": found.distance2}
+    named |= {f"mass {name}": value for name, value in found.mass.items()}
     named |= {f"blocks {name}": value for name, value in found.blocks.items()}
     if found.top1 is not None:
         named |= {"top1": found.top1[0]}
+    if found.topk is not None:
+        named |= {"topk": found.topk[0]}
     return {name: value for name, value in named.items() if value is not None}
 
 
@@ -65,9 +70,15 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "bias": bias,
         "gate": maybe(lambda: torch.rand(b, h, queries, generator=g, dtype=torch.float64)),
         "block": draw(st.sampled_from((1, 7, 64))),
-        "window": draw(st.none() | st.just(9)),
+        "window": 9,
         "reduce": REDUCTIONS,
         "stats": STATS,
+        "topk": draw(st.none() | st.sampled_from((1, 5))),
+        "mass": {
+            "first": torch.arange(keys) < 3,
+            "weighted": rand(b, keys),
+            "near": lambda b, h, q, k: (q - k < 4) & (k >= h),
+        },
     }
 
 
@@ -144,8 +155,9 @@ def test_every_number_against_arithmetic_by_hand(impl: str) -> None:
     q = torch.eye(3, dtype=torch.float64)[None, None]
     k = torch.tensor(scores, dtype=torch.float64).T.contiguous()[None, None]
     got = attention_stats(
-        q, k, scale=1.0, sink=torch.tensor([sink]), block=2, reduce=REDUCTIONS, stats=STATS, window=1, impl=impl
-    )
+        q, k, scale=1.0, sink=torch.tensor([sink]), block=2, reduce=REDUCTIONS, stats=STATS, window=1, topk=2,
+        mass={"ends": torch.tensor([1.0, 0.0, 0.5]), "previous": lambda b, h, q, k: q - k == 1}, impl=impl,
+    )  # fmt: skip
 
     def same(value: Tensor | None, wanted: object) -> None:
         assert value is not None
@@ -154,7 +166,14 @@ def test_every_number_against_arithmetic_by_hand(impl: str) -> None:
     same(got.lse, lse)
     same(got.received, [sum(p[i][j] for i in range(3)) for j in range(3)])
     same(got.entropy, [-sum(x * math.log(x) for x in row if x) for row in p])
-    same(got.distance, [sum(p[i][j] * min(i - j, 1) for j in range(i + 1)) for i in range(3)])
+    same(got.distance, [sum(p[i][j] * (i - j) for j in range(i + 1)) for i in range(3)])
+    same(got.windowed, [sum(p[i][j] * min(i - j, 1) for j in range(i + 1)) for i in range(3)])
+    same(got.distance2, [sum(p[i][j] * (i - j) ** 2 for j in range(i + 1)) for i in range(3)])
+    same(got.mass["ends"], [p[i][0] + 0.5 * p[i][2] for i in range(3)])
+    same(got.mass["previous"], [0.0, p[1][0], p[2][1]])
+    assert got.topk is not None
+    same(got.topk[0], [sorted(row, reverse=True)[:2] for row in p])
+    assert got.topk[1][0, 0].tolist() == [[0, -1], [0, 1], [1, 0]]
     corner = [p[0][0], p[0][1], p[1][0], p[1][1]]
     assert got.top1 is not None
     same(got.top1[0], [max(row) for row in p])
@@ -171,7 +190,7 @@ def test_rows_that_see_nothing_are_zero(impl: str, given_lse: bool) -> None:
     q = torch.randn(1, 2, 5, 4)
     mask = Mask(causal=True, keys=torch.tensor([[False, False, True, True, True]]))
     lse = attention_stats(q, q, mask=mask, impl="reference").lse if given_lse else None
-    got = attention_stats(q, q, lse, mask=mask, block=2, reduce=REDUCTIONS, stats=STATS, impl=impl)
+    got = attention_stats(q, q, lse, mask=mask, block=2, reduce=REDUCTIONS, stats=STATS, window=2, impl=impl)
     assert torch.isneginf(got.lse[:, :, :2]).all()
     assert torch.isfinite(got.lse[:, :, 2:]).all()
     for name, value in pieces(got).items():
@@ -202,7 +221,7 @@ def test_what_hidden_keys_and_queries_hold_does_not_matter(impl: str, poison: fl
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_sink_far_above_the_scores_takes_everything_without_overflow(impl: str) -> None:
     q = torch.randn(1, 1, 3, 4)
-    got = attention_stats(q, q, sink=torch.tensor([500.0]), stats=STATS, impl=impl)
+    got = attention_stats(q, q, sink=torch.tensor([500.0]), stats=STATS, window=2, impl=impl)
     torch.testing.assert_close(got.lse, torch.full((1, 1, 3), 500.0))
     assert got.received is not None
     assert got.entropy is not None
@@ -213,7 +232,7 @@ def test_a_sink_far_above_the_scores_takes_everything_without_overflow(impl: str
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_large_scores_do_not_overflow(impl: str) -> None:
     q = 40 * torch.randn(1, 1, 9, 16, generator=torch.Generator().manual_seed(0))
-    got = attention_stats(q, q, stats=STATS, block=4, impl=impl)
+    got = attention_stats(q, q, stats=STATS, window=2, block=4, impl=impl)
     for value in pieces(got).values():
         assert torch.isfinite(value).all()
     assert got.received is not None
@@ -267,7 +286,7 @@ class Allocations(TorchDispatchMode):
 def test_no_n_by_n_tensor_is_allocated(mask: Mask) -> None:
     q, k = torch.randn(1, 2, 2048, 8), torch.randn(1, 1, 2048, 8)
     with Allocations() as seen:
-        attention_stats(q, k, mask=mask, block=64, reduce=REDUCTIONS, stats=STATS)
+        attention_stats(q, k, mask=mask, block=64, reduce=REDUCTIONS, stats=STATS, window=9)
     assert blocked.CHUNK / 4 < seen.largest <= 1.01 * blocked.CHUNK < 2048**2 / 3
     if mask.window is None and mask.causal:
         with Allocations() as seen:
@@ -311,7 +330,7 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         ({"block": 2.5}, "block is a positive number"),
         ({"window": -1}, "window is a positive number"),
         ({"reduce": ("median",)}, "reduce: no 'median'; known: sum, mean, max, abs"),
-        ({"stats": "entropie"}, "stats: no 'entropie'; known: received, entropy, distance, top1"),
+        ({"stats": "entropie"}, "stats: no 'entropie'; known: received, entropy, distance, windowed, distance2, top1"),
         ({"impl": "cuda"}, "impl: no form 'cuda'; known: reference, cpu, triton"),
         ({"mask": Mask(keys=torch.ones(2, 5, dtype=torch.bool))}, "mask.keys"),
     ],

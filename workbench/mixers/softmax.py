@@ -12,7 +12,7 @@ from workbench.captures import Capture
 from workbench.errors import WorkbenchError
 from workbench.kernels.attention_stats import AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
-from workbench.kernels.scores import HIDDEN, Bias, Scores
+from workbench.kernels.scores import HIDDEN, Bias, Relative, Scores
 from workbench.maps import AttentionMap, GatedMap, TopK, head_index
 
 
@@ -83,6 +83,8 @@ class SoftmaxMap(AttentionMap):
         if isinstance(bias, Tensor):
             bias = bias[:, chosen] if bias.ndim == 4 and bias.shape[1] > 1 else bias
             bias = bias[chosen] if bias.ndim == 3 and bias.shape[0] > 1 else bias
+        elif isinstance(bias, Relative):
+            bias = Relative(bias.table[chosen], bias.first) if bias.table.shape[0] > 1 else bias
         elif bias is not None:
             bias = _chosen_rows(bias, chosen)
         return SoftmaxMap(
@@ -151,7 +153,9 @@ class SoftmaxMap(AttentionMap):
         if found.entropy is not None:
             self._memo["entropy",] = found.entropy
         if found.distance is not None:
-            self._memo["distance", window] = found.distance
+            self._memo["distance", None] = found.distance
+        if found.windowed is not None:
+            self._memo["distance", window] = found.windowed
         if found.top1 is not None:
             self._memo["topk", 1] = TopK(*(part[..., None] for part in found.top1))
         return found
@@ -175,7 +179,7 @@ class SoftmaxMap(AttentionMap):
         return self._memo["entropy",]
 
     def _distance(self, window: int | None) -> Tensor:
-        self._stats(stats=("distance",), window=window)
+        self._stats(stats=("distance" if window is None else "windowed",), window=window)
         return self._memo["distance", window]
 
     def _topk(self, k: int) -> TopK:
@@ -223,7 +227,7 @@ def softmax_attention(
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
-        added = (bias if isinstance(bias, Tensor) else bias(0, n)).to(work)
+        added = (bias if isinstance(bias, Tensor) else found.scores.bias_tile(slice(0, n), slice(0, m))).to(work)
         s = s + added.masked_fill(added <= HIDDEN, float("-inf"))
     allowed = mask.tile(slice(0, n), slice(0, m), q.device)
     if allowed is not None:
