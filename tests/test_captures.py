@@ -20,6 +20,10 @@ def test_capture_keeps_what_was_asked() -> None:
         (dict(blocks=64, reduce="median"), "no block reduction 'median'"),
         (dict(blocks=0), "at least 1; got 0"),
         (dict(blocks=6.4), "got 6.4"),
+        (dict(window=0), "window cuts a distance, in tokens, at least 1; got 0"),
+        (dict(topk=True), "topk is a number of keys, at least 1; got True"),
+        (dict(mass={"sink": 3}), "got 'sink': int"),
+        (dict(mass={1: wb.mods.sink()}), "got 1: function"),
         (dict(layers=True), "layers names attention layers, all of them by default; got True"),
     ],
 )

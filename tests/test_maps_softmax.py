@@ -56,6 +56,32 @@ def test_one_pass_answers_a_whole_capture(gated: bool, monkeypatch: pytest.Monke
     assert amap.impl == "cpu"
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_pass_finds_everything_that_can_be_named(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    amap: Any = SoftmaxMap(rand(1, 4, 9, 3), rand(1, 2, 9, 3, seed=1), mask=Mask(causal=True))
+    mass = {"sink": mods.sink(), "keys": torch.arange(9) < 3}
+    request = capture(blocks=4, stats=("distance2", "received"), window=3, topk=4, mass=mass, keep=keep)
+    with passes(monkeypatch) as calls:
+        amap = amap.precompute(request)
+        for answer in (lambda: amap.distance(3), lambda: amap.distance(moment=2), lambda: amap.topk(4), amap.received):
+            answer()
+        assert amap.mass("sink").shape == amap.mass("keys").shape == (1, 4, 9)
+    assert len(calls) == 1
+    if keep:
+        with passes(monkeypatch) as calls:
+            (
+                amap.topk(2),
+                amap.topk(2),
+                amap.distance(4),
+                amap.distance(4),
+                amap.mass(mods.full()),
+                amap.mass(mods.full()),
+            )
+        assert len(calls) == 4, "masses of functions without a name are not kept"
+        amap.precompute(capture(topk=1))
+        assert amap.topk(1) is amap.topk(1)
+
+
 def test_lse_is_computed_once_and_used_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     amap = SoftmaxMap(rand(1, 2, 9, 3), rand(1, 2, 9, 3, seed=1), mask=Mask(causal=True))
     with passes(monkeypatch) as calls:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from workbench import mods
 from workbench.captures import REDUCTIONS, Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.scores import working_dtype
-from workbench.mods import Mod, distance
+from workbench.mods import Mod
 
 DENSE_LIMIT = 2**28
 """``dense()`` refuses above this many numbers (B*H*Q*K): 1 GiB in float32."""
@@ -140,23 +141,36 @@ class AttentionMap(ABC):
             )
         return self._remember(("entropy",), self._entropy)
 
-    def distance(self, window: int | None = None) -> Tensor:
-        """Attended distance sum_j M_ij |i - j| (or ``min(|i - j|, window)``), ``[B, H, Q]``, in tokens.
+    def distance(self, window: int | None = None, moment: int = 1) -> Tensor:
+        """Attended distance sum_j M_ij |i - j| (or ``min(|i - j|, window)``), ``[B, H, Q]``, in tokens; with ``moment=2``
+        sum_j M_ij |i - j|^2 in tokens squared, from which the spread of the distance follows.
 
-        It is the mean distance where the row sums to 1; missing mass counts as distance 0."""
+        It is the mean (of the square) where the row sums to 1; missing mass counts as distance 0."""
         if window is not None and window < 1:
             raise WorkbenchError(f"a distance is cut at one token or more; got window={window}")
+        if moment not in (1, 2) or (moment == 2 and window is not None):
+            raise WorkbenchError(
+                f"distance takes moment 1, or 2 without a window; got moment={moment} with window={window}"
+            )
+        if moment == 2:
+            return self._remember(("distance2",), self._distance2)
         return self._remember(("distance", window), lambda: self._distance(window))
 
     def topk(self, k: int = 1) -> TopK:
         """The ``k`` largest weights of every row and their keys; among equals, ``topk(1)`` takes the first key."""
-        if not 1 <= k <= self.shape[3]:
-            raise WorkbenchError(f"topk wants 1 <= k <= {self.shape[3]} keys; got {k}")
+        self._check_topk(k)
         return self._remember(("topk", k), lambda: self._topk(k))
 
-    def mass(self, mod: Mod) -> Tensor:
-        """sum_j M_ij mod(b, h, i, j), ``[B, H, Q]``: the mass each query puts on a set of keys."""
-        return torch.cat([(rows * self._mod(mod, lo, hi, rows)).sum(-1) for lo, hi, rows in self._chunks()], dim=2)
+    def mass(self, mod: Mod | Tensor | str) -> Tensor:
+        """sum_j M_ij w_ij, ``[B, H, Q]``: the mass each query puts on a set of keys.
+
+        ``mod`` gives the weights: a function w(b, h, i, j), a tensor of one weight (or bool) per key ``[K]`` or ``[B, K]``, or
+        the name of a mass that was asked for in ``capture(mass={name: ...})``. Only named masses are kept."""
+        if isinstance(mod, str):
+            if ("mass", mod) not in self._memo:
+                raise UnknownName("named mass of this map", mod, [key[1] for key in self._memo if key[0] == "mass"])
+            return self._memo["mass", mod]
+        return self._mass(self._key_weights(mod))
 
     def row_sums(self) -> Tensor:
         """sum_j M_ij, ``[B, H, Q]``."""
@@ -211,10 +225,17 @@ class AttentionMap(ABC):
             for reduce in request.reduce:
                 self.blocks(request.blocks, reduce)
         calls: dict[str, Callable[[], object]] = {
-            "received": self.received, "entropy": self.entropy, "distance": self.distance, "top1": lambda: self.topk(1),
+            "received": self.received, "entropy": self.entropy, "distance": self.distance,
+            "distance2": lambda: self.distance(moment=2), "top1": lambda: self.topk(1),
         }  # fmt: skip
         for name in request.stats:
             calls[name]()
+        if request.window is not None:
+            self.distance(request.window)
+        if request.topk is not None:
+            self.topk(request.topk)
+        for name, weights in request.mass:
+            self._memo["mass", name] = self.mass(weights)
 
     def _summary(self, request: Capture) -> AttentionMap:
         from workbench.maps import SummaryMap
@@ -225,6 +246,10 @@ class AttentionMap(ABC):
         """The map with rows g_i M_ij, for ``gate >= 0``, where the family answers it faster than by rows."""
         return None
 
+    def _check_topk(self, k: int) -> None:
+        if not 1 <= k <= self.shape[3]:
+            raise WorkbenchError(f"topk wants 1 <= k <= {self.shape[3]} keys; got {k}")
+
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         return self.rows(q_lo, q_hi)[..., k_lo:k_hi]
 
@@ -233,7 +258,21 @@ class AttentionMap(ABC):
             self._memo[key] = make()
         return self._memo[key]
 
-    def _mod(self, mod: Mod, lo: int, hi: int, like: Tensor) -> Tensor:
+    def _key_weights(self, mod: Mod | Tensor) -> Mod | Tensor:
+        """A function as it is; weights of keys as ``[B or 1, K]``."""
+        b, _, _, k = self.shape
+        if not isinstance(mod, Tensor):
+            if not callable(mod):
+                raise WorkbenchError(f"mass takes a function, a tensor of keys or a name; got a {type(mod).__name__}")
+            return mod
+        table = mod[None] if mod.ndim == 1 else mod
+        if table.ndim != 2 or table.shape[0] not in (1, b) or table.shape[1] != k:
+            raise WorkbenchError(f"weights of keys are [K] = {[k]} or [B, K] = {[b, k]}; got {list(mod.shape)}")
+        return table
+
+    def _mod(self, mod: Mod | Tensor, lo: int, hi: int, like: Tensor) -> Tensor:
+        if isinstance(mod, Tensor):
+            return mod.to(like)[:, None, None, :]
         b, h, _, k = self.shape
         device = like.device
         value = mod(
@@ -280,7 +319,13 @@ class AttentionMap(ABC):
         return torch.cat([torch.special.entr(rows).sum(-1) for _, _, rows in self._chunks()], dim=2)
 
     def _distance(self, window: int | None) -> Tensor:
-        return self.mass(distance(window))
+        return self._mass(mods.distance(window))
+
+    def _distance2(self) -> Tensor:
+        return self._mass(lambda b, h, q, k: (q - k).square())
+
+    def _mass(self, mod: Mod | Tensor) -> Tensor:
+        return torch.cat([(rows * self._mod(mod, lo, hi, rows)).sum(-1) for lo, hi, rows in self._chunks()], dim=2)
 
     def _topk(self, k: int) -> TopK:
         parts = []

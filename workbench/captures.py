@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from workbench.errors import UnknownName, WorkbenchError
 
-STATS = ("received", "entropy", "distance", "top1")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from workbench.mods import Mod
+
+STATS = ("received", "entropy", "distance", "distance2", "top1")
 REDUCTIONS = ("sum", "mean", "max", "abs")
 
 
@@ -20,6 +26,9 @@ class Capture:
     reduce: tuple[str, ...] = ("sum",)
     stats: tuple[str, ...] = ()
     keep: bool = True
+    window: int | None = None
+    topk: int | None = None
+    mass: tuple[tuple[str, Mod | Tensor], ...] = ()
 
 
 def capture(
@@ -28,14 +37,21 @@ def capture(
     blocks: int | None = None,
     reduce: Iterable[str] | str = ("sum",),
     stats: Iterable[str] = (),
+    window: int | None = None,
+    topk: int | None = None,
+    mass: Mapping[str, Mod | Tensor] | None = None,
     keep: bool = True,
 ) -> Capture:
-    """A capture request.
+    """A capture request. Whatever it names is computed in one pass over the layer's queries and keys while the model runs.
 
     ``layers``: which layers (all by default). ``blocks``: side of the square blocks of the block maps, in tokens, and
-    ``reduce`` which ones (``sum``, ``mean``, ``max``, ``abs``). ``stats``: statistics computed in the same pass
-    (``received``, ``entropy``, ``distance``, ``top1``). ``keep``: keep q, k and LSE (linear in tokens) so that any exact tile
-    or further statistic can be computed later; with ``keep=False`` only what was asked for here can be answered.
+    ``reduce`` which ones (``sum``, ``mean``, ``max``, ``abs``). ``stats``: ``received``, ``entropy``, ``distance``,
+    ``distance2`` (its second moment), ``top1``. ``window``: also the distance cut at that many tokens. ``topk``: also that
+    many top keys of every row. ``mass``: names and what each is the mass of, a function (b, h, q, k) or one weight per key
+    ``[K]`` or ``[B, K]``; ``map.mass(name)`` answers.
+
+    ``keep``: keep q, k and LSE (linear in tokens, in the model's own type) so that any exact tile or further statistic can be
+    computed later; with ``keep=False`` only what was asked for here can be answered.
     """
     if isinstance(layers, bool):
         raise WorkbenchError(f"layers names attention layers, all of them by default; got {layers}")
@@ -49,6 +65,26 @@ def capture(
     for name in stats:
         if name not in STATS:
             raise UnknownName("statistic", name, STATS)
-    if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
-        raise WorkbenchError(f"blocks is the side of a block in tokens, at least 1; got {blocks!r}")
-    return Capture(None if layers is None else tuple(layers), blocks, reduce, stats, keep)
+    sizes = {
+        "blocks is the side of a block in tokens": blocks,
+        "window cuts a distance, in tokens": window,
+        "topk is a number of keys": topk,
+    }
+    for what, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise WorkbenchError(f"{what}, at least 1; got {value!r}")
+    for key, weights in (mass or {}).items():
+        if not isinstance(key, str) or not (callable(weights) or hasattr(weights, "ndim")):
+            raise WorkbenchError(
+                f"mass names functions (b, h, q, k) or tensors of one weight per key; got {key!r}: {type(weights).__name__}"
+            )
+    return Capture(
+        None if layers is None else tuple(layers),
+        blocks,
+        reduce,
+        stats,
+        keep,
+        window,
+        topk,
+        tuple((mass or {}).items()),
+    )

@@ -12,6 +12,7 @@ from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
+from workbench.mods import Mod
 
 __all__ = [
     "DENSE_LIMIT",
@@ -153,6 +154,12 @@ class GatedMap(AttentionMap):
     def _distance(self, window: int | None) -> Tensor:
         return super()._distance(window) if self._fast is None else self._fast.distance(window)
 
+    def _distance2(self) -> Tensor:
+        return super()._distance2() if self._fast is None else self._fast.distance(moment=2)
+
+    def _mass(self, mod: Mod | Tensor) -> Tensor:
+        return super()._mass(mod) if self._fast is None else self._fast._mass(mod)
+
     def _topk(self, k: int) -> TopK:
         return super()._topk(k) if self._fast is None else self._fast.topk(k)
 
@@ -175,7 +182,10 @@ class SummaryMap(AttentionMap):
     @property
     def has(self) -> tuple[str, ...]:
         """The calls that this map answers."""
-        return tuple(f"{key[0]}({', '.join(repr(part) for part in key[1:] if part is not None)})" for key in self._memo)
+        calls = (
+            ("distance", "moment=2") if key == ("distance2",) else (key[0], *map(repr, key[1:])) for key in self._memo
+        )
+        return tuple(f"{name}({', '.join(part for part in parts if part != 'None')})" for name, *parts in calls)
 
     def rows(self, lo: int, hi: int) -> Tensor:
         raise Refused(

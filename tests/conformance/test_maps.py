@@ -5,6 +5,7 @@ Every oracle here is literal: the mask is a Python condition per pair, the weigh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -273,6 +274,16 @@ def test_distance_is_the_weighted_gap(case: Case, window: int | None) -> None:
     close(case.map.distance(window), (case.dense * far).sum(-1), scaled)
     with pytest.raises(WorkbenchError, match="one token or more"):
         case.map.distance(0)
+    for bad in (dict(moment=3), dict(moment=2, window=4)):
+        with pytest.raises(WorkbenchError, match="moment 1, or 2 without a window"):
+            case.map.distance(**bad)
+
+
+def test_second_moment_of_the_distance(case: Case) -> None:
+    q, k = positions(case)
+    scaled = Case(case.map, case.dense, case.v, case.out, case.tolerance * case.dense.shape[3] ** 2)
+    close(case.map.distance(moment=2), (case.dense * (q - k).square()).sum(-1), scaled)
+    assert case.map.distance(moment=2) is case.map.distance(moment=2)
 
 
 def test_topk_finds_the_largest_weights(case: Case) -> None:
@@ -302,8 +313,47 @@ def test_mass_is_the_sum_under_a_mod(case: Case) -> None:
     for mod, weight in wanted.items():
         close(case.map.mass(mod), (case.dense * weight).sum(-1), case)
     for bad in (lambda b, h, q, k: True, lambda b, h, q, k: torch.ones(7, 1, 1, 1)):
-        with pytest.raises(WorkbenchError, match="a mod returns a tensor"):
+        with pytest.raises(WorkbenchError, match="broadcasts to"):
             case.map.mass(bad)
+
+
+def test_mass_is_the_sum_over_weighted_keys(case: Case) -> None:
+    b, _, _, k = case.map.shape
+    own = rand(6, b, k)
+    for weights in (own, own[0], own[:1], own[0] > 0, (own > 0).long()):
+        table = weights.double() if weights.ndim == 2 else weights.double()[None]
+        close(case.map.mass(weights), (case.dense * table[:, None, None]).sum(-1), case)
+    for bad in (rand(6, k + 1), rand(6, b + 1, k), rand(6, 1, 1, k)):
+        with pytest.raises(WorkbenchError, match=r"weights of keys are \[K\]"):
+            case.map.mass(bad)
+    with pytest.raises(WorkbenchError, match="got a int"):
+        case.map.mass(3)  # type: ignore[arg-type]
+
+
+def test_named_masses_are_remembered_and_others_are_not(case: Case) -> None:
+    k = case.map.shape[3]
+    weights = rand(6, k)
+    request = capture(mass={"sink": mods.sink(2), "set": weights}, window=3, topk=min(2, k), stats=("distance2",))
+    with pytest.raises(UnknownName, match="no named mass of this map 'sink'; known: none"):
+        case.map.mass("sink")
+    kept = case.map.precompute(request)
+    small = case.map.precompute(dataclasses.replace(request, keep=False))
+    for amap in (kept, small):
+        close(amap.mass("sink"), case.map.mass(mods.sink(2)), case)
+        close(amap.mass("set"), (case.dense * weights).sum(-1), case)
+        assert amap.distance(3) is kept.distance(3)
+        assert torch.equal(amap.topk(min(2, k)).indices, case.map.topk(min(2, k)).indices)
+        assert amap.distance(moment=2) is kept.distance(moment=2)
+    assert case.map.mass(weights) is not case.map.mass(weights)
+    with pytest.raises(UnknownName, match="known: sink, set; nearest: sink"):
+        small.mass("sinks")
+    with pytest.raises(Refused, match=r"distance\(3\).*mass\('sink'\)"):
+        small.mass(weights)
+    changed = case.map.precompute(capture(mass={"sink": mods.full()}))
+    close(changed.mass("sink"), case.dense.sum(-1), case)
+    if k < 50:
+        with pytest.raises(WorkbenchError, match="topk wants"):
+            case.map.precompute(capture(topk=50))
 
 
 def test_the_declared_row_sums_and_sign_hold(case: Case) -> None:

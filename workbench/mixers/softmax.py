@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from workbench.kernels.attention_stats import AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import HIDDEN, Bias, Relative, Scores
 from workbench.maps import AttentionMap, GatedMap, TopK, head_index
+from workbench.mods import Mod
 
 
 class SoftmaxMap(AttentionMap):
@@ -137,13 +138,20 @@ class SoftmaxMap(AttentionMap):
         reduce: tuple[str, ...] = (),
         stats: tuple[str, ...] = (),
         window: int | None = None,
+        topk: int | None = None,
+        mass: Mapping[str, Mod | Tensor] | None = None,
     ) -> AttentionStats:
-        """One pass of the statistics kernel; everything it found is remembered."""
+        """One pass of the statistics kernel; everything it found but masses is remembered."""
         s = self.scores
-        found = attention_stats(
-            s.q, s.k, self._lse, mask=s.mask, scale=s.scale, softcap=s.softcap, sink=s.sink, bias=s.bias,
-            block=block, reduce=reduce, stats=stats, window=window, gate=self._gate,
-        )  # fmt: skip
+        try:
+            found = attention_stats(
+                s.q, s.k, self._lse, mask=s.mask, scale=s.scale, softcap=s.softcap, sink=s.sink, bias=s.bias,
+                block=block, reduce=reduce, stats=stats, window=window, topk=topk, mass=mass, gate=self._gate,
+            )  # fmt: skip
+        except WorkbenchError:
+            raise
+        except ValueError as error:
+            raise WorkbenchError(str(error)) from error
         self.impl = found.impl
         self._lse = found.lse
         for name, blocks in found.blocks.items():
@@ -156,16 +164,30 @@ class SoftmaxMap(AttentionMap):
             self._memo["distance", None] = found.distance
         if found.windowed is not None:
             self._memo["distance", window] = found.windowed
+        if found.distance2 is not None:
+            self._memo["distance2",] = found.distance2
+        if found.topk is not None:
+            self._memo["topk", topk] = TopK(*found.topk)
         if found.top1 is not None:
             self._memo["topk", 1] = TopK(*(part[..., None] for part in found.top1))
         return found
 
     def _precompute(self, request: Capture) -> None:
-        held = {"received": ("received",), "entropy": ("entropy",), "distance": ("distance", None), "top1": ("topk", 1)}
+        held = {"distance": ("distance", None), "windowed": ("distance", request.window), "top1": ("topk", 1)}
         reduce = tuple(r for r in request.reduce if request.blocks and ("blocks", request.blocks, r) not in self._memo)
-        stats = tuple(name for name in request.stats if held[name] not in self._memo)
-        if reduce or stats:
-            self._stats(request.blocks if reduce else None, reduce, stats)
+        named = dict.fromkeys((*request.stats, *(() if request.window is None else ("windowed",))))
+        if request.topk == 1:
+            named["top1"] = None
+        elif request.topk is not None:
+            self._check_topk(request.topk)
+        stats = tuple(name for name in named if held.get(name, (name,)) not in self._memo)
+        topk = None if request.topk == 1 or ("topk", request.topk) in self._memo else request.topk
+        mass = {name: self._key_weights(weights) for name, weights in request.mass}
+        if reduce or stats or topk or mass:
+            block = request.blocks if reduce else None
+            found = self._stats(block, reduce, stats, request.window if "windowed" in stats else None, topk, mass)
+            for name, value in found.mass.items():
+                self._memo["mass", name] = value
 
     def _blocks(self, size: int, reduce: str) -> Tensor:
         return self._stats(size, (reduce,)).blocks[reduce]
@@ -182,11 +204,19 @@ class SoftmaxMap(AttentionMap):
         self._stats(stats=("distance" if window is None else "windowed",), window=window)
         return self._memo["distance", window]
 
+    def _distance2(self) -> Tensor:
+        self._stats(stats=("distance2",))
+        return self._memo["distance2",]
+
+    def _mass(self, mod: Mod | Tensor) -> Tensor:
+        return self._stats(mass={"": mod}).mass[""]
+
     def _topk(self, k: int) -> TopK:
-        if k > 1:
-            return super()._topk(k)
-        self._stats(stats=("top1",))
-        return self._memo["topk", 1]
+        if k == 1:
+            self._stats(stats=("top1",))
+        else:
+            self._stats(topk=k)
+        return self._memo["topk", k]
 
 
 def _chosen_rows(bias: Callable[[int, int], Tensor], chosen: list[int]) -> Callable[[int, int], Tensor]:

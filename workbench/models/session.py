@@ -140,8 +140,8 @@ class Session:
             real = self._real.get(layer.stack)
             if real is not None and real.shape == (q.shape[0], q.shape[2]):
                 mask = replace(mask, queries=real.to(q.device))
+            q, k = _own(q), k.clone() if self._past is not None else _own(k)  # the cache may go on in place
             if self._past is not None:
-                k = k.clone()  # the cache may go on in place
                 gone = self._gone(layer, q.shape[2], k.shape[2])
                 if gone:
                     mask, k = behind(mask, gone, k.shape[2]), pad(k, (0, 0, gone, 0))
@@ -220,6 +220,11 @@ class Session:
         for site in self.edits:
             if site not in self._edited:
                 raise WorkbenchError(f"the edit of {site} never ran in {self.family} with this input")
+
+
+def _own(part: Tensor) -> Tensor:
+    """The tensor without the rest of what it is a view of: a map must not keep the values that lie beside fused q and k."""
+    return part.clone() if part.untyped_storage().nbytes() > part.numel() * part.element_size() else part
 
 
 def _product(weights: Tensor, values: Tensor, output: Tensor) -> bool:
