@@ -39,7 +39,10 @@ class Relative:
         low = -(mask.offset + q - 1)
         if mask.window is not None and not mask.prefix:
             low = max(low, 1 - mask.window)
-        high = min(0, k - 1 - mask.offset) if mask.causal and not mask.prefix else k - 1 - mask.offset
+        high = k - 1 - mask.offset
+        if mask.causal or (mask.window is not None):
+            ahead = 0 if mask.causal or mask.window is None else mask.window - 1
+            high = min(high, max(ahead, mask.prefix - 1 - mask.offset))
         last = self.first + self.table.shape[1] - 1
         if self.first > low or last < high:
             raise ValueError(f"bias: its table holds distances {self.first} to {last}; this map needs {low} to {high}")

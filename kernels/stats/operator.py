@@ -16,9 +16,9 @@ from workbench.kernels.stats.request import Wanted, block_cells, layout
 
 _ARGUMENTS = (
     f"Tensor q, Tensor k, Tensor? lse, {SCHEMA}, float scale, float? softcap, Tensor? sink, Tensor? bias, int? first, "
-    "int? block, str[] reduce, str[] stats, int? window, int? topk, Tensor[] keys, Tensor? gate, str impl"
+    "int? block, str[] reduce, str[] stats, int? cut, int? topk, Tensor[] sets, Tensor? gate, str impl"
 )
-_MASK = slice(3, 13)
+_MASK, _SETS = slice(3, 13), -3
 
 
 def compute(scores: Scores, lse: Tensor | None, wanted: Wanted, impl: str) -> list[Tensor]:
@@ -57,8 +57,8 @@ def _given(arguments: tuple[Any, ...]) -> tuple[Scores, Tensor | None, Wanted, s
 
 def _body(*arguments: Any) -> list[Tensor]:
     scores, lse, wanted, impl = _given(arguments)
-    found = compute(scores, lse, wanted, impl)
-    return [found[0].clone() if lse is not None else found[0], *found[1:]]
+    found = [value.contiguous() for value in compute(scores, lse, wanted, impl)]
+    return [found[0].clone() if found[0] is lse else found[0], *found[1:]]
 
 
 _op = torch.library.custom_op(
@@ -119,7 +119,13 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
         from workbench.kernels.softmax_backward import softmax_backward
 
         dq, dk, _, rows = softmax_backward(
-            scores, lse, block=wanted.block, gate=wanted.gate, through_lse=given is None, impl=impl, **sums
+            scores,
+            lse,
+            block=None if blocks is None else wanted.block,
+            gate=wanted.gate,
+            through_lse=given is None,
+            impl=impl,
+            **sums,
         )
         d_given, d_sink = (-rows if given is not None else None), None
         if scores.sink is not None and given is None:
@@ -127,10 +133,11 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
             d_sink = -(share * rows).sum((0, 2)).to(scores.sink.dtype)
     if given is not None and d_given is not None:
         d_given = d_given.to(given.dtype) if at["lse"] is None else d_given.to(given.dtype) + at["lse"].to(given.dtype)
-    out: list[Any] = [None] * len(arguments)
+    # Lists that may hold tensors must come back as lists, and torch takes every empty list for one.
+    out: list[Any] = [[] if isinstance(part, list | tuple) and not part else None for part in arguments]
     out[0], out[1], out[2] = dq, dk, d_given
     out[_MASK.stop + 2] = d_sink
-    out[-3] = [None] * len(wanted.keys)
+    out[_SETS] = [None] * len(wanted.keys)
     return tuple(out)
 
 

@@ -186,7 +186,7 @@ def stats_kernel(
                         at = PARTIALS + (head.to(tl.int64) * lanes + lane) * n_keys + cols
                         tl.store(at, tl.load(at, mask=cols_in, other=0.0) + tl.sum(p, 0), mask=cols_in)
                     if WANT_ENTROPY:
-                        entropy += tl.sum(tl.where(p > 0, p * x, 0.0), 1)
+                        entropy += tl.sum(p * tl.where(p > 0, x, 0.0), 1)
                     if FAR:
                         far = tl.abs((rows[:, None] + OFFSET - cols[None, :]).to(tl.float32))
                         if WANT_DISTANCE:
@@ -234,7 +234,7 @@ def stats_kernel(
                 at = m.to(tl.int64)[None, :] * rows_total + (row_base + rows)[:, None]
                 tl.store(MASS + at, masses, mask=rows_in[:, None] & (m < n_sets)[None, :])
             if WANT_WEIGHT:
-                tl.store(MASS + mass_slot.to(tl.int64) * rows_total + row_base + rows, weighted, mask=rows_in)
+                tl.store(MASS + mass_slot * rows_total + row_base + rows, weighted, mask=rows_in)
         if WANT_RECEIVED:
             tl.debug_barrier()  # the next turn reads partial sums that other threads of this program wrote
 
@@ -282,7 +282,7 @@ def tile_shape(e: int, item: int) -> tuple[int, int, int]:
     if interpreted():
         return 32, 32, 4
     if item == 4:
-        return (64, 32, 4) if width(e) <= 128 else (32, 32, 4)
+        return (64, 32, 8) if width(e) <= 128 else (32, 32, 4)  # exact float32 products spill in larger tiles
     return (128, 64, 8) if width(e) <= 128 else (64, 64, 8)
 
 

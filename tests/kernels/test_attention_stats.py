@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.kernels.attention_stats import AttentionStats, attention_stats
 from workbench.kernels.mask import Mask
+from workbench.kernels.scores import Relative, Scores
 from workbench.kernels.stats import cpu as blocked
-from workbench.kernels.stats.request import REDUCTIONS, STATS
+from workbench.kernels.stats.operator import compute
+from workbench.kernels.stats.request import REDUCTIONS, STATS, Wanted
 
 LENGTHS = (1, 63, 100, 257)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -211,6 +213,7 @@ def test_what_hidden_keys_and_queries_hold_does_not_matter(impl: str, poison: fl
     real = torch.arange(9) >= torch.tensor([[0], [4]])
     mask = Mask(causal=True, keys=real, queries=real)
     asked: dict[str, Any] = {"mask": mask, "block": 4, "reduce": REDUCTIONS, "stats": STATS, "impl": impl}
+    asked["window"] = 3
     expected = attention_stats(q, k, **asked)
     hidden = ~real[:, None, :, None]
     got = attention_stats(q.masked_fill(hidden, poison), k.masked_fill(hidden, poison), **asked)
@@ -280,28 +283,29 @@ class Allocations(TorchDispatchMode):
         Mask(causal=True, window=300),
         Mask(causal=True, keys=torch.arange(2048)[None] > 4),
         Mask(causal=True, documents=(torch.arange(2048) // 700)[None]),
+        Mask(causal=True, blocks=torch.ones(1, 1, 32, 32, dtype=torch.bool), side=64),
     ],
-    ids=["causal", "full", "window", "padding", "documents"],
+    ids=["causal", "full", "window", "padding", "documents", "block mask"],
 )
 def test_no_n_by_n_tensor_is_allocated(mask: Mask) -> None:
     q, k = torch.randn(1, 2, 2048, 8), torch.randn(1, 1, 2048, 8)
+    wanted = Wanted(64, REDUCTIONS, STATS, 9, 4, (torch.ones(1, 2048),), (lambda b, h, q, k: q - k < 9,))
     with Allocations() as seen:
-        attention_stats(q, k, mask=mask, block=64, reduce=REDUCTIONS, stats=STATS, window=9)
+        compute(Scores(q, k, mask), None, wanted, "cpu")
     assert blocked.CHUNK / 4 < seen.largest <= 1.01 * blocked.CHUNK < 2048**2 / 3
     if mask.window is None and mask.causal:
         with Allocations() as seen:
-            attention_stats(q, k, mask=mask, impl="reference")
+            compute(Scores(q, k, mask), None, Wanted(), "reference")
         assert seen.largest >= 2 * 2048**2
 
 
-def test_gradients_do_not_flow_and_inputs_are_left_alone() -> None:
-    q = torch.randn(1, 2, 9, 4, requires_grad=True)
-    k = torch.randn(1, 1, 9, 4, requires_grad=True)
-    lse = attention_stats(q, k).lse.clone()
-    before = [t.detach().clone() for t in (q, k, lse)]
-    got = attention_stats(q, k, lse, block=4, stats=STATS)
-    assert not any(value.requires_grad for value in pieces(got).values())
-    assert all(torch.equal(a.detach(), b) for a, b in zip((q, k, lse), before, strict=True))
+def test_inputs_are_left_alone() -> None:
+    q, k = torch.randn(1, 2, 9, 4), torch.randn(1, 1, 9, 4)
+    lse = attention_stats(q, k).lse
+    before = [t.clone() for t in (q, k, lse)]
+    got = attention_stats(q, k, lse, block=4, stats=STATS, window=3)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, lse), before, strict=True))
+    assert got.lse.data_ptr() != lse.data_ptr()
 
 
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
@@ -329,6 +333,16 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         ({"block": 0}, "block is a positive number"),
         ({"block": 2.5}, "block is a positive number"),
         ({"window": -1}, "window is a positive number"),
+        ({"stats": "windowed"}, "window: 'windowed' needs the distance"),
+        ({"topk": 0}, "topk is a positive number of keys"),
+        ({"topk": 7}, "topk: 7 keys of 6"),
+        ({"mass": {"x": torch.ones(5)}}, r"mass\['x'\] is \[6\] or \[2, 6\]"),
+        ({"mass": {"x": 3}}, r"mass\['x'\] is a tensor"),
+        ({"mass": {"x": lambda b, h, q, k: torch.ones(7)}}, r"mass: a function of \(b, h, q, k\) returns"),
+        ({"bias": Relative(torch.zeros(3, 20), -9)}, "bias: its table has 3 heads; q has 4"),
+        ({"bias": Relative(torch.zeros(4, 9), -3)}, "bias: its table holds distances -3 to 5; this map needs -4 to 5"),
+        ({"bias": torch.zeros(4, 5, 6, requires_grad=True)}, "bias requires a gradient"),
+        ({"gate": torch.ones(2, 4, 5, requires_grad=True)}, "gate requires a gradient"),
         ({"reduce": ("median",)}, "reduce: no 'median'; known: sum, mean, max, abs"),
         ({"stats": "entropie"}, "stats: no 'entropie'; known: received, entropy, distance, windowed, distance2, top1"),
         ({"impl": "cuda"}, "impl: no form 'cuda'; known: reference, cpu, triton"),
@@ -338,8 +352,3 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
 def test_bad_arguments_raise_one_error_naming_them(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         attention_stats(**{"q": Q, "k": K, "mask": Mask(), **arguments})
-
-
-def test_a_form_that_cannot_run_raises_and_nothing_else_runs() -> None:
-    with pytest.raises(RuntimeError, match="triton"):
-        attention_stats(Q, K, mask=Mask(), impl="triton")
