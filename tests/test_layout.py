@@ -155,3 +155,22 @@ def test_nothing_is_unpickled() -> None:
                 if isinstance(node, ast.Attribute):
                     text = ast.unparse(node)
                     assert text not in ("torch.load", "pickle.load", "np.load", "numpy.load"), f"{path}: {text}"
+
+
+def test_kernels_need_torch_triton_and_numpy_alone() -> None:
+    """The kernels work where nothing else of the project's dependencies is installed."""
+    modules = sorted(
+        "workbench." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources("kernels")
+        if path.name not in ("triton.py", "tiles.py")
+    )
+    python(
+        "import sys\n"
+        "absent = ('transformers', 'transformer_lens', 'pandas', 'pyarrow', 'scipy', 'sklearn', 'einops', 'jaxtyping', 'typer',"
+        " 'rich', 'pydantic', 'streamlit', 'plotly', 'matplotlib', 'duckdb', 'safetensors', 'tokenizers', 'jinja2')\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        "import importlib, torch\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "from workbench.kernels.attention_stats import attention_stats\n"
+        "assert attention_stats(torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16), block=2).blocks['sum'].sum() == 3\n"
+    )
