@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench.kernels.flash.chunks import blank, unseen
-from workbench.kernels.flash.triton import Tuning, cleaned, open_keys, pair_arguments
+from workbench.kernels.flash.triton import Tuning, cleaned, narrow, open_keys, pair_arguments, room
 from workbench.kernels.scores import Scores
 from workbench.kernels.tiles import Cells, dot, key_tiles, query_tiles, score_tile, strides, tanh, visible, width
 
@@ -158,7 +158,7 @@ def _by_row(
                     if HAS_CAP:
                         bent = tanh(dot(q, tl.trans(k), UPCAST) * SCALE / SOFTCAP)
                         ds *= 1.0 - bent * bent
-                    dq += dot(ds.to(k.dtype), k, UPCAST)
+                    dq += dot(narrow(ds, k, UPCAST), k, UPCAST)
             d += total
     real = rows_in[:, None] & (e[None, :] < E)
     tl.store(DQ + (bh * n_queries + near) * E + e[None, :], (dq * SCALE).to(DQ.dtype.element_ty), mask=real)
@@ -271,7 +271,7 @@ def _by_key(
                 )  # fmt: skip
                 p = tl.exp2(s - lse[:, None])
                 if HAS_OUT:
-                    dv += dot(tl.trans(p.to(do.dtype)), do, UPCAST)
+                    dv += dot(tl.trans(narrow(p, do, UPCAST)), do, UPCAST)
                 g = _gradient(
                     do, v, rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE,
                     n_queries, TQ, TK, HAS_OUT, BLOCK, HAS_RECEIVED, HAS_GATE, UPCAST,
@@ -282,7 +282,7 @@ def _by_key(
                 if HAS_CAP:
                     bent = tanh(dot(q, tl.trans(k), UPCAST) * SCALE / SOFTCAP)
                     ds *= 1.0 - bent * bent
-                dk += dot(tl.trans(ds.to(q.dtype)), q, UPCAST)
+                dk += dot(tl.trans(narrow(ds, q, UPCAST)), q, UPCAST)
     there = (cols < n_received)[:, None]
     at = bg * n_received + far
     tl.store(DK + at * E + e[None, :], (dk * SCALE).to(DK.dtype.element_ty), mask=there & (e[None, :] < E))
@@ -319,8 +319,7 @@ def fused_backward(
     rows, columns = Cells(q, tune.rows, tune.rows), Cells(k, tune.keys, tune.keys)
     clean, values = cleaned(scores, v)
     upstream = d_out if d_out is None or scores.mask.queries is None else blank(d_out, unseen(scores)[1])
-    dq, dk = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (scores.q, scores.k))
-    dv = scores.q.new_empty(0) if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dq, dk, dv = (room(part, part.shape) for part in (scores.q, scores.k, scores.q.new_empty(0) if v is None else v))
     d = torch.empty(b, h, q, dtype=torch.float32, device=lse.device)
 
     def held(part: Tensor | None) -> Tensor:
@@ -347,4 +346,4 @@ def fused_backward(
         DK=dk, DV=dk if v is None else dv, groups=groups, batch_groups=b * groups,
         **pair_arguments(clean, rows, columns, by_key=True), **shared,
     )  # fmt: skip
-    return [dq, dk, dv, d]
+    return [*(part.to(scores.q.dtype) for part in (dq, dk, dv)), d]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from workbench.kernels.scores import Relative, Scores
+from workbench.kernels.scores import Scores
 from workbench.kernels.stats.reference import dense_attention, pool
 
 
@@ -15,9 +13,6 @@ def reference_flash(
     scores: Scores, v: Tensor, block: int | None, reduce: tuple[str, ...]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Output, lse and block maps. Plain torch: autograd goes through it, to the bias too."""
-    if isinstance(scores.bias, Relative):
-        _, _, n, m = scores.shape
-        scores = replace(scores, bias=scores.bias_tile(slice(0, n), slice(0, m)))
     p, lse = dense_attention(scores)
     values = v.to(p).repeat_interleave(p.shape[1] // v.shape[1], dim=1)
     # What a key holds that no query sees does not matter, not even NaN.

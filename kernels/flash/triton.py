@@ -23,8 +23,14 @@ from workbench.kernels.flash.chunks import blank, unseen
 from workbench.kernels.forms import interpreted
 from workbench.kernels.scores import Scores
 from workbench.kernels.tiles import (
-    Cells, dot, key_tiles, mask_arguments, places, score_arguments, score_tile, strides, visible, width,
+    Cells, dot, key_tiles, mask_arguments, places, score_arguments, score_tile, strides, upcast, visible, width,
 )  # fmt: skip
+
+
+@triton.jit
+def narrow(x, like, UPCAST: tl.constexpr):
+    """float32 ``x`` in the dtype of the other factor. Triton's interpreter cuts bfloat16 off instead of rounding: there it stays."""
+    return x if UPCAST else x.to(like.dtype)
 
 
 @triton.jit
@@ -162,11 +168,12 @@ def _flash(
                 else:
                     cells = tl.sum(tl.reshape(p, [TQ, CELLS, C_PAD]), 2)
                     tl.store(
-                        sums_at + (slot + tl.arange(0, CELLS))[None, :] * TQ + lane[:, None], base[:, None] + tl.log2(cells)
+                        sums_at + (slot + tl.arange(0, CELLS))[None, :] * TQ + lane[:, None],
+                        base[:, None] + tl.log2(cells),
                     )
                     mass = tl.sum(cells, 1)
                 total = total * decay + mass
-                acc = acc * decay[:, None] + dot(p.to(v.dtype), v, UPCAST)
+                acc = acc * decay[:, None] + dot(narrow(p, v, UPCAST), v, UPCAST)
                 top = new
         lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -231,8 +238,8 @@ def fused_flash(
     assert v is not None
     pairs = pair_arguments(clean, rows, columns)
     items = rows.tiles * b * h
-    programs = min(items, programs_at_once(scores.q))
-    output = v.new_empty(b, h, q, ve)
+    programs = min(items, programs_at_once(scores.q, tune))
+    output = room(v, (b, h, q, ve))
     f32 = {"dtype": torch.float32, "device": v.device}
     lse = torch.empty(b, h, q, **f32)
     slots = columns.tiles * (tune.keys // columns.pad)
@@ -247,15 +254,24 @@ def fused_flash(
         TQ=tune.rows, TK=tune.keys, HAS_SINK=scores.sink is not None, SUMS=sums, PEAKS=peaks,
         AGAIN=max(1, 4096 // tune.rows), num_warps=tune.warps, num_stages=tune.stages,
     )  # fmt: skip
+
     def pooled(cells: Tensor, reduce: str) -> Tensor:
         return columns.pool(rows.pool(cells, -2, reduce), -1, reduce)
 
-    return output, lse, pooled(mass, "sum") if sums else None, pooled(peak, "max") if peaks else None
+    return output.to(v.dtype), lse, pooled(mass, "sum") if sums else None, pooled(peak, "max") if peaks else None
 
 
-def programs_at_once(like: Tensor) -> int:
-    """Two a multiprocessor, so that one loads while the other multiplies; few when interpreted, so that scratch is reused."""
-    return 2 * torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 3
+def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """For a result in the dtype of ``like``; where ``narrow`` does nothing, in float32, for torch to round."""
+    return torch.empty(shape, dtype=torch.float32 if upcast(like) else like.dtype, device=like.device)
+
+
+def programs_at_once(like: Tensor, tune: Tuning) -> int:
+    """As many as fit on the device by their registers (sixteen warps of half a tile each); few when interpreted, so that scratch is
+    reused."""
+    if not like.is_cuda:
+        return 3
+    return max(1, 8 // tune.warps) * torch.cuda.get_device_properties(like.device).multi_processor_count
 
 
 def cleaned(scores: Scores, v: Tensor | None) -> tuple[Scores, Tensor | None]:
@@ -284,8 +300,12 @@ def pair_arguments(scores: Scores, rows: Cells, columns: Cells, by_key: bool = F
         seen = seen.transpose(-1, -2).contiguous() if by_key else seen
         counts = seen.sum(-1, dtype=torch.int32)
         tiles = seen.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
-        lists = {f"t_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, tiles.stride(), strict=False)}
-        lists |= {f"c_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, counts.stride(), strict=False)}
+        lists = {
+            f"t_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, tiles.stride(), strict=False)
+        }
+        lists |= {
+            f"c_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, counts.stride(), strict=False)
+        }
         lists |= {"t_q": tiles.stride(2)}
     plain = mask.queries is None and mask.dense is None and scores.bias is None
     return arguments | lists | {
@@ -301,7 +321,10 @@ def visible_tiles(scores: Scores, rows: Cells, columns: Cells) -> Tensor:
     column, column_in = _positions(columns, device)
     row_first, row_last = _ends(row, row_in)
     first, last = _ends(column, column_in)
-    nearest, farthest = row_first[:, None] + mask.offset - last, row_last[:, None] + mask.offset - first  # query minus key
+    nearest, farthest = (
+        row_first[:, None] + mask.offset - last,
+        row_last[:, None] + mask.offset - first,
+    )  # query minus key
     seen = torch.ones_like(nearest, dtype=torch.bool)
     if mask.causal:
         seen = farthest >= 0

@@ -13,17 +13,12 @@ def _inputs(dtype: torch.dtype, width: int, values: int, heads: int = 32, groups
 
 
 def forward() -> None:
-    q, k, v = _inputs(torch.bfloat16, 128, 128)
-    with torch.no_grad():
-        flash_attention(q, k, v, impl="triton")
-        for block in (64, 100, 512):
-            flash_attention(q, k, v, block=block, impl="triton")
-
-
-def options() -> None:
+    """Without a map and with blocks smaller than, unlike and larger than a tile; options; block-sparse; other widths."""
     q, k, v = _inputs(torch.bfloat16, 128, 128)
     blocks = torch.ones(1, 32, 4, 4, dtype=torch.bool)
     with torch.no_grad():
+        for block in (None, 64, 100, 512):
+            flash_attention(q, k, v, block=block, impl="triton")
         flash_attention(q, k, v, mask=Mask(causal=True, window=64), softcap=30.0, sink=torch.zeros(32), impl="triton")
         flash_attention(q, k, v, mask=Mask(causal=True, blocks=blocks, side=64), block=64, reduce="sum", impl="triton")
         flash_attention(*_inputs(torch.float32, 80, 80), block=64, impl="triton")
