@@ -23,6 +23,8 @@ _NAMES: dict[str, str] = {
     "Site": "workbench.sites:Site",
     "Run": "workbench.run:Run",
     "Provenance": "workbench.run:Provenance",
+    "generate": "workbench.models.generation:generate",
+    "Generation": "workbench.run:Generation",
     "Capture": "workbench.captures:Capture",
     "capture": "workbench.captures:capture",
     # maps and mods

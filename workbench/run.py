@@ -127,4 +127,25 @@ class Run:
         object.__setattr__(self, "maps", self.maps if isinstance(self.maps, Maps) else Maps(self.maps))
 
 
+@dataclass(frozen=True)
+class Generation:
+    """Result of ``generate``: S tokens after a prompt of T.
+
+    ``tokens`` ``[B, T + S]``, prompt and generated, False in its mask on padding and after the end of a text; ``prompt`` is T.
+    ``logits`` ``[B, S, V]`` if asked for. ``maps[layer]`` has a row per step, that of the query which produced the token:
+    ``[B, H, S, T + S - 1]`` with offset T - 1.
+    """
+
+    tokens: Tokens
+    prompt: int
+    logits: Tensor | None = None
+    maps: Maps = field(default_factory=lambda: Maps({}))
+    provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
+
+    @property
+    def new(self) -> Tensor:
+        """The generated tokens, ``[B, S]``."""
+        return self.tokens.ids[:, self.prompt :]
+
+
 EMPTY: Mapping[Any, Any] = MappingProxyType({})

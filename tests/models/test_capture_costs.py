@@ -79,7 +79,7 @@ def test_maps_of_many_runs_leave_nothing_behind() -> None:
 
     def alive() -> tuple[int, int]:
         gc.collect()
-        tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
         return len(tensors), sum(x.untyped_storage().nbytes() for x in tensors)
 
     ids = torch.arange(3, 43)[None]
@@ -88,4 +88,6 @@ def test_maps_of_many_runs_leave_nothing_behind() -> None:
         before = alive()
         for _ in range(10):
             model.run(ids, maps=request).maps[1].dense()
-        assert alive() == before
+        after = alive()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]

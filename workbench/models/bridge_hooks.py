@@ -16,7 +16,7 @@ from workbench.maps import AttentionMap
 from workbench.mixers.explicit import ExplicitMap
 from workbench.models.hookpoints import attached
 from workbench.models.protocol import Edit, Shape
-from workbench.models.requests import MAP_KINDS, apply_edits, edited, site_from_map
+from workbench.models.requests import MAP_KINDS, apply_edits, edited, kept, site_from_map
 from workbench.sites import Site
 
 _GATES = {
@@ -208,7 +208,7 @@ class Hooks:
                     if isinstance(key, Site) and key.layer == layer and key.kind in MAP_KINDS and key.kind != "pattern":
                         self.acts[key] = site_from_map(found, key, self._request)
                 if layer in self._wanted and self._request is not None:
-                    self.maps[layer] = found.precompute(self._request)
+                    self.maps[layer] = kept(found, self._request, layer)
 
         return act
 

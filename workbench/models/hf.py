@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.captures import Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
 from workbench.models import requests
 from workbench.models.current import current
 from workbench.models.inputs import (
@@ -158,7 +159,7 @@ class HFModel:
             output=head.hidden if getattr(outputs, "last_hidden_state", None) is None else outputs.last_hidden_state,
             acts=Activations(session.acts),
             maps=Maps({key: session.maps[key] for key in self.layers() if key in wanted}),
-            provenance=self._provenance(session),
+            provenance=self._provenance(session.maps),
             cache=new,
         )
 
@@ -251,8 +252,8 @@ class HFModel:
         if any(self._implementation(layer) == "eager" for layer in self._layers) and length:
             check_eager(batch, self.shape.heads, length, length + cache_length(past), width, device)
 
-    def _provenance(self, session: Session) -> Provenance:
-        kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in session.maps.values())
+    def _provenance(self, maps: Mapping[int | str, AttentionMap]) -> Provenance:
+        kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in maps.values())
         parameter = next(self.model.parameters())
         return Provenance(
             model=self.name,

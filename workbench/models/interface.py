@@ -20,6 +20,7 @@ from workbench.errors import Refused
 from workbench.models.current import current, inside
 from workbench.models.layers import kernel_before
 from workbench.models.session import Session
+from workbench.models.steps import Steps
 
 _SUFFIX = "+workbench"
 _REGISTERED: set[str] = set()
@@ -83,7 +84,7 @@ def configs(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def capturing(model: nn.Module, session: Session, *, switch: bool) -> Iterator[None]:
+def capturing(model: nn.Module, session: Session | Steps, *, switch: bool) -> Iterator[None]:
     """Make ``session`` the one that attention calls report to; with ``switch``, point the model's configs at us.
 
     Everything is as before on exit, also after an exception; a config that several runs share (other threads, other models)
@@ -124,11 +125,6 @@ def _registered(key: Key) -> Key:
     return key
 
 
-def _session() -> Session | None:
-    run = current()
-    return run if isinstance(run, Session) else None
-
-
 def _base(found: Any) -> str:
     """The implementation behind what a config holds; another thread may have switched it back already."""
     return (found.base if isinstance(found, Key) else found) or "eager"
@@ -140,9 +136,11 @@ def build_mask(*args: Any, **kwargs: Any) -> Any:
 
     found = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
     mask = ALL_MASK_ATTENTION_FUNCTIONS[_base(found)](*args, **kwargs)
-    session = _session()
-    if session is not None and mask is not None:
-        session.masks.remember(mask, kwargs)
+    run = current()
+    if isinstance(run, Session) and mask is not None:
+        run.masks.remember(mask, kwargs)
+    elif isinstance(run, Steps) and mask is not None:
+        run.built.append((mask, kwargs))
     return mask
 
 
@@ -151,13 +149,19 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, Any]:
     """The attention function the model had, with the session looking on. In a compiled model it is called between graphs."""
-    session = _session()
+    run = current()
+    if isinstance(run, Steps) and (held := run.layers.get(id(module))) is not None:
+        result = held.kernel(module, query, key, value, attention_mask, *args, **kwargs)
+        if held.wanted:
+            held.add(query, key, attention_mask, args, kwargs)
+        return result
+    session = run if isinstance(run, Session) else None
     base = _base(getattr(getattr(module, "config", None), "_attn_implementation_internal", None))
     kernel = kernel_before(module, base)
     layer = None if session is None else session.layer_of(module)
     if session is None or layer is None or not session.wants(layer):
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
-    options = _allowed(session, layer, args, kwargs)
+    options = allowed_options(session.family, layer, args, kwargs)
     query, key, value = session.on_inputs(layer, q=query, k=key, v=value)
     output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
     if session.wants_map(layer):
@@ -173,9 +177,8 @@ def attend(
     return session.on_output(layer, output), weights
 
 
-def _allowed(session: Session, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def allowed_options(family: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The options that shape the map; an argument whose meaning we do not know is refused."""
-    family = session.family
     if args:
         raise Refused(f"layer {layer.key} of {family}: {layer.name} passes {len(args)} unnamed attention arguments")
     if kwargs.get("dropout"):

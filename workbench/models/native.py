@@ -27,6 +27,7 @@ from workbench.models.requests import (
     check_layers,
     check_length,
     check_logits,
+    kept,
     parse_edits,
     parse_sites,
     site_from_map,
@@ -202,7 +203,7 @@ class NativeModel:
                 if site.layer == layer:
                     acts[site] = site_from_map(amap, site, maps)
             if maps is not None and layer in wanted:
-                captured[layer] = amap.precompute(maps)
+                captured[layer] = kept(amap, maps, layer)
 
         points = {s.whole for s in edits} | {s.whole for s in reads if s not in from_maps}
         fired: set[Site] = set()

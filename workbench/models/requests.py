@@ -107,6 +107,11 @@ def check_layers(request: Capture | None, known: Sequence[int | str]) -> tuple[i
     return request.layers
 
 
+def kept(found: AttentionMap, request: Capture | None, layer: int | str) -> AttentionMap:
+    """What a result keeps of a layer's map, with everything computed that ``request`` names."""
+    return found if request is None else found.precompute(request)
+
+
 def parse_sites(
     keys: Iterable[Site | str], served: Callable[[Site], bool], names: Callable[[], Sequence[str]]
 ) -> list[Site]:

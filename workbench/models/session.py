@@ -18,7 +18,7 @@ from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.layers import AttentionLayer
 from workbench.models.masking import Masks, behind
 from workbench.models.protocol import Edit
-from workbench.models.requests import MAP_KINDS, apply_edits, site_from_map
+from workbench.models.requests import MAP_KINDS, apply_edits, kept, site_from_map
 from workbench.sites import Site
 
 INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")
@@ -156,13 +156,13 @@ class Session:
         if layer.key in self.maps:
             raise Refused(f"layer {layer.key} of {self.family}: {layer.name} ran twice in one run; its maps would mix")
         with torch.no_grad():
-            kept = found
+            held = found
             if layer.key in self._wanted and self.request is not None:
-                kept = found.precompute(self.request)
+                held = kept(found, self.request, layer.key)
             for site in self._from_maps:
                 if (site.stack, site.layer) == (layer.stack, layer.index):
                     self.acts[site] = site_from_map(found, site, self.request)
-            self.maps[layer.key] = kept if layer.key in self._wanted else found
+            self.maps[layer.key] = held if layer.key in self._wanted else found
 
     def on_pattern(self, layer: AttentionLayer, weights: Tensor | None, v: Tensor, output: Tensor, base: str) -> Tensor:
         """The pattern of an eager layer ``[B, H, Q, K]``: read with its graph, and edited by recomputing the output."""
