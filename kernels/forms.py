@@ -12,6 +12,8 @@ IMPLS = ("reference", "cpu", "triton")
 """``reference``: plain torch, dense, float64-able, the oracle. ``cpu``: blocked plain torch, on any device, no Q x K memory.
 ``triton``: fused kernels on CUDA tensors; on CPU tensors only in Triton's interpreter (``TRITON_INTERPRET=1``), for tests."""
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose(impl: str | None, *tensors: Tensor | None, unsupported: str = "") -> str:
     """The form that will run on these tensors.
@@ -33,7 +35,7 @@ def choose(impl: str | None, *tensors: Tensor | None, unsupported: str = "") -> 
 
 def why_not_triton(tensors: list[Tensor]) -> str:
     """Why Triton kernels cannot run on these tensors, empty if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "the package triton is not installed"
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:

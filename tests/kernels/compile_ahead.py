@@ -9,7 +9,11 @@ for compute capability 9.0 and not launched; one line of JSON per kernel says it
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 

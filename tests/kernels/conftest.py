@@ -1,4 +1,9 @@
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +40,18 @@ def assert_within_budget() -> Callable[[Tensor, Sequence[Tensor], Tensor], None]
         assert error <= budget, f"error {error:.3e} over the budget of {budget:.3e}"
 
     return check
+
+
+@pytest.fixture
+def compiled_for() -> Callable[[int, str], list[str]]:
+    """``compiled_for(90, "aot_x:calls")``: names of the kernels that these calls compile for compute capability 9.0."""
+
+    def compiled(capability: int, calls: str) -> list[str]:
+        script = Path(__file__).parent / "compile_ahead.py"
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        command = [sys.executable, str(script), str(capability), calls]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
+
+    return compiled

@@ -1,11 +1,6 @@
 """The Triton form of ``attention_stats``, in Triton's interpreter, against the reference in float64; and compiled for GPUs."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +13,6 @@ from workbench.kernels.scores import Relative
 from workbench.kernels.stats import triton as fused
 from workbench.kernels.stats.request import REDUCTIONS, STATS
 
-HERE = Path(__file__).parent
 Budget = Callable[[Tensor, Sequence[Tensor], Tensor], None]
 
 
@@ -187,11 +181,5 @@ def test_without_a_gpu_or_the_interpreter_it_raises(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_gpus(capability: int) -> None:
-    command = [sys.executable, str(HERE / "compile_ahead.py"), str(capability), "aot_attention_stats:calls"]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    compiled = [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
-    assert compiled.count("stats_kernel") >= 8
+def test_kernels_compile_for_gpus(capability: int, compiled_for: Callable[[int, str], list[str]]) -> None:
+    assert compiled_for(capability, "aot_attention_stats:calls").count("stats_kernel") >= 8
