@@ -121,12 +121,13 @@ def chunk_of(INVERSE, VECTORS, slot, C: tl.constexpr):
 
 @triton.jit
 def scan_kernel(
-    K, k_b, k_h, k_n, k_e, V, v_b, v_h, v_n, v_e, STATE, INVERSE, VECTORS, BEFORE, U, LAST,
+    K, k_b, k_h, k_n, k_e, V, v_b, v_h, v_n, v_e, STATE, INVERSE, VECTORS, BEFORE, U, MISSED, LAST,
     n_tokens, n_chunks, H, SHARE_K, SHARE_V,
     E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    HAS_STATE: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_STATE: tl.constexpr, KEEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """States before every chunk, the vectors U that the tokens write, and the last state; one program per tile of values."""
+    """States before every chunk, the vectors U that the tokens write, what the state before the chunk misses of the values
+    (V - diag(rise) K S, with ``KEEP``), and the last state; one program per tile of values."""
     first = tl.program_id(0) * BV
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -145,9 +146,13 @@ def scan_kernel(
         k = tokens(K + b * k_b + h // SHARE_K * k_h, at, there, k_n, k_e, 0, E, EP)
         v = tokens(V + b * v_b + h // SHARE_V * v_h, at, there, v_n, v_e, first, WIDTH, BV).to(tl.float32)
         x, rise, fall, beta, total = chunk_of(INVERSE, VECTORS, slot, C)
-        u = exact(x, beta[:, None] * (v - rise[:, None] * exact(k, s, UPCAST)), UPCAST)
-        where = U + (bh * n_tokens + at)[:, None] * WIDTH + w[None, :]
-        tl.store(where, u, mask=there[:, None] & (w < WIDTH)[None, :])
+        missed = v - rise[:, None] * exact(k, s, UPCAST)
+        u = exact(x, beta[:, None] * missed, UPCAST)
+        where = (bh * n_tokens + at)[:, None] * WIDTH + w[None, :]
+        here = there[:, None] & (w < WIDTH)[None, :]
+        tl.store(U + where, u, mask=here)
+        if KEEP:
+            tl.store(MISSED + where, missed, mask=here)
         s = total * s + exact(tl.trans(k), fall[:, None] * u, UPCAST)
     tl.store(LAST + bh * E * WIDTH + cell, s, mask=inside)
 
@@ -196,9 +201,9 @@ def chunk_size(e: int, dtype: torch.dtype) -> int:
     return 64 if width(e) * dtype.itemsize <= 256 else 32
 
 
-def warps(chunk: int, e: int) -> int:
-    """Warps of a program that holds a ``[chunk, E]`` tile in float32: at most 64 registers of a thread for it."""
-    return 8 if chunk * width(e) >= 8192 else 4
+def warps(chunk: int, k: Tensor) -> int:
+    """Warps of a program that carries an ``[E, values]`` or ``[rows, E]`` tile in float32 from chunk to chunk."""
+    return 8 if chunk * width(k.shape[3]) * k.dtype.itemsize >= 16384 else 4
 
 
 def value_tile(e: int, width_v: int) -> int:
@@ -226,8 +231,10 @@ def prepare(
     return found
 
 
-def scan(found: Prepared, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """States before each chunk ``[B, H, chunks, E, V]``, U ``[B, H, N, V]`` and the last state, float32."""
+def scan(
+    found: Prepared, v: Tensor, state: Tensor | None, missed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States before each chunk ``[B, H, chunks, E, V]``, U ``[B, H, N, V]`` and the last state, float32; fills ``missed``."""
     b, h, n = found.beta.shape
     e, wide = found.k.shape[3], v.shape[3]
     before = torch.empty(b, h, found.cells.tiles, e, wide, dtype=torch.float32, device=v.device)
@@ -236,7 +243,8 @@ def scan(found: Prepared, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tens
     tile = value_tile(e, wide)
     scan_kernel[(triton.cdiv(wide, tile), found.rows)](
         found.k, *found.k.stride(), **strides("v", v), V=v, STATE=last if state is None else state.float().contiguous(),
-        BEFORE=before, U=u, LAST=last, SHARE_V=found.share(v), WIDTH=wide, BV=tile, HAS_STATE=state is not None,
-        **found.chunks(), **found.shapes(), num_warps=warps(found.cells.tile, e),
+        BEFORE=before, U=u, MISSED=u if missed is None else missed, LAST=last, SHARE_V=found.share(v), WIDTH=wide, BV=tile,
+        HAS_STATE=state is not None, KEEP=missed is not None,
+        **found.chunks(), **found.shapes(), num_warps=warps(found.cells.tile, found.k),
     )  # fmt: skip
     return before, u, last

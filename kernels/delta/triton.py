@@ -36,30 +36,37 @@ ROWS, SUMS, CELLS = 0, 1, 2
 def output_kernel(
     Q, q_b, q_h, q_n, q_e, K, k_b, k_h, k_n, k_e, LOG, VECTORS, BEFORE, U, OUT, SCALE,
     n_tokens, n_chunks, H, SHARE_Q, SHARE_K,
-    E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    E: tl.constexpr, ES: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_LOG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     first = tl.program_id(2) * BV
     i = tl.arange(0, C)
-    e = tl.arange(0, EP)
     w = first + tl.arange(0, BV)
     at = chunk * C + i
     there = at < n_tokens
-    q = tokens(Q + bh // H * q_b + bh % H // SHARE_Q * q_h, at, there, q_n, q_e, 0, E, EP)
-    k = tokens(K + bh // H * k_b + bh % H // SHARE_K * k_h, at, there, k_n, k_e, 0, E, EP)
-    reads = tl.where(i[:, None] >= i[None, :], exact(q, tl.trans(k), UPCAST), 0.0)
+    slot = bh * n_chunks + chunk
+    Q += bh // H * q_b + bh % H // SHARE_Q * q_h
+    K += bh // H * k_b + bh % H // SHARE_K * k_h
+    reads = tl.zeros([C, C], tl.float32)
+    out = tl.zeros([C, BV], tl.float32)
+    for start in range(0, E, ES):
+        q = tokens(Q, at, there, q_n, q_e, start, E, ES)
+        k = tokens(K, at, there, k_n, k_e, start, E, ES)
+        e = start + tl.arange(0, ES)
+        state = BEFORE + slot * E * WIDTH + e[:, None] * WIDTH + w[None, :]
+        s = tl.load(state, mask=(e < E)[:, None] & (w < WIDTH)[None, :], other=0.0)
+        reads += exact(q, tl.trans(k), UPCAST)
+        out += exact(q, s, UPCAST)
+    reads = tl.where(i[:, None] >= i[None, :], reads, 0.0)
     if HAS_LOG:
         reads = reads * pair_decay(tl.load(LOG + bh * n_tokens + at, mask=there, other=0.0), C)
-    slot = bh * n_chunks + chunk
-    state = BEFORE + slot * E * WIDTH + e[:, None] * WIDTH + w[None, :]
-    s = tl.load(state, mask=(e < E)[:, None] & (w < WIDTH)[None, :], other=0.0)
     rise = tl.load(VECTORS + slot * 3 * C + i)
     inside = there[:, None] & (w < WIDTH)[None, :]
     cell = (bh * n_tokens + at)[:, None] * WIDTH + w[None, :]
     u = tl.load(U + cell, mask=inside, other=0.0)
-    out = rise[:, None] * exact(q, s, UPCAST) + exact(reads, u, UPCAST)
+    out = rise[:, None] * out + exact(reads, u, UPCAST)
     tl.store(OUT + cell, (SCALE * out).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -159,11 +166,11 @@ def forward(
     before, u, last = scan(found, v, state)
     # Triton's interpreter cuts bfloat16 off instead of rounding it.
     out = torch.empty_like(u, dtype=torch.float32 if upcast(v) else v.dtype)
-    tile = min(width(v.shape[3]), 64)
+    tile = min(width(v.shape[3]), 32)
     output_kernel[(found.cells.tiles, found.rows, triton.cdiv(v.shape[3], tile))](
         **strides("q", q), **strides("k", k), Q=q, K=k, VECTORS=found.vectors, BEFORE=before, U=u, OUT=out, SCALE=scale,
-        SHARE_Q=found.share(q), WIDTH=v.shape[3], BV=tile, **found.decays(), **found.shapes(),
-        num_warps=warps(found.cells.tile, q.shape[3]),
+        SHARE_Q=found.share(q), WIDTH=v.shape[3], BV=tile, ES=min(width(q.shape[3]), 32), **found.decays(), **found.shapes(),
+        num_warps=4,
     )  # fmt: skip
     return out.to(v.dtype), last
 
@@ -218,5 +225,5 @@ def _map(found: Prepared, mode: int, scale: float, maps: dict[str, Tensor], lo: 
         n_slots=some.shape[2], n_columns=some.shape[3], SHARE_Q=found.share(found.q), MODE=mode,
         HAS_SUM="sum" in maps, HAS_ABS="abs" in maps, HAS_MAX="max" in maps, RT=tile,
         **found.decays(), **found.chunks(), **found.shapes(), **cells.arguments(""),
-        num_warps=warps(cells.tile, found.k.shape[3]),
+        num_warps=warps(cells.tile, found.k),
     )  # fmt: skip

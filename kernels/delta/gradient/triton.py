@@ -1,8 +1,8 @@
 """The gradient of ``gated_delta_rule`` as Triton kernels; ``kernels/delta/reference.py`` derives the formulas.
 
-The states before the chunks and U are computed again, then ``wanted`` (what the outputs want of U, a program per chunk), ``scan``
-backwards (a program per tile of values carries dS from chunk to chunk and leaves it and Z behind) and ``gradients`` (a program
-per chunk adds up over the values). Heads that share q, k or v are summed at the end, in a fixed order.
+The states before the chunks and U are computed again, then ``wanted`` (what the outputs want of U, a program per chunk), a scan
+backwards (a program per tile of values carries dS from chunk to chunk and leaves it and Z behind), and for all chunks at once
+the gradients of P, G and beta and then those of q and k. Heads that share q, k or v are summed last, in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from workbench.kernels.tiles import strides, width
 @triton.jit
 def wanted_kernel(
     Q, q_b, q_h, q_n, q_e, K, k_b, k_h, k_n, k_e, LOG, DO, OUT, SCALE, n_tokens, n_chunks, H, SHARE_Q, SHARE_K,
-    E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    E: tl.constexpr, ES: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_LOG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """scale P^T dO."""
@@ -38,9 +38,13 @@ def wanted_kernel(
     w = first + tl.arange(0, BV)
     at = tl.program_id(0) * C + i
     there = at < n_tokens
-    q = tokens(Q + bh // H * q_b + bh % H // SHARE_Q * q_h, at, there, q_n, q_e, 0, E, EP)
-    k = tokens(K + bh // H * k_b + bh % H // SHARE_K * k_h, at, there, k_n, k_e, 0, E, EP)
-    reads = tl.where(i[:, None] >= i[None, :], exact(q, tl.trans(k), UPCAST), 0.0)
+    Q += bh // H * q_b + bh % H // SHARE_Q * q_h
+    K += bh // H * k_b + bh % H // SHARE_K * k_h
+    reads = tl.zeros([C, C], tl.float32)
+    for start in range(0, E, ES):
+        q = tokens(Q, at, there, q_n, q_e, start, E, ES)
+        reads += exact(q, tl.trans(tokens(K, at, there, k_n, k_e, start, E, ES)), UPCAST)
+    reads = tl.where(i[:, None] >= i[None, :], reads, 0.0)
     if HAS_LOG:
         reads = reads * pair_decay(tl.load(LOG + bh * n_tokens + at, mask=there, other=0.0), C)
     do = tokens(DO + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
@@ -88,37 +92,78 @@ def backward_scan_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    Q, q_b, q_h, q_n, q_e, K, k_b, k_h, k_n, k_e, V, v_b, v_h, v_n, v_e, LOG, DO, U, Z, VECTORS, BEFORE, AFTER,
-    DQ, DK, DBETA, DLOG, SCALE, n_tokens, n_chunks, H, SHARE_Q, SHARE_K, SHARE_V,
-    E: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+def pairs_kernel(
+    Q, q_b, q_h, q_n, q_e, K, k_b, k_h, k_n, k_e, LOG, DO, U, Z, MISSED, VECTORS, PAIRS, DBETA, DLOG, SCALE,
+    n_tokens, n_chunks, H, SHARE_Q, SHARE_K,
+    E: tl.constexpr, ES: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_LOG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """Gamma * dP and Gamma * dG of a chunk, the gradient of beta, and what pairs inside the chunk want of the log decay."""
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     slot = bh * n_chunks + chunk
     i = tl.arange(0, C)
-    e = tl.arange(0, EP)
     at = chunk * C + i
     there = at < n_tokens
     below = i[:, None] > i[None, :]
-    q = tokens(Q + bh // H * q_b + bh % H // SHARE_Q * q_h, at, there, q_n, q_e, 0, E, EP)
-    k = tokens(K + bh // H * k_b + bh % H // SHARE_K * k_h, at, there, k_n, k_e, 0, E, EP)
-    rise = tl.load(VECTORS + slot * 3 * C + i)
-    fall = tl.load(VECTORS + slot * 3 * C + C + i)
+    Q += bh // H * q_b + bh % H // SHARE_Q * q_h
+    K += bh // H * k_b + bh % H // SHARE_K * k_h
+    reads = tl.zeros([C, C], tl.float32)
+    gram = tl.zeros([C, C], tl.float32)
+    for start in range(0, E, ES):
+        k = tokens(K, at, there, k_n, k_e, start, E, ES)
+        reads += exact(tokens(Q, at, there, q_n, q_e, start, E, ES), tl.trans(k), UPCAST)
+        gram += exact(k, tl.trans(k), UPCAST)
     beta = tl.load(VECTORS + slot * 3 * C + 2 * C + i)
-    total = tl.load(VECTORS + slot * 3 * C + C - 1)
     gamma = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
     if HAS_LOG:
         gamma = pair_decay(tl.load(LOG + bh * n_tokens + at, mask=there, other=0.0), C)
-    gram = tl.where(below, exact(k, tl.trans(k), UPCAST) * gamma, 0.0)
+    gram = tl.where(below, gram * gamma, 0.0)
     d_reads = tl.zeros([C, C], tl.float32)
     d_gram = tl.zeros([C, C], tl.float32)
-    read_q = tl.zeros([C, EP], tl.float32)
-    read_k = tl.zeros([C, EP], tl.float32)
-    wrote_k = tl.zeros([C, EP], tl.float32)
     d_beta = tl.zeros([C], tl.float32)
-    carried = tl.zeros([EP], tl.float32)
+    for first in range(0, WIDTH, BV):
+        do = tokens(DO + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
+        u = tokens(U + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
+        z = tokens(Z + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
+        missed = tokens(MISSED + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
+        d_reads += exact(do, tl.trans(u), UPCAST)
+        d_gram += exact(z, tl.trans(u), UPCAST)
+        d_beta += tl.sum(z * (missed - exact(gram, u, UPCAST)), 1)
+    tl.store(DBETA + bh * n_tokens + at, d_beta, mask=there)
+    d_reads = SCALE * gamma * d_reads
+    d_gram = tl.where(below, -beta[:, None] * d_gram, 0.0)
+    if HAS_LOG:
+        pairs = tl.cumsum(d_reads * reads + d_gram * gram, 0, reverse=True)
+        tl.store(DLOG + bh * n_tokens + at, tl.sum(tl.where(below, pairs, 0.0), 1), mask=there)
+    where = PAIRS + slot * 2 * C * C + i[:, None] * C + i[None, :]
+    tl.store(where, d_reads)
+    tl.store(where + C * C, gamma * d_gram)
+
+
+@triton.jit
+def gradient_kernel(
+    Q, q_b, q_h, q_n, q_e, K, k_b, k_h, k_n, k_e, DO, U, Z, VECTORS, BEFORE, AFTER, PAIRS, DQ, DK, DLOG, SCALE,
+    n_tokens, n_chunks, H, SHARE_Q, SHARE_K,
+    E: tl.constexpr, ES: tl.constexpr, EP: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    HAS_LOG: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``ES`` channels of q and k, and what these channels, across borders of the chunk, want of the log decay."""
+    chunk = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(2) * ES
+    slot = bh * n_chunks + chunk
+    i = tl.arange(0, C)
+    e = start + tl.arange(0, ES)
+    at = chunk * C + i
+    there = at < n_tokens
+    rise = tl.load(VECTORS + slot * 3 * C + i)
+    fall = tl.load(VECTORS + slot * 3 * C + C + i)
+    beta = tl.load(VECTORS + slot * 3 * C + 2 * C + i)
+    read_q = tl.zeros([C, ES], tl.float32)
+    read_k = tl.zeros([C, ES], tl.float32)
+    wrote_k = tl.zeros([C, ES], tl.float32)
+    carried = tl.zeros([ES], tl.float32)
     for first in range(0, WIDTH, BV):
         w = first + tl.arange(0, BV)
         inside = (e < E)[:, None] & (w < WIDTH)[None, :]
@@ -128,35 +173,30 @@ def gradient_kernel(
         do = tokens(DO + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
         u = tokens(U + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
         z = tokens(Z + bh * n_tokens * WIDTH, at, there, WIDTH, 1, first, WIDTH, BV)
-        v = tokens(V + bh // H * v_b + bh % H // SHARE_V * v_h, at, there, v_n, v_e, first, WIDTH, BV)
-        dv = beta[:, None] * z
-        d_reads += exact(do, tl.trans(u), UPCAST)
-        d_gram += exact(dv, tl.trans(u), UPCAST)
         read_q += exact(do, tl.trans(before), UPCAST)
-        read_k += exact(dv, tl.trans(before), UPCAST)
+        read_k += exact(z, tl.trans(before), UPCAST)
         wrote_k += exact(u, tl.trans(after), UPCAST)
-        error = v.to(tl.float32) - rise[:, None] * exact(k, before, UPCAST) - exact(gram, u, UPCAST)
-        d_beta += tl.sum(z * error, 1)
         carried += tl.sum(before * after, 1)
-    d_reads = SCALE * tl.where(i[:, None] >= i[None, :], d_reads, 0.0) * gamma
-    d_gram = tl.where(below, -d_gram, 0.0) * gamma
     read_q = (SCALE * rise)[:, None] * read_q
-    read_k = rise[:, None] * read_k
+    read_k = (rise * beta)[:, None] * read_k
     wrote_k = fall[:, None] * wrote_k
+    q = tokens(Q + bh // H * q_b + bh % H // SHARE_Q * q_h, at, there, q_n, q_e, start, E, ES)
+    k = tokens(K + bh // H * k_b + bh % H // SHARE_K * k_h, at, there, k_n, k_e, start, E, ES)
+    pairs = PAIRS + slot * 2 * C * C + i[:, None] * C + i[None, :]
+    d_reads = tl.load(pairs)
+    d_gram = tl.load(pairs + C * C)
     where = (bh * n_tokens + at)[:, None] * E + e[None, :]
     inside = there[:, None] & (e < E)[None, :]
     tl.store(DQ + where, read_q + exact(d_reads, k, UPCAST), mask=inside)
     dk = exact(d_gram + tl.trans(d_gram), k, UPCAST) + exact(tl.trans(d_reads), q, UPCAST) + wrote_k - read_k
     tl.store(DK + where, dk, mask=inside)
-    tl.store(DBETA + bh * n_tokens + at, d_beta, mask=there)
     if HAS_LOG:
-        pairs = d_reads * exact(q, tl.trans(k), UPCAST) + d_gram * exact(k, tl.trans(k), UPCAST)
-        over = tl.sum(tl.where(below, tl.cumsum(pairs, 0, reverse=True), 0.0), 1)
         reading = tl.sum(q.to(tl.float32) * read_q - k.to(tl.float32) * read_k, 1)
         written = tl.sum(k.to(tl.float32) * wrote_k, 1)
-        over += tl.sum(tl.where(i[:, None] <= i[None, :], reading[None, :], 0.0), 1)
-        over += tl.sum(tl.where(below, written[None, :], 0.0), 1) + total * tl.sum(carried, 0)
-        tl.store(DLOG + bh * n_tokens + at, over, mask=there)
+        over = tl.sum(tl.where(i[:, None] <= i[None, :], reading[None, :], 0.0), 1)
+        over += tl.sum(tl.where(i[:, None] > i[None, :], written[None, :], 0.0), 1)
+        over += tl.load(VECTORS + slot * 3 * C + C - 1) * tl.sum(carried, 0)
+        tl.store(DLOG + (tl.program_id(2) * tl.num_programs(1) + bh) * n_tokens + at, over, mask=there)
 
 
 def backward(
@@ -173,34 +213,39 @@ def backward(
     """Gradients of q, k, v, beta, log_decay and the initial state, float32."""
     b, h, n = beta.shape
     e, wide = q.shape[3], v.shape[3]
-    # Chunks of 32 wide tokens: gradients of three [C, E] tiles are held at once.
-    found = prepare(q, k, beta, log_decay, chunk=64 if width(e) <= 64 else 32)
-    before, u, last = scan(found, v, state)
+    # Gradients hold five [C, C] tiles at once.
+    found = prepare(q, k, beta, log_decay, chunk=32)
+    missed = torch.empty(b, h, n, wide, dtype=torch.float32, device=q.device)
+    before, u, last = scan(found, v, state, missed)
     do = torch.zeros_like(u, dtype=v.dtype) if d_output is None else d_output.to(v.dtype).contiguous()
     z, after = torch.empty_like(u), torch.empty_like(before)
     first = torch.empty_like(last)
+    pairs = torch.empty(b, h, found.cells.tiles, 2, 32, 32, dtype=torch.float32, device=q.device)
     dq = torch.empty(b, h, n, e, dtype=torch.float32, device=q.device)
-    dk = torch.empty_like(dq)
-    d_beta, d_log = torch.empty_like(found.beta), torch.empty_like(found.beta)
-    tile = min(width(wide), 32)
+    dk, d_beta = torch.empty_like(dq), torch.empty_like(found.beta)
+    part, tile, narrow = min(width(e), 32), min(width(wide), 32), value_tile(e, wide)
+    d_log = torch.empty(1 + triton.cdiv(e, part), b, h, n, dtype=torch.float32, device=q.device)
     shared = {
         **strides("q", q), **strides("k", k), "Q": q, "K": k, "DO": do, "SCALE": scale, "SHARE_Q": found.share(q),
-        "WIDTH": wide, **found.shapes(), "num_warps": warps(found.cells.tile, e),
+        "WIDTH": wide, **found.shapes(),
     }  # fmt: skip
-    chunks = found.cells.tiles
-    wanted_kernel[(chunks, found.rows, triton.cdiv(wide, tile))](OUT=z, BV=tile, **found.decays(), **shared)
-    narrow = value_tile(e, wide)
+    tiles = {**shared, "ES": part, "BV": tile, "num_warps": 4}
+    grid = (found.cells.tiles, found.rows)
+    wanted_kernel[(*grid, triton.cdiv(wide, tile))](OUT=z, **found.decays(), **tiles)
     backward_scan_kernel[(triton.cdiv(wide, narrow), found.rows)](
         Z=z, LAST=first if d_state is None else d_state.float().contiguous(), AFTER=after, FIRST=first, BV=narrow,
-        HAS_LAST=d_state is not None, **found.chunks(), **shared,
+        HAS_LAST=d_state is not None, **found.chunks(), **shared, num_warps=warps(32, k),
     )  # fmt: skip
-    gradient_kernel[(chunks, found.rows)](
-        **strides("v", v), V=v, U=u, Z=z, VECTORS=found.vectors, BEFORE=before, AFTER=after, DQ=dq, DK=dk,
-        DBETA=d_beta, DLOG=d_log, SHARE_V=found.share(v), BV=tile, **found.decays(), **shared,
+    pairs_kernel[grid](
+        U=u, Z=z, MISSED=missed, VECTORS=found.vectors, PAIRS=pairs, DBETA=d_beta, DLOG=d_log[0],
+        **found.decays(), **tiles,
     )  # fmt: skip
-    dv = found.beta[..., None] * z
+    gradient_kernel[(*grid, triton.cdiv(e, part))](
+        U=u, Z=z, VECTORS=found.vectors, BEFORE=before, AFTER=after, PAIRS=pairs, DQ=dq, DK=dk, DLOG=d_log[1:],
+        HAS_LOG=log_decay is not None, **tiles,
+    )  # fmt: skip
 
     def tied(x: Tensor, like: Tensor) -> Tensor:
         return x.unflatten(1, (like.shape[1], -1)).sum(2)
 
-    return tied(dq, q), tied(dk, k), tied(dv, v), d_beta, d_log, first
+    return tied(dq, q), tied(dk, k), tied(found.beta[..., None] * z, v), d_beta, d_log.sum(0), first
