@@ -61,7 +61,7 @@ def _encode(
             acc += tl.load(BIAS + cols * bias_f, mask=cols_in, other=0.0).to(tl.float32)[None, :]
         bits = acc.to(tl.int32, bitcast=True)
         score = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        score = tl.where(acc == 0.0, 0, score)  # -0.0 is 0.0
+        score = tl.where(acc == 0.0, 0, score)  # -0.0, a product that underflows, is 0.0
         score = tl.where(acc != acc, 0x7FFFFFFF, score)
         score = tl.where(rows_in[:, None] & cols_in[None, :], score, -2147483648)
         top = tl.max(score, 1)

@@ -78,6 +78,18 @@ def test_the_cpu_form_is_the_reference_in_float64(
     assert torch.equal(got.indices, wanted.indices)
 
 
+@pytest.mark.parametrize("k", [1, 4, 50])
+def test_rows_one_by_one_in_narrow_tiles_of_the_cpu_form(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles bring nothing new, others little that is."""
+    monkeypatch.setattr(blocked, "CHUNK", 6)
+    monkeypatch.setattr(blocked, "ROWS", 1)
+    given = without(problem(20, 11, 90), "excluded")
+    wanted = topk_encode(**given, k=k, impl="reference")
+    got = topk_encode(**given, k=k)
+    torch.testing.assert_close(got.values, wanted.values, rtol=1e-9, atol=1e-12)
+    assert torch.equal(got.indices, wanted.indices)
+
+
 def test_the_reference_against_numbers_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0], [-1.0, 0.0]])
     weight = torch.tensor([[1.0, 0.0, -1.0, 2.0], [0.0, 1.0, 1.0, -2.0]])
@@ -204,11 +216,13 @@ def test_what_excluded_features_hold_does_not_matter(impl: str, left: int) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("positive", [False, True])
 def test_nan_is_the_largest_and_minus_infinity_is_never_selected(impl: str, positive: bool) -> None:
-    weight = torch.tensor([[1.0, float("nan"), float("-inf"), float("inf"), -3.0]])
-    got = topk_encode(torch.ones(2, 1), weight, k=4 - positive, positive=positive, impl=impl)
-    assert got.indices.tolist() == 2 * [[1, 3, 0] if positive else [1, 3, 0, 4]]
-    assert got.values[:, 0].isnan().all()
-    assert got.values[0, 1:].tolist() == ([float("inf"), 1.0] if positive else [float("inf"), 1.0, -3.0])
+    nan, inf = float("nan"), float("inf")
+    weight = torch.tensor([[1.0, nan, -inf, inf, -3.0, nan]])
+    weight[0, 5].neg_()  # its sign bit is set
+    got = topk_encode(torch.ones(2, 1), weight, k=6, positive=positive, impl=impl)
+    assert got.indices.tolist() == 2 * [[1, 5, 3, 0, -1, -1] if positive else [1, 5, 3, 0, 4, -1]]
+    assert got.values[:, :2].isnan().all()
+    assert got.values[0, 2:].tolist() == ([inf, 1.0, 0.0, 0.0] if positive else [inf, 1.0, -3.0, 0.0])
 
 
 @pytest.mark.parametrize("impl", FAST)
