@@ -25,6 +25,7 @@ _NAMES: dict[str, str] = {
     "Provenance": "workbench.run:Provenance",
     "generate": "workbench.models.generation:generate",
     "Generation": "workbench.run:Generation",
+    "open_maps": "workbench.stored:open_maps",
     "Capture": "workbench.captures:Capture",
     "capture": "workbench.captures:capture",
     # maps and mods

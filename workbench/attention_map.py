@@ -250,6 +250,9 @@ class AttentionMap(ABC):
         if not 1 <= k <= self.shape[3]:
             raise WorkbenchError(f"topk wants 1 <= k <= {self.shape[3]} keys; got {k}")
 
+    def _learn(self, scaled: AttentionMap) -> None:  # noqa: B027
+        """Take over what a pass over the map with scaled rows has found out about this one."""
+
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         return self.rows(q_lo, q_hi)[..., k_lo:k_hi]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workbench.errors import UnknownName, WorkbenchError
@@ -29,6 +30,7 @@ class Capture:
     window: int | None = None
     topk: int | None = None
     mass: tuple[tuple[str, Mod | Tensor], ...] = ()
+    store: Path | None = None
 
 
 def capture(
@@ -41,6 +43,7 @@ def capture(
     topk: int | None = None,
     mass: Mapping[str, Mod | Tensor] | None = None,
     keep: bool = True,
+    store: str | Path | None = None,
 ) -> Capture:
     """A capture request. Whatever it names is computed in one pass over the layer's queries and keys while the model runs.
 
@@ -51,7 +54,8 @@ def capture(
     ``[K]`` or ``[B, K]``; ``map.mass(name)`` answers.
 
     ``keep``: keep q, k and LSE (linear in tokens, in the model's own type) so that any exact tile or further statistic can be
-    computed later; with ``keep=False`` only what was asked for here can be answered.
+    computed later; with ``keep=False`` only what was asked for here can be answered. ``store``: a folder that q, k, LSE and
+    everything computed go to, layer by layer, instead of to memory; ``open_maps`` reads it back, in any process.
     """
     if isinstance(layers, bool):
         raise WorkbenchError(f"layers names attention layers, all of them by default; got {layers}")
@@ -87,4 +91,5 @@ def capture(
         window,
         topk,
         tuple((mass or {}).items()),
+        None if store is None else Path(store),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ class GatedMap(AttentionMap):
             self.entropy()
         self._fast._precompute(request)
         self._memo.update(self._fast._memo)
+        self.raw._learn(self._fast)
 
     def _summary(self, request: Capture) -> AttentionMap:
         """A gated map whose ``raw`` is a summary too, with the same statistics of the ungated rows."""
@@ -178,6 +179,25 @@ class SummaryMap(AttentionMap):
         self.mask: Mask | None = getattr(source, "mask", None)
         self.impl = str(getattr(source, "impl", ""))
         self._memo = dict(source._memo)
+
+    @classmethod
+    def told(
+        cls,
+        shape: tuple[int, int, int, int],
+        kv_heads: int,
+        offset: int,
+        metadata: Mapping[str, str],
+        lse: Tensor | None,
+        mask: Mask | None,
+        impl: str,
+    ) -> SummaryMap:
+        """A summary as it was stored; its answers are put in by the reader."""
+        found = cls.__new__(cls)
+        AttentionMap.__init__(found, shape, kv_heads=kv_heads, offset=offset)
+        for name in METADATA:
+            setattr(found, name, metadata[name])
+        found.lse, found.mask, found.impl = lse, mask, impl
+        return found
 
     @property
     def has(self) -> tuple[str, ...]:

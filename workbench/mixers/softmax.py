@@ -132,6 +132,10 @@ class SoftmaxMap(AttentionMap):
         scaled.row_sum = "gate"
         return scaled
 
+    def _learn(self, scaled: AttentionMap) -> None:
+        assert isinstance(scaled, SoftmaxMap)
+        self._lse = scaled._lse
+
     def _stats(
         self,
         block: int | None = None,
@@ -153,7 +157,7 @@ class SoftmaxMap(AttentionMap):
         except ValueError as error:
             raise WorkbenchError(str(error)) from error
         self.impl = found.impl
-        self._lse = found.lse
+        self._lse = found.lse if self._lse is None else self._lse
         for name, blocks in found.blocks.items():
             self._memo["blocks", block, name] = blocks
         if found.received is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from workbench import stored
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import DENSE_LIMIT, AttentionMap
 from workbench.models.current import inside
@@ -96,20 +97,24 @@ def check_logits(logits: str | None, batch: int, length: int, shape: Shape, byte
 
 
 def check_layers(request: Capture | None, known: Sequence[int | str]) -> tuple[int | str, ...]:
-    """The layers a capture asks for; unknown ones raise with the valid ones."""
+    """The layers a capture asks for; unknown ones raise with the valid ones. A folder to store them in is made here."""
     if request is None:
         return ()
-    if request.layers is None:
-        return tuple(known)
-    for layer in request.layers:
+    for layer in request.layers or ():
         if layer not in known:
             raise UnknownName("attention layer", layer, known)
-    return request.layers
+    if request.store is not None:
+        stored.prepare(request.store)
+    return tuple(known) if request.layers is None else request.layers
 
 
 def kept(found: AttentionMap, request: Capture | None, layer: int | str) -> AttentionMap:
-    """What a result keeps of a layer's map, with everything computed that ``request`` names."""
-    return found if request is None else found.precompute(request)
+    """What a result keeps of a layer's map, with everything computed that ``request`` names, in memory or in its folder."""
+    if request is None:
+        return found
+    with torch.no_grad():
+        held = found.precompute(request)
+        return held if request.store is None else stored.add(request.store, layer, held)
 
 
 def parse_sites(
