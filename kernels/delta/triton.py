@@ -193,7 +193,9 @@ def block_maps(
     cells = found.cells
     every = bool({"abs", "max"} & set(reduce))
     columns = cells.tiles * (cells.tile // cells.pad)
-    names = [name for name in ("sum", "abs", "max") if name in reduce or (name == "sum" and "mean" in reduce)]
+    names: list[str] = [
+        name for name in ("sum", "abs", "max") if name in reduce or (name == "sum" and "mean" in reduce)
+    ]
     shape = (*beta.shape[:2], columns if every else cells.blocks, columns)
     maps = {name: torch.zeros(shape, dtype=torch.float32, device=q.device) for name in names}
     _map(found, CELLS if every else SUMS, scale, maps, 0, cells.blocks)
