@@ -9,8 +9,8 @@ The denominator of a row is known only after its last key. Sources: the pass its
 rescaling of block values to the end of the row is SeerAttention's (Gao et al. 2024), whose kernel keeps base-2 row maxima of
 the blocks in a bfloat16 scratch. Here the scratch is float32, holds sums as well, and is private to a program, which reuses it.
 
-With ``Mask(blocks=..., side=...)`` the same pass is block-sparse attention: hidden blocks cost nothing, and the map is the one that
-was executed.
+With ``Mask(blocks=..., side=...)`` the same pass is block-sparse attention: hidden blocks cost nothing, and the map is the one
+that was executed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ REDUCTIONS = ("sum", "mean", "max", "abs")
 @dataclass(frozen=True, eq=False)
 class FlashAttention:
     """``output`` ``[B, H, Q, V]`` in v's dtype; ``lse`` ``[B, H, Q]``, natural log, -inf for a row that sees nothing (its sink
-    logit if it has one); ``blocks`` reduction -> ``[B, H, Q/block, K/block]`` (rounded up), float32 or float64; ``impl``, the form
-    that ran."""
+    logit if it has one); ``blocks`` reduction -> ``[B, H, Q/block, K/block]`` (rounded up), float32 or float64; ``impl``, the
+    form that ran."""
 
     output: Tensor
     lse: Tensor
@@ -61,12 +61,12 @@ def flash_attention(
     ``block`` is free of any tile size; None makes no map. ``reduce`` says which of ``sum mean max abs``. Maps are as accurate as
     those of a second pass. A row that sees nothing is zero, in the output and in the maps.
 
-    Gradients flow to q, k, v and sink, from output, lse and the maps ``sum``, ``mean``, ``abs``; ``max`` is detached. None flows to a
-    bias, which must not ask for one, except in the ``reference`` form; a bias function carries no gradients at all elsewhere.
+    Gradients flow to q, k, v and sink, from output, lse and the maps ``sum``, ``mean``, ``abs``; ``max`` is detached. A bias must
+    not ask for a gradient, except of the ``reference`` form, and with a bias function nothing may, except of that form.
 
-    ``impl``: ``reference`` (plain torch, dense), ``cpu`` (row chunks in plain torch, on any device), ``triton`` (no bias function).
-    None takes ``triton`` on CUDA tensors, else ``cpu``; a named form that cannot run raises ``RuntimeError``. float64 stays float64,
-    everything else is accumulated in float32. Raises ``ValueError`` naming the argument at fault.
+    ``impl``: ``reference`` (plain torch, dense), ``cpu`` (row chunks in plain torch, on any device), ``triton`` (no bias
+    function). None takes ``triton`` on CUDA tensors, else ``cpu``; a named form that cannot run raises ``RuntimeError``. float64
+    stays float64, everything else is accumulated in float32. Raises ``ValueError`` naming the argument at fault.
     """
     names = (reduce,) if isinstance(reduce, str) else tuple(reduce)
     for name in names:

@@ -40,15 +40,16 @@ def softmax_backward(
     through_lse: bool = True,
     impl: str | None = None,
 ) -> Gradients:
-    """``(dq, dk, dv, D)``: gradients in the dtypes of q, k and v (dv None without v), and ``D`` ``[B, H, Q]`` in the working type.
+    """``(dq, dk, dv, D)``: gradients in the dtypes of q, k and v (dv None without v), ``D`` ``[B, H, Q]`` in the working type.
 
     ``lse`` ``[B, H, Q]`` natural log, sink included, -inf for rows that see nothing. ``d_out`` ``[B, H, Q, V]`` needs ``v``
-    ``[B, G, K, V]`` and ``out``, the output itself. ``d_lse`` ``[B, H, Q]``; ``d_blocks`` ``[B, H, Q/block, K/block]`` (rounded up)
-    is the gradient of the block **sums** of side ``block``; ``d_received`` ``[B, H, K]``; ``gate`` ``[B, H, Q]``, of any sign,
-    multiplies the rows in both. dk and dv are summed over the query heads of a group.
+    ``[B, G, K, V]`` and ``out``, the output itself. ``d_lse`` ``[B, H, Q]``; ``d_blocks`` ``[B, H, Q/block, K/block]`` (rounded
+    up) is the gradient of the block **sums** of side ``block``; ``d_received`` ``[B, H, K]``; ``gate`` ``[B, H, Q]``, of any
+    sign, multiplies the rows in both. dk and dv are summed over the query heads of a group.
 
-    ``impl``: ``cpu`` (row chunks, any device) or ``triton``; both add in a fixed order on their own devices. A bias function is for
-    ``cpu`` only. No gradient of a gradient. Raises ``ValueError`` naming the argument at fault.
+    ``impl``: ``cpu`` (row chunks, any device) or ``triton``; None takes ``triton`` on CUDA tensors. Sums are taken in a fixed
+    order, without atomics, by ``triton`` and by ``cpu`` on CPU tensors. A bias function is for ``cpu`` only. There is no gradient
+    of these gradients. Raises ``ValueError`` naming the argument at fault.
     """
     if impl == "reference":
         raise ValueError(
@@ -90,15 +91,14 @@ def softmax_backward(
 SCORES_SCHEMA = (
     f"Tensor q, Tensor k, {SCHEMA}, float? scale, float? softcap, Tensor? sink, Tensor? bias, int? bias_first"
 )
-"""``score_parts`` in the schema language of ``torch.library``; ``bias_first`` is set if ``bias`` is the table of a ``Relative``."""
+"""``score_parts`` in the schema language of ``torch.library``; ``bias_first`` is set if ``bias`` is a ``Relative``'s table."""
 N_SCORES = 2 + SCHEMA.count(",") + 1 + 5
 
 
 def score_parts(scores: Scores) -> tuple[Any, ...]:
-    """Scores as plain arguments of a custom operator; not for a bias that is a function. ``scores_of`` makes them scores again."""
-    bias, first = scores.bias, None
-    if isinstance(bias, Relative):
-        bias, first = bias.table, bias.first
+    """Scores as plain arguments of a custom operator; not for a bias function. ``scores_of`` makes them scores again."""
+    given = scores.bias
+    bias, first = (given.table, given.first) if isinstance(given, Relative) else (given, None)
     assert bias is None or isinstance(bias, Tensor)
     return (scores.q, scores.k, *scores.mask.parts(), scores.scale, scores.softcap, scores.sink, bias, first)
 
@@ -133,7 +133,6 @@ _operator = torch.library.custom_op(
 @_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     q, k, lse, v = arguments[0], arguments[1], arguments[N_SCORES], arguments[N_SCORES + 3]
-    dv = q.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
-    like = {"memory_format": torch.contiguous_format}
     working = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return [torch.empty_like(q, **like), torch.empty_like(k, **like), dv, q.new_empty(lse.shape, dtype=working)]
+    dq, dk, dv = (q.new_empty(part.shape if part is not None else 0) for part in (q, k, v))
+    return [dq, dk, dv, q.new_empty(lse.shape, dtype=working)]

@@ -1,7 +1,7 @@
 """``softmax_backward`` in row chunks of plain torch; the chunks are those of the forward (``kernels/flash/chunks.py``).
 
-Each chunk holds whole rows, so that D is summed from the very p and G that it is subtracted from: in place, G becomes p G, its row
-sums are D, and p G - p D is ds.
+Each chunk holds whole rows, so that D is summed from the very p and G that it is subtracted from: in place, G becomes p G, its
+row sums are D, and p G - p D is ds.
 """
 
 from __future__ import annotations

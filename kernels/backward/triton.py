@@ -1,8 +1,8 @@
 """``softmax_backward`` as two Triton kernels without atomics: a row tile owns its rows of dq, a key tile its rows of dk and dv.
 
-The row kernel makes D first. Without gradients of block sums or received mass, D is rowsum(dO * O); with them it takes a pass of its
-own over the keys, since O does not contain them. The key kernel loops over the query heads of its group and their row tiles, in
-a fixed order. Both recompute p from q, k and lse and meet only the tiles that the forward meets.
+The row kernel makes D first. Without gradients of block sums or received mass, D is rowsum(dO * O); with them it takes a pass
+of its own over the keys, since O does not contain them. The key kernel loops over the query heads of its group and their row
+tiles, in a fixed order. Both recompute p from q, k and lse and meet only the tiles that the forward meets.
 """
 
 from __future__ import annotations
@@ -21,30 +21,24 @@ from workbench.kernels.tiles import Cells, dot, key_tiles, query_tiles, score_ti
 
 
 @triton.jit
-def _gradient(
-    do, v, rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE, n_queries,
-    TQ: tl.constexpr, TK: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr, HAS_RECEIVED: tl.constexpr,
-    HAS_GATE: tl.constexpr, UPCAST: tl.constexpr,
+def _of_maps(
+    rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE, n_queries,
+    TQ: tl.constexpr, TK: tl.constexpr, BLOCK: tl.constexpr, HAS_RECEIVED: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """G ``[rows, cols]``, the gradient with respect to p; finite where a pair does not exist."""
+    """The part of G ``[rows, cols]`` that comes from block sums and received mass; finite where a pair does not exist."""
     g = tl.zeros([TQ, TK], tl.float32)
-    if HAS_OUT:
-        g = dot(do, tl.trans(v), UPCAST)
-    if BLOCK > 0 or HAS_RECEIVED:
-        extra = tl.zeros([TQ, TK], tl.float32)
-        if BLOCK > 0:
-            line = D_BLOCKS + (bh * block_rows + rows // BLOCK) * block_columns
-            if BLOCK % TK == 0:  # all keys of a tile lie in one block
-                part = tl.load(line + tl.min(cols) // BLOCK, mask=rows_in & (tl.min(cols) < n_received), other=0.0)
-                extra += part[:, None]
-            else:
-                there = rows_in[:, None] & cols_in[None, :]
-                extra += tl.load(line[:, None] + (cols // BLOCK)[None, :], mask=there, other=0.0)
-        if HAS_RECEIVED:
-            extra += tl.load(RECEIVED + bh * n_received + cols, mask=cols_in, other=0.0)[None, :]
-        if HAS_GATE:
-            extra *= tl.load(GATE + bh * n_queries + rows, mask=rows_in, other=0.0)[:, None]
-        g += extra
+    if BLOCK > 0:
+        line = D_BLOCKS + (bh * block_rows + rows // BLOCK) * block_columns
+        if BLOCK % TK == 0:  # all keys of a tile lie in one block
+            key = tl.min(cols)
+            g += tl.load(line + key // BLOCK, mask=rows_in & (key < n_received), other=0.0)[:, None]
+        else:
+            there = rows_in[:, None] & cols_in[None, :]
+            g += tl.load(line[:, None] + (cols // BLOCK)[None, :], mask=there, other=0.0)
+    if HAS_RECEIVED:
+        g += tl.load(RECEIVED + bh * n_received + cols, mask=cols_in, other=0.0)[None, :]
+    if HAS_GATE:
+        g *= tl.load(GATE + bh * n_queries + rows, mask=rows_in, other=0.0)[:, None]
     return g
 
 
@@ -145,10 +139,12 @@ def _by_row(
                     bias_last, HAS_CAP, BIAS_KIND, UPCAST,
                 )  # fmt: skip
                 p = tl.exp2(s - lse[:, None])
-                g = _gradient(
-                    do, v, rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE,
-                    n_queries, TQ, TK, HAS_OUT, BLOCK, HAS_RECEIVED, HAS_GATE, UPCAST,
-                )  # fmt: skip
+                g = dot(do, tl.trans(v), UPCAST) if HAS_OUT else tl.zeros([TQ, TK], tl.float32)
+                if TWICE:
+                    g += _of_maps(
+                        rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE,
+                        n_queries, TQ, TK, BLOCK, HAS_RECEIVED, HAS_GATE,
+                    )  # fmt: skip
                 if stage < 3:
                     total += tl.sum(p * g, 1)
                 else:
@@ -204,7 +200,7 @@ def _by_key(
         )  # fmt: skip
     dk = tl.zeros([TK, EW], tl.float32)
     dv = tl.zeros([TK, VW], tl.float32)
-    for fold in range(0, FOLD):
+    for fold in range(FOLD):
         h = group * FOLD + fold
         bh = b * groups * FOLD + h
         if LISTED:
@@ -265,24 +261,31 @@ def _by_key(
                         QUERIES, queries_b, DENSE, dense_b, dense_h, dense_q, dense_k, BLOCKS, blocks_b, blocks_h, blocks_q,
                         blocks_k, CAUSAL, HAS_WINDOW, HAS_DOCS, HAS_KEYS, HAS_QUERIES, HAS_DENSE, SIDE,
                     )  # fmt: skip
+                # Keys are the rows here, so that both products below find their left factor where it is. A bias by distance
+                # takes the difference of its two positions, whose order the signs keep.
+                across, along = (-cols, -rows) if BIAS_KIND == 2 else (cols, rows)
                 s = score_tile(
-                    q, k, ok, rows, cols, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, bias_q, bias_k, bias_first,
-                    bias_last, HAS_CAP, BIAS_KIND, UPCAST,
+                    k, q, tl.trans(ok), across, along, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, bias_k if
+                    BIAS_KIND == 1 else bias_q, bias_q if BIAS_KIND == 1 else bias_k, bias_first, bias_last, HAS_CAP, BIAS_KIND,
+                    UPCAST,
                 )  # fmt: skip
-                p = tl.exp2(s - lse[:, None])
+                p = tl.exp2(s - lse[None, :])
+                g = tl.zeros([TK, TQ], tl.float32)
                 if HAS_OUT:
-                    dv += dot(tl.trans(narrow(p, do, UPCAST)), do, UPCAST)
-                g = _gradient(
-                    do, v, rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE,
-                    n_queries, TQ, TK, HAS_OUT, BLOCK, HAS_RECEIVED, HAS_GATE, UPCAST,
-                )  # fmt: skip
+                    dv += dot(narrow(p, do, UPCAST), do, UPCAST)
+                    g = dot(v, tl.trans(do), UPCAST)
+                if BLOCK > 0 or HAS_RECEIVED:
+                    g += tl.trans(_of_maps(
+                        rows, rows_in, cols, cols_in, bh, D_BLOCKS, block_rows, block_columns, RECEIVED, n_received, GATE,
+                        n_queries, TQ, TK, BLOCK, HAS_RECEIVED, HAS_GATE,
+                    ))  # fmt: skip
                 if THROUGH:
-                    g -= tl.load(D + bh * n_queries + rows, mask=rows_in, other=0.0)[:, None]
+                    g -= tl.load(D + bh * n_queries + rows, mask=rows_in, other=0.0)[None, :]
                 ds = p * g
                 if HAS_CAP:
-                    bent = tanh(dot(q, tl.trans(k), UPCAST) * SCALE / SOFTCAP)
+                    bent = tanh(dot(k, tl.trans(q), UPCAST) * SCALE / SOFTCAP)
                     ds *= 1.0 - bent * bent
-                dk += dot(tl.trans(narrow(ds, q, UPCAST)), q, UPCAST)
+                dk += dot(narrow(ds, q, UPCAST), q, UPCAST)
     there = (cols < n_received)[:, None]
     at = bg * n_received + far
     tl.store(DK + at * E + e[None, :], (dk * SCALE).to(DK.dtype.element_ty), mask=there & (e[None, :] < E))

@@ -251,7 +251,7 @@ class Picked:
         return blocks[self.b[:, None, None], self.h[:, None, None], i, j][:, None]
 
     def _cells(self, blocks: Tensor, block: int) -> Tensor:
-        """Where the cells ``[C, R, M / cell]`` lie in a block map; a cell, the common measure of both sides, lies in one block."""
+        """Where the cells ``[C, R, M / cell]`` lie in a block map. A cell, the common measure of both sides, lies in one."""
         _, heads, rows, columns = blocks.shape
         j = (self.columns[:, :: math.gcd(self.side, block)] // block).clamp(max=columns - 1)
         at = (self.b * heads + self.h)[:, None] * rows + self.positions // block

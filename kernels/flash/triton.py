@@ -1,12 +1,12 @@
 """``flash_attention`` as one fused Triton kernel, block maps included; without a map the code of the maps is compiled away.
 
-Persistent programs take row tiles longest first. Each owns a float32 scratch of one row tile by all key cells, which it reuses for
-every row tile: memory is programs x tile x cells, not Q x cells. During the key loop a cell leaves behind, per row,
-lambda = running maximum + log2(its sum) and its largest score; both are absolute, so that no later maximum changes them. Once the
-row's lse is known, the scratch is read again and 2^(lambda - lse2) is summed over the rows of a cell, 2^(max - lse2) maximised.
+Persistent programs take row tiles longest first. Each owns a float32 scratch of one row tile by all key cells, which it reuses
+for every row tile: memory is programs x tile x cells, not Q x cells. During the key loop a cell leaves behind, per row,
+lambda = running maximum + log2(its sum) and its largest score; both are absolute, so that no later maximum changes them. Once
+the row's lse is known, the scratch is read again: 2^(lambda - lse2) is summed over the rows of a cell, 2^(max - lse2) maximised.
 
-Which key tiles a row tile meets is a range where causality and window decide alone. With documents, key padding or block masks it is
-a list, made once per call from the ends of the tiles: hidden tiles are not visited, and no tile is tested in the loop.
+Which key tiles a row tile meets is a range where causality and window decide alone. With documents, key padding or block masks
+it is a list, made once per call from the ends of the tiles: hidden tiles are not visited, and no tile is tested in the loop.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench.kernels.flash.chunks import blank, unseen
-from workbench.kernels.forms import interpreted
 from workbench.kernels.scores import Scores
 from workbench.kernels.tiles import (
-    Cells, dot, key_tiles, mask_arguments, places, score_arguments, score_tile, strides, upcast, visible, width,
+    Cells,
+    dot,
+    key_tiles,
+    mask_arguments,
+    places,
+    score_arguments,
+    score_tile,
+    strides,
+    upcast,
+    visible,
+    width,
 )  # fmt: skip
 
 
 @triton.jit
 def narrow(x, like, UPCAST: tl.constexpr):
-    """float32 ``x`` in the dtype of the other factor. Triton's interpreter cuts bfloat16 off instead of rounding: there it stays."""
+    """float32 x in the dtype of the other factor. Triton's interpreter cuts bfloat16 off instead of rounding: there x stays."""
     return x if UPCAST else x.to(like.dtype)
 
 
@@ -234,19 +243,18 @@ def fused_flash(
     rows, columns = Cells(q, block or tune.rows, tune.rows), Cells(k, block or tune.keys, tune.keys)
     if block is None:
         sums = peaks = False
-    clean, v = cleaned(scores, v)
-    assert v is not None
+    clean, values = cleaned(scores, v)
+    assert values is not None
     pairs = pair_arguments(clean, rows, columns)
     items = rows.tiles * b * h
     programs = min(items, programs_at_once(scores.q, tune))
     output = room(v, (b, h, q, ve))
-    f32 = {"dtype": torch.float32, "device": v.device}
-    lse = torch.empty(b, h, q, **f32)
+    lse = v.new_empty((b, h, q), dtype=torch.float32)
     slots = columns.tiles * (tune.keys // columns.pad)
-    scratch = torch.empty(programs * slots * tune.rows * (sums + peaks), **f32)
-    mass, peak = (torch.zeros(b, h, rows.count, columns.count, **f32) if asked else lse for asked in (sums, peaks))
+    scratch = lse.new_empty(programs * slots * tune.rows * (sums + peaks))
+    mass, peak = (lse.new_zeros(b, h, rows.count, columns.count) if asked else lse for asked in (sums, peaks))
     _flash[(programs,)](
-        Q=clean.q, **strides("q", clean.q), K=clean.k, **strides("k", clean.k), V=v, **strides("v", v),
+        Q=clean.q, **strides("q", clean.q), K=clean.k, **strides("k", clean.k), V=values, **strides("v", values),
         OUT=output, **strides("o", output), LSE=lse, SINK=lse if scores.sink is None else scores.sink.to(v.device),
         SCRATCH=scratch if sums or peaks else lse, MASS=mass, PEAK=peak, items=items, row_tiles=rows.tiles, heads=h,
         batch_heads=b * h, slots_held=slots, row_cells=rows.count, key_cells=columns.count, **pairs,
@@ -267,8 +275,7 @@ def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def programs_at_once(like: Tensor, tune: Tuning) -> int:
-    """As many as fit on the device by their registers (sixteen warps of half a tile each); few when interpreted, so that scratch is
-    reused."""
+    """As many as run at once at eight warps a multiprocessor; few when interpreted, so that scratch is reused."""
     if not like.is_cuda:
         return 3
     return max(1, 8 // tune.warps) * torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -7,7 +7,9 @@ from workbench.kernels.flash_attention import flash_attention
 from workbench.kernels.mask import Mask
 
 
-def _inputs(dtype: torch.dtype, width: int, values: int, heads: int = 32, groups: int = 8, n: int = 256) -> list[Tensor]:
+def _inputs(
+    dtype: torch.dtype, width: int, values: int, heads: int = 32, groups: int = 8, n: int = 256
+) -> list[Tensor]:
     shapes = ((heads, width), (groups, width), (groups, values))
     return [torch.zeros(1, h, n, e, dtype=dtype, requires_grad=True) for h, e in shapes]
 

@@ -86,7 +86,9 @@ def differentiated(scores: Scores, v: Tensor, given: dict[str, Any], through_lse
         loss = loss + (gated.sum(2) * given["d_received"]).sum()
     assert isinstance(loss, Tensor)
     found = torch.autograd.grad(loss, [q, k, v, shift], allow_unused=True)
-    dq, dk, dv, d_shift = (torch.zeros_like(t) if g is None else g for g, t in zip(found, (q, k, v, shift), strict=True))
+    dq, dk, dv, d_shift = (
+        torch.zeros_like(t) if g is None else g for g, t in zip(found, (q, k, v, shift), strict=True)
+    )
     d = -d_shift
     if "d_lse" in given:  # the shift of a row that sees nothing was cut off above
         d = torch.where(torch.isneginf(natural), -given["d_lse"], d)
@@ -177,7 +179,9 @@ def test_flash_attention_differentiates_to_q_k_v_and_sink(impl: str) -> None:
 
     def gradients(form: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v, sink)]
-        found = flash_attention(*inputs[:3], sink=inputs[3], mask=mask, block=7, reduce=("sum", "mean", "abs"), impl=form)
+        found = flash_attention(
+            *inputs[:3], sink=inputs[3], mask=mask, block=7, reduce=("sum", "mean", "abs"), impl=form
+        )
         terms = [found.output.square().sum(), found.lse.sin().sum()]
         terms += [(found.blocks[name] * weight * i).sum() for i, name in enumerate(("sum", "mean", "abs"), 1)]
         return torch.autograd.grad(sum(terms[1:], terms[0]), inputs)
@@ -188,7 +192,8 @@ def test_flash_attention_differentiates_to_q_k_v_and_sink(impl: str) -> None:
 
 
 def test_gradcheck_of_flash_attention() -> None:
-    q, k, v, sink = (rand(i, *s).double().requires_grad_() for i, s in enumerate(((1, 2, 5, 3), (1, 1, 6, 3), (1, 1, 6, 2), (2,))))
+    shapes = ((1, 2, 5, 3), (1, 1, 6, 3), (1, 1, 6, 2), (2,))
+    q, k, v, sink = (rand(i, *shape).double().requires_grad_() for i, shape in enumerate(shapes))
     mask = Mask(causal=True, offset=1, blocks=torch.tensor([[[[True, True], [False, True]]]]), side=3)
 
     def call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, ...]:
@@ -252,7 +257,18 @@ def test_the_operator_is_a_good_citizen() -> None:
     scores, v, given = problem("softcap and sink", 20, "all gated", 7, torch.float32)
     p, lse = dense_attention(scores)
     out = p @ v.repeat_interleave(H // G, 1)
-    extras = (lse, out, given["d_out"], v, given["d_lse"], given["d_blocks"], 7, given["d_received"], given["gate"], True)
+    extras = (
+        lse,
+        out,
+        given["d_out"],
+        v,
+        given["d_lse"],
+        given["d_blocks"],
+        7,
+        given["d_received"],
+        given["gate"],
+        True,
+    )
     for impl in ("cpu", "triton"):
         arguments = (*operator.score_parts(scores), *extras, impl)
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
