@@ -69,8 +69,6 @@ def tiled_backward(
     assert scores.scale is not None
     dq, dk, dv = [torch.zeros(x.shape, dtype=scores.dtype, device=x.device) for x in (scores.q, scores.k, v)]
     d_output = d_output.to(scores.dtype)
-    if scores.mask.queries is not None:
-        d_output = d_output.masked_fill(~scores.mask.queries.to(v.device)[:, None, :, None], 0.0)
     for slab in _slabs(scores, v, block):
         at, shared = (slab.batch, slab.heads), (slab.batch, slab.groups)
         for rows, spans in slab.tiles:

@@ -175,6 +175,15 @@ def test_scores_far_from_zero_neither_overflow_nor_cancel(impl: str) -> None:
         assert torch.isfinite(slope).all()
 
 
+def test_small_weights_keep_their_digits_in_float16(assert_within_budget: Budget) -> None:
+    """Weights of 1e-6 are subnormal in float16; large values bring the output back into range."""
+    q, k, v = (t.half() for t in tensors(40, 40, b=1, h=2, g=1))
+    given = (q / 4, k, 4096 * v)
+    high = sigmoid_attention(*[t.double() for t in given], shift=-13.0, impl="reference").output
+    low = sigmoid_attention(*given, shift=-13.0, impl="reference").output
+    assert_within_budget(sigmoid_attention(*given, shift=-13.0, impl="triton").output, [low], high)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 def test_what_hidden_keys_and_queries_hold_does_not_matter(impl: str, poison: float) -> None:
