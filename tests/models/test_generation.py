@@ -244,6 +244,10 @@ def shared_layer() -> HFModel:
         (dict(cache_implementation="static"), "static cache"),
         (dict(max_new_tokens=3), "max_new_tokens is set by tokens, steps"),
         (dict(no_such_option=3), "no_such_option"),
+        (dict(prompt=torch.zeros(1, 0, dtype=torch.long)), "the input has no tokens"),
+        (dict(prompt=torch.zeros(1, 0, dtype=torch.long), model="native"), "the input has no tokens"),
+        (dict(prompt=wb.Tokens.of(torch.tensor([99])), model="native"), "token ids lie in"),
+        (dict(prompt=torch.tensor([[99]])), "token ids lie in"),
         (dict(steps=0), "steps is a number of tokens to generate, at least 1; got 0"),
         (dict(steps=60), "reach position 70, 6 more than the model's context of 64"),
         (dict(maps=wb.capture(layers=[7])), "no attention layer '7'"),
@@ -261,5 +265,5 @@ def test_what_cannot_be_captured_is_refused_in_one_line(options: dict[str, Any],
     if options.get("assistant_model"):
         options["assistant_model"] = source.model
     with pytest.raises(wb.WorkbenchError, match=said) as caught:
-        wb.generate(source, ids(), options.pop("steps"), options.pop("maps"), **options)
+        wb.generate(source, options.pop("prompt", ids()), options.pop("steps"), options.pop("maps"), **options)
     assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.hf import HFModel
 from workbench.models.inputs import given_tokens
 from workbench.models.protocol import Model, Tokens
-from workbench.models.requests import check_layers, check_logits, kept
+from workbench.models.requests import check_ids, check_layers, check_logits, kept
 from workbench.run import Generation, Maps
 
 
@@ -67,6 +67,9 @@ def generate(
 def _checked(model: Model, given: Tokens, steps: int, logits: bool) -> Tokens:
     if not model.shape.causal:
         raise Refused(f"{model.name} does not generate text: its tokens see those after them")
+    if not given.ids.shape[1] and not given.inputs:
+        raise WorkbenchError("the input has no tokens")
+    check_ids(given.ids, model.shape)
     length, most = given.ids.shape[1] + steps - 1, model.shape.context
     if most is not None and length > most:
         raise WorkbenchError(
