@@ -12,8 +12,8 @@ The decay is applied before the erasure, which for a scalar decay is the same as
 ``sum`` cancels positive against negative cells, ``abs`` does not, ``mean`` is ``sum`` over the number of cells, ``max`` the
 largest cell with its sign. Cells above the diagonal exist and are 0; blocks at the edges hold the cells that exist.
 
-Yang et al., Gated Delta Networks (arXiv:2412.06464), equation 10, and Parallelizing Linear Transformers with the Delta Rule
-(arXiv:2406.06484), section 3, for the chunked form of the output. ``kernels/delta/reference.py`` derives the chunked map.
+Yang et al., Gated Delta Networks (arXiv:2412.06464), for the rule, and Parallelizing Linear Transformers with the Delta Rule
+(arXiv:2406.06484), for the chunked form of the output. ``kernels/delta/reference.py`` derives that and the chunked map.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _blocks(
 ) -> list[Tensor]:
     if block is None:
         return []
-    maps = _form(impl).block_maps(q, k, beta, log_decay, scale, block, tuple(names))
+    maps = _form(impl).block_maps(q, k, beta, log_decay, scale, min(block, q.shape[2]), tuple(names))
     return [maps[name] for name in names]
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
+import workbench.kernels.gated_delta_rule as front
 from workbench.kernels.delta import cpu as chunked
 from workbench.kernels.delta import reference
 from workbench.kernels.gated_delta_rule import REDUCTIONS, GatedDelta, delta_rows, gated_delta_rule
@@ -240,6 +241,7 @@ def test_memory_is_linear_in_the_length() -> None:
         output, last = chunked.forward(*args, 1.0, None)
         chunked.backward(output, last, *args, 1.0, None)
         chunked.block_maps(*args[:2], *args[3:], 1.0, 64, REDUCTIONS)
+        front._blocks("cpu", *args[:2], *args[3:], 1.0, 10**6, ["sum"])
         chunked.rows(*args[:2], *args[3:], 1.0, 2900, 2910)
     assert 3000 * 8 < seen.largest <= 47 * chunked.CHUNK**2
     with Allocations() as seen:
