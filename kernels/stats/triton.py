@@ -18,19 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.kernels.flash.triton import cleaned, open_keys, pair_arguments
 from workbench.kernels.forms import interpreted
 from workbench.kernels.scores import Scores
 from workbench.kernels.stats.reference import pair_weights
 from workbench.kernels.stats.request import Wanted, block_cells, layout
+from workbench.kernels.stats.tiles import cell_peaks, cell_sums, packed, scored
 from workbench.kernels.tiles import (
     Cells,
     key_tiles,
-    mask_arguments,
     places,
-    score_arguments,
-    score_tile,
     strides,
-    visible,
     width,
 )
 
@@ -40,43 +38,18 @@ PARTIAL = 2**28
 
 
 @triton.jit
-def _packed(x, position):
-    """Order-preserving int64 of a float32 and a key position below 2**31: larger first, then the smaller position."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - position).to(tl.int64)
-
-
-@triton.jit
-def _cell_sums(p, ROWS: tl.constexpr, COLS: tl.constexpr, R_PAD: tl.constexpr, C_PAD: tl.constexpr):
-    if C_PAD == COLS:
-        by_row = tl.sum(p, 1)[:, None]
-    else:
-        by_row = tl.sum(tl.reshape(p, [ROWS, COLS // C_PAD, C_PAD]), 2)
-    return tl.sum(tl.reshape(by_row, [ROWS // R_PAD, R_PAD, COLS // C_PAD]), 1)
-
-
-@triton.jit
-def _cell_peaks(x, ROWS: tl.constexpr, COLS: tl.constexpr, R_PAD: tl.constexpr, C_PAD: tl.constexpr):
-    if C_PAD == COLS:
-        by_row = tl.max(x, 1)[:, None]
-    else:
-        by_row = tl.max(tl.reshape(x, [ROWS, COLS // C_PAD, C_PAD]), 2)
-    return tl.max(tl.reshape(by_row, [ROWS // R_PAD, R_PAD, COLS // C_PAD]), 1)
-
-
-@triton.jit
 def stats_kernel(
     Q, K, LSE, GATE, SINK, SETS, WEIGHT,
     OUT_LSE, SUMS, PEAKS, PARTIALS, ENTROPY, DISTANCE, WINDOWED, DISTANCE2, TOP, TOP_KEY, BEST, MASS,
     q_b, q_h, q_n, q_e, k_b, k_h, k_n, k_e, sets_m, sets_b, weight_b, weight_h, weight_q, weight_k, weight_row,
+    TILES, t_b, t_h, t_q, COUNTS, c_b, c_h, first_seen, keys_total,
     H, FOLD, n_queries, n_keys, E, tile_first, tile_last, CUT, n_sets, mass_slot, rows_total, cells_q, cells_k,
     OFFSET, WINDOW, PREFIX, DOCS, docs_b, KEYS, keys_b, QUERIES, queries_b,
     DENSE, dense_b, dense_h, dense_q, dense_k, BLOCKS, blocks_b, blocks_h, blocks_q, blocks_k,
     SCALE, SOFTCAP, BIAS, bias_b, bias_h, bias_q, bias_k, bias_first, bias_last,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_KEYS: tl.constexpr,
     HAS_QUERIES: tl.constexpr, HAS_DENSE: tl.constexpr, SIDE: tl.constexpr,
-    HAS_CAP: tl.constexpr, BIAS_KIND: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_CAP: tl.constexpr, BIAS_KIND: tl.constexpr, UPCAST: tl.constexpr, LISTED: tl.constexpr, SIMPLE: tl.constexpr,
     GIVEN: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SINK: tl.constexpr,
     WANT_SUMS: tl.constexpr, WANT_PEAKS: tl.constexpr, WANT_RECEIVED: tl.constexpr, WANT_ENTROPY: tl.constexpr,
     WANT_DISTANCE: tl.constexpr, WANT_WINDOWED: tl.constexpr, WANT_DISTANCE2: tl.constexpr, WANT_TOP: tl.constexpr,
@@ -92,16 +65,23 @@ def stats_kernel(
     e = tl.arange(0, EP)
     Q += b * q_b + h * q_h
     K += b * k_b + (h // FOLD) * k_h
-    SKIP: tl.constexpr = HAS_DOCS or HAS_DENSE or SIDE > 0
     FAR: tl.constexpr = WANT_DISTANCE or WANT_WINDOWED or WANT_DISTANCE2
     for turn in range(tl.cdiv(tile_last - tile_first, lanes)):
         tile = tile_first + turn * lanes + tl.where(turn % 2 == 0, lane, lanes - 1 - lane)
         if tile < tile_last:
             rows, rows_in = places(tile, BM, R_BLOCK, R_STEP, R_PAD, R_PER, n_queries)
-            low = tl.min(tl.where(rows_in, rows, n_queries))
-            high = tl.max(tl.where(rows_in, rows, -1))
-            first, last = key_tiles(
-                low, high, n_keys, OFFSET, WINDOW, PREFIX, CAUSAL, HAS_WINDOW, BN, C_BLOCK, C_STEP, C_PAD, C_PER
+            low = tl.min(tl.where(rows_in, rows, n_queries - 1))
+            high = tl.max(tl.where(rows_in, rows, 0))
+            if LISTED:
+                first = 0
+                last = tl.load(COUNTS + b * c_b + h * c_h + tile)
+            else:
+                first, last = key_tiles(
+                    low, high, n_keys, OFFSET, WINDOW, PREFIX, CAUSAL, HAS_WINDOW, BN, C_BLOCK, C_STEP, C_PAD, C_PER
+                )
+            listed = TILES + b * t_b + h * t_h + tile.to(tl.int64) * t_q
+            open_from, open_to = open_keys(
+                low, high, first, last, n_keys, OFFSET, WINDOW, PREFIX, CAUSAL, HAS_WINDOW, BN, SIMPLE
             )
             q = tl.load(
                 Q + rows.to(tl.int64)[:, None] * q_n + e[None, :] * q_e,
@@ -113,23 +93,23 @@ def stats_kernel(
             else:
                 peak = tl.full([BM], float("-inf"), tl.float32)
                 total = tl.zeros([BM], tl.float32)
-                for c in range(first, last):
-                    cols, cols_in = places(c, BN, C_BLOCK, C_STEP, C_PAD, C_PER, n_keys)
-                    ok = visible(
-                        rows, rows_in, cols, cols_in, b, h, OFFSET, WINDOW, PREFIX, DOCS, docs_b, KEYS, keys_b,
-                        QUERIES, queries_b, DENSE, dense_b, dense_h, dense_q, dense_k,
-                        BLOCKS, blocks_b, blocks_h, blocks_q, blocks_k,
-                        CAUSAL, HAS_WINDOW, HAS_DOCS, HAS_KEYS, HAS_QUERIES, HAS_DENSE, SIDE,
-                    )  # fmt: skip
-                    live = tl.max(tl.max(ok.to(tl.int32), 1), 0) > 0 if SKIP else True
-                    if live:
-                        k = tl.load(
-                            K + cols.to(tl.int64)[:, None] * k_n + e[None, :] * k_e,
-                            mask=cols_in[:, None] & (e < E)[None, :], other=0.0,
-                        )  # fmt: skip
-                        s = score_tile(
-                            q, k, ok, rows, cols, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, bias_q, bias_k,
-                            bias_first, bias_last, HAS_CAP, BIAS_KIND, UPCAST,
+                for phase in tl.static_range((0 if HAS_WINDOW else 1) if SIMPLE else 2, 3):
+                    start = open_to
+                    stop = last
+                    if phase == 0:
+                        start = first
+                        stop = open_from
+                    elif phase == 1:
+                        start = open_from
+                        stop = open_to
+                    for t in range(start, stop):
+                        s, _, _, _ = scored(
+                            K, q, t, rows, rows_in, b, h, e, E, listed, k_n, k_e, n_keys, first_seen,
+                            OFFSET, WINDOW, PREFIX, DOCS, docs_b, KEYS, keys_b, QUERIES, queries_b,
+                            DENSE, dense_b, dense_h, dense_q, dense_k, BLOCKS, blocks_b, blocks_h, blocks_q, blocks_k,
+                            SCALE, SOFTCAP, BIAS, bias_b, bias_h, bias_q, bias_k, bias_first, bias_last,
+                            CAUSAL, HAS_WINDOW, HAS_DOCS, HAS_KEYS, HAS_QUERIES, HAS_DENSE, SIDE,
+                            HAS_CAP, BIAS_KIND, UPCAST, LISTED, phase == 1, BM, BN, C_BLOCK, C_STEP, C_PAD, C_PER,
                         )  # fmt: skip
                         above = tl.maximum(peak, tl.max(s, 1))
                         safe = tl.where(above == float("-inf"), 0.0, above)
@@ -142,7 +122,7 @@ def stats_kernel(
                     peak = above
                 base = tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
                 tl.store(OUT_LSE + row_base + rows, base * 0.6931471805599453, mask=rows_in)
-            base = tl.where(tl.abs(base) == float("inf"), float("inf"), base)
+            base = tl.where(rows_in & (tl.abs(base) < float("inf")), base, float("inf"))  # no row, no weight
             if HAS_GATE:
                 base -= tl.log2(tl.load(GATE + row_base + rows, mask=rows_in, other=1.0).to(tl.float32))
             entropy = tl.zeros([BM], tl.float32)
@@ -154,36 +134,36 @@ def stats_kernel(
             best = tl.full([BM, TOPK], -9223372036854775807, tl.int64)
             masses = tl.zeros([BM, SETS_PAD], tl.float32)
             weighted = tl.zeros([BM], tl.float32)
-            for c in range(first, last):
-                cols, cols_in = places(c, BN, C_BLOCK, C_STEP, C_PAD, C_PER, n_keys)
-                ok = visible(
-                    rows, rows_in, cols, cols_in, b, h, OFFSET, WINDOW, PREFIX, DOCS, docs_b, KEYS, keys_b,
-                    QUERIES, queries_b, DENSE, dense_b, dense_h, dense_q, dense_k,
-                    BLOCKS, blocks_b, blocks_h, blocks_q, blocks_k,
-                    CAUSAL, HAS_WINDOW, HAS_DOCS, HAS_KEYS, HAS_QUERIES, HAS_DENSE, SIDE,
-                )  # fmt: skip
-                live = tl.max(tl.max(ok.to(tl.int32), 1), 0) > 0 if SKIP else True
-                if live:
-                    k = tl.load(
-                        K + cols.to(tl.int64)[:, None] * k_n + e[None, :] * k_e,
-                        mask=cols_in[:, None] & (e < E)[None, :], other=0.0,
-                    )  # fmt: skip
-                    s = score_tile(
-                        q, k, ok, rows, cols, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, bias_q, bias_k,
-                        bias_first, bias_last, HAS_CAP, BIAS_KIND, UPCAST,
+            for phase in tl.static_range((0 if HAS_WINDOW else 1) if SIMPLE else 2, 3):
+                start = open_to
+                stop = last
+                if phase == 0:
+                    start = first
+                    stop = open_from
+                elif phase == 1:
+                    start = open_from
+                    stop = open_to
+                for t in range(start, stop):
+                    s, tile_k, cols, cols_in = scored(
+                        K, q, t, rows, rows_in, b, h, e, E, listed, k_n, k_e, n_keys, first_seen,
+                        OFFSET, WINDOW, PREFIX, DOCS, docs_b, KEYS, keys_b, QUERIES, queries_b,
+                        DENSE, dense_b, dense_h, dense_q, dense_k, BLOCKS, blocks_b, blocks_h, blocks_q, blocks_k,
+                        SCALE, SOFTCAP, BIAS, bias_b, bias_h, bias_q, bias_k, bias_first, bias_last,
+                        CAUSAL, HAS_WINDOW, HAS_DOCS, HAS_KEYS, HAS_QUERIES, HAS_DENSE, SIDE,
+                        HAS_CAP, BIAS_KIND, UPCAST, LISTED, phase == 1, BM, BN, C_BLOCK, C_STEP, C_PAD, C_PER,
                     )  # fmt: skip
                     x = s - base[:, None]
                     p = tl.exp2(x)
                     if WANT_SUMS or WANT_PEAKS:
                         i = tile * (BM // R_PAD) + tl.arange(0, BM // R_PAD)
-                        j = c * (BN // C_PAD) + tl.arange(0, BN // C_PAD)
+                        j = tile_k * (BN // C_PAD) + tl.arange(0, BN // C_PAD)
                         at = (head.to(tl.int64) * cells_q + i)[:, None] * cells_k + j[None, :]
                         if WANT_SUMS:
-                            tl.store(SUMS + at, _cell_sums(p, BM, BN, R_PAD, C_PAD))
+                            tl.store(SUMS + at, cell_sums(p, BM, BN, R_PAD, C_PAD))
                         if WANT_PEAKS:
-                            tl.store(PEAKS + at, tl.exp2(_cell_peaks(x, BM, BN, R_PAD, C_PAD)))
+                            tl.store(PEAKS + at, tl.exp2(cell_peaks(x, BM, BN, R_PAD, C_PAD)))
                     if WANT_RECEIVED:
-                        at = PARTIALS + (head.to(tl.int64) * lanes + lane) * n_keys + cols
+                        at = PARTIALS + (head.to(tl.int64) * lanes + lane) * keys_total + cols
                         tl.store(at, tl.load(at, mask=cols_in, other=0.0) + tl.sum(p, 0), mask=cols_in)
                     if WANT_ENTROPY:
                         entropy += tl.sum(p * tl.where(p > 0, x, 0.0), 1)
@@ -201,9 +181,9 @@ def stats_kernel(
                         top_key = tl.where(peak > top, here, top_key)
                         top = tl.maximum(peak, top)
                     if TOPK > 1:
-                        packed = _packed(x, tl.broadcast_to(cols[None, :], [BM, BN]))
-                        if tl.max((tl.max(packed, 1) > tl.min(best, 1)).to(tl.int32), 0) > 0:
-                            both = tl.join(best, tl.topk(packed, TOPK))
+                        keys = packed(x, tl.broadcast_to(cols[None, :], [BM, BN]))
+                        if tl.max((tl.max(keys, 1) > tl.min(best, 1)).to(tl.int32), 0) > 0:
+                            both = tl.join(best, tl.topk(keys, TOPK))
                             best = tl.topk(tl.reshape(both, [BM, 2 * TOPK]), TOPK)
                     if WANT_SETS:
                         for m in range(n_sets):
@@ -213,7 +193,7 @@ def stats_kernel(
                     if WANT_WEIGHT:
                         at = WEIGHT + b * weight_b + h * weight_h
                         at = at + (rows - weight_row).to(tl.int64)[:, None] * weight_q + cols[None, :] * weight_k
-                        weighted += tl.sum(p * tl.load(at, mask=ok, other=0.0), 1)
+                        weighted += tl.sum(p * tl.load(at, mask=rows_in[:, None] & cols_in[None, :], other=0.0), 1)
             if WANT_ENTROPY:
                 tl.store(ENTROPY + row_base + rows, entropy * -0.6931471805599453, mask=rows_in)
             if WANT_DISTANCE:
@@ -265,7 +245,9 @@ def triton_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Ten
     count = len(wanted.keys) + len(wanted.pairs)
     made["mass"] = like.new_empty((max(1, count), *rows))
     sets = torch.stack([w.to(like).expand(b, -1) for w in wanted.keys]) if wanted.keys else like.new_zeros(1, 1, 1)
-    arguments = _arguments(scores, wanted, held, made, sets, (tile_q, tile_k), topk)
+    clean, _ = cleaned(scores, None)
+    arguments = _arguments(clean, wanted, held, made, sets, (tile_q, tile_k), topk)
+    arguments |= pair_arguments(clean, row_cells, key_cells)
     arguments |= {"tile_first": 0, "tile_last": row_cells.tiles, "GIVEN": lse is not None, "WANT_WEIGHT": False}
     arguments |= {"cells_q": grid[1], "cells_k": grid[2]}
     arguments |= row_cells.arguments("R_") | key_cells.arguments("C_")
@@ -273,7 +255,7 @@ def triton_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Ten
     launch = {"num_warps": warps, "num_stages": stages}
     stats_kernel[(lanes, b * h)](**arguments, **launch)
     for slot, pair in enumerate(wanted.pairs, len(wanted.keys)):
-        _pair_mass(scores, pair, slot, arguments, (tile_q, tile_k), launch)
+        _pair_mass(clean, pair, slot, arguments, (tile_q, tile_k), launch)
     return _ordered(made, scores, wanted, row_cells, key_cells)
 
 
@@ -313,9 +295,8 @@ def _arguments(
         "MASS": made["mass"],
         **strides("q", q), **strides("k", k), "sets_m": sets.stride(0), "sets_b": sets.stride(1),
         "weight_b": 0, "weight_h": 0, "weight_q": 0, "weight_k": 0, "weight_row": 0,
-        "H": h, "FOLD": h // k.shape[1], "n_queries": n, "n_keys": m, "E": q.shape[3], "CUT": float(wanted.window or 0),
+        "H": h, "FOLD": h // k.shape[1], "keys_total": m, "E": q.shape[3], "CUT": float(wanted.window or 0),
         "n_sets": len(wanted.keys), "mass_slot": 0, "rows_total": b * h * n,
-        **mask_arguments(scores), **score_arguments(scores),
         "HAS_GATE": wanted.gate is not None, "HAS_SINK": scores.sink is not None,
         "WANT_SUMS": "sums" in made, "WANT_PEAKS": "peaks" in made, "WANT_RECEIVED": "received" in stats,
         "WANT_ENTROPY": "entropy" in stats, "WANT_DISTANCE": "distance" in stats,
@@ -330,7 +311,8 @@ def _pair_mass(
 ) -> None:
     """The mass under a weight function, band by band of query rows."""
     b, h, n, m = scores.shape
-    cells = Cells(n, tile[0], tile[0])
+    cells, key_cells = Cells(n, tile[0], tile[0]), Cells(m, tile[1], tile[1])
+    visits = pair_arguments(scores, cells, key_cells)
     step = max(1, BAND // (b * h * m * tile[0]))
     nothing = {name: False for name in arguments if name.startswith("WANT_")}
     lanes = _lanes(step, b * h, 0, scores.q.device)
@@ -339,9 +321,9 @@ def _pair_mass(
         weight = pair_weights(pair, scores, lo, hi, slice(0, m)).to(torch.float32)
         weight = weight[(None,) * (4 - weight.ndim)].expand(b, h, hi - lo, m)
         steps = {f"weight_{axis}": step for axis, step in zip("bhqk", weight.stride(), strict=True)}
-        given = {**arguments, **nothing, **steps, "WANT_WEIGHT": True, "WEIGHT": weight, "weight_row": lo}
+        given = {**arguments, **visits, **nothing, **steps, "WANT_WEIGHT": True, "WEIGHT": weight, "weight_row": lo}
         given |= {"tile_first": first, "tile_last": min(cells.tiles, first + step), "mass_slot": slot, "TOPK": 1}
-        given |= cells.arguments("R_") | Cells(m, tile[1], tile[1]).arguments("C_") | {"GIVEN": True}
+        given |= cells.arguments("R_") | key_cells.arguments("C_") | {"GIVEN": True}
         stats_kernel[(lanes, b * h)](**given, **launch)
 
 
