@@ -37,7 +37,9 @@ app: $(INSTALLED)
 	$(BIN)/workbench app --store "$(OUT)"
 
 bench: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/capture.py
+	$(BIN)/workbench bench kernels
+	$(BIN)/workbench bench capture
+	$(BIN)/workbench bench decode
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

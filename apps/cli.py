@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import attention, circuits, models
+from workbench.apps.commands import attention, bench, circuits, models
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
     models.doctor,
 ):
     app.command()(command)
+app.command(context_settings=bench.PASS_ON)(bench.bench)
 
 
 def main() -> None:

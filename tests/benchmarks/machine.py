@@ -62,7 +62,7 @@ def examine(device: str, dtype: torch.dtype) -> Machine:
         name = torch.cuda.get_device_name()
         side, length = 8192, 2**28
     else:
-        name, side, length = _processor(), 1024, 2**25
+        name, side, length = processor(), 1024, 2**25
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.ones(length, device=device)
     target = torch.empty_like(source)
@@ -78,7 +78,7 @@ def examine(device: str, dtype: torch.dtype) -> Machine:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{model}, {torch.get_num_threads()} threads"

@@ -28,7 +28,8 @@ def _scripts():
     try:
         machine, peers, setting, *_ = [importlib.import_module(name) for name in names]
         spec = importlib.util.spec_from_file_location("benchmark_of_kernels", folder / "kernels.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         kernels = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = kernels
         spec.loader.exec_module(kernels)
@@ -124,6 +125,25 @@ def test_a_slow_row_gets_one_round(monkeypatch):
     computer = machine.Machine("", "cpu", "float32", "", matmul=1.0, copy=1.0)
     (row,) = machine.measure([machine.Way("slow", lambda: None)], computer, 4, budget=4.0)
     assert row["rounds"] == 1
+
+
+def test_tables_for_people(monkeypatch, capsys):
+    sizes = ["--heads", "2", "--kv-heads", "1", "--width", "16", "--tokens", "40", "50", "--repeat", "1"]
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", *sizes, "--only", "encode"])
+    kernels.main()
+    out = capsys.readouterr().out
+    assert "TFLOP/s in float32 products" in out
+    assert "log-sum-exp of SDPA flash (cpu): ok" in out
+    assert out.index("encode, 40 tokens: the best 32 features") < out.index("encode, 50 tokens")
+    assert out.count("| topk_encode | ") == 2
+
+
+@pytest.mark.parametrize("wrong", [("--heads", "3"), ("--only", "nothing")])
+def test_wrong_options_are_refused(monkeypatch, wrong):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", "--tokens", "8", *wrong])
+    with pytest.raises(SystemExit) as refused:
+        kernels.main()
+    assert refused.value.code == 2 or "--kv-heads must divide --heads" in str(refused.value.code)
 
 
 def test_median():
