@@ -264,10 +264,10 @@ def _by_key(
                 # Keys are the rows here, so that both products below find their left factor where it is. A bias by distance
                 # takes the difference of its two positions, whose order the signs keep.
                 across, along = (-cols, -rows) if BIAS_KIND == 2 else (cols, rows)
+                step_across, step_along = (bias_q, bias_k) if BIAS_KIND == 2 else (bias_k, bias_q)
                 s = score_tile(
-                    k, q, tl.trans(ok), across, along, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, bias_k if
-                    BIAS_KIND == 1 else bias_q, bias_q if BIAS_KIND == 1 else bias_k, bias_first, bias_last, HAS_CAP, BIAS_KIND,
-                    UPCAST,
+                    k, q, tl.trans(ok), across, along, b, h, SCALE, SOFTCAP, OFFSET, BIAS, bias_b, bias_h, step_across,
+                    step_along, bias_first, bias_last, HAS_CAP, BIAS_KIND, UPCAST,
                 )  # fmt: skip
                 p = tl.exp2(s - lse[None, :])
                 g = tl.zeros([TK, TQ], tl.float32)
@@ -296,7 +296,7 @@ def _by_key(
 def tuning(e: int, v: int, dtype: torch.dtype) -> Tuning:
     wide = max(width(e), width(v))
     if dtype == torch.float32:
-        return Tuning(32, 32, 4, 2) if wide <= 64 else Tuning(32, 32, 8, 1) if wide <= 128 else Tuning(16, 16, 4, 1)
+        return Tuning(32, 32, 4, 2) if wide <= 64 else Tuning(32, 32, 8, 2) if wide <= 128 else Tuning(16, 16, 4, 2)
     if wide <= 64:
         return Tuning(64, 64, 4, 2)
     return Tuning(64, 64, 8, 2) if wide <= 128 else Tuning(32, 32, 8, 2)
@@ -321,7 +321,9 @@ def fused_backward(
     tune = tuning(e, ve, scores.q.dtype)
     rows, columns = Cells(q, tune.rows, tune.rows), Cells(k, tune.keys, tune.keys)
     clean, values = cleaned(scores, v)
-    upstream = d_out if d_out is None or scores.mask.queries is None else blank(d_out, unseen(scores)[1])
+    upstream = None if d_out is None else d_out.to(scores.q.dtype)
+    if upstream is not None and scores.mask.queries is not None:
+        upstream = blank(upstream, unseen(scores)[1])
     dq, dk, dv = (room(part, part.shape) for part in (scores.q, scores.k, scores.q.new_empty(0) if v is None else v))
     d = torch.empty(b, h, q, dtype=torch.float32, device=lse.device)
 
