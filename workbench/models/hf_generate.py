@@ -41,12 +41,15 @@ def hf_generate(
     if not getattr(model.model, "can_generate", bool)():
         raise Refused(f"{model.family} does not generate text: it has no language head")
     _check_options(model.model, options)
-    wanted = check_layers(request, _layers(model, request))
+    wanted = check_layers(request, _layers(model))
     run = Steps(model.family, given.ids.shape[1])
     for layer in model._layers:
         if layer.key in wanted and layer.route != "attention interface":
             why = why_not(layer.module) if layer.route == "none" else "computes its attention by itself"
-            raise Refused(f"layer {layer.key} of {model.family}: {layer.name} {why}, so that steps cannot be captured")
+            raise Refused(
+                f"layer {layer.key} of {model.family}: {layer.name} {why}, so that steps cannot be captured; "
+                "run with cache= step by step"
+            )
         if layer.route == "attention interface" and request is not None:
             kernel = kernel_before(layer.module, model._implementation(layer))
             run.layers[id(layer.module)] = LayerSteps(layer, kernel, run.prompt, layer.key in wanted)
@@ -89,7 +92,7 @@ def hf_generate(
     )
 
 
-def _layers(model: HFModel, request: Capture | None) -> list[int | str]:
+def _layers(model: HFModel) -> list[int | str]:
     """Keys of the layers that a step runs: those over text. Layers over images run once, for the prompt."""
     return [layer.key for layer in model._layers if layer.stack in ("", "text", "decoder")]
 
