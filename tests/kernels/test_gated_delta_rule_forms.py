@@ -9,11 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_gated_delta_rule import BETA, Budget, Q, V, budget, gradient_budget, gradients, pieces, problem
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from workbench.kernels.gated_delta_rule import REDUCTIONS, delta_rows, gated_delta_rule
+
+sys.path.append(str(Path(__file__).parent))
+from test_gated_delta_rule import (  # noqa: E402
+    BETA,
+    Budget,
+    Q,
+    V,
+    budget,
+    gradient_budget,
+    gradients,
+    pieces,
+    problem,
+)
 
 FUSED: list[dict[str, Any]] = [
     {"n": 1, "heads": (1, 1, 1, 1), "dtype": torch.float32},
