@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from workbench.kernels.gated_delta_rule import REDUCTIONS, delta_rows, gated_delta_rule
 
 sys.path.append(str(Path(__file__).parent))
-from test_gated_delta_rule import (  # noqa: E402
+from test_gated_delta_rule import (
     BETA,
     Budget,
     Q,
