@@ -77,6 +77,20 @@ def test_repeated_keys_with_full_strength_overwrite(impl: str) -> None:
     torch.testing.assert_close(got[0, 0], torch.eye(n), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "block"), [(1, 100), (9, 6), (71, 70)])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_padding_of_blocks_is_not_their_largest_value(impl: str, n: int, block: int) -> None:
+    k, beta = normalize(torch.ones(1, 1, n, 8), dim=-1), torch.full((1, 1, n), 0.1)
+    expected, got = (
+        gated_delta_rule(-k, k, k, beta, block=block, reduce="max", impl=form).blocks["max"]
+        for form in ("reference", impl)
+    )
+    last = expected[0, 0, -1]
+    assert (last[:-1] < 0).all()
+    assert n == 9 or last[-1] < 0  # a single token; more have cells above the diagonal
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "triton"])
 def test_what_lies_around_the_inputs_in_memory_does_not_matter(impl: str) -> None:
     given = problem(12, 40, (1, 1, 1, 1), (20, 12), torch.float32, batch=1)
