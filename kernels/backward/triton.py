@@ -215,7 +215,7 @@ def _by_key(
         open_from = first
         open_to = first
         if SIMPLE:  # row tiles in which every row sees every key of the tile
-            open_to = n_queries // TQ
+            open_to = last  # rows past the end have an infinite lse
             if HAS_WINDOW:
                 open_to = tl.minimum(open_to, tl.maximum(low + WINDOW - OFFSET, 0) // TQ)
                 if not CAUSAL:
@@ -225,7 +225,9 @@ def _by_key(
                     open_from = (tl.maximum(high - OFFSET, 0) + TQ - 1) // TQ
             open_from = tl.minimum(tl.maximum(open_from, first), last)
             open_to = tl.minimum(tl.maximum(open_to, open_from), last)
-        for phase in tl.static_range(0 if SIMPLE else 2, 3):
+        for phase in tl.static_range(
+            (0 if CAUSAL or HAS_WINDOW else 1) if SIMPLE else 2, 3 if HAS_WINDOW or not SIMPLE else 2
+        ):
             start = open_to
             stop = last
             if phase == 0:

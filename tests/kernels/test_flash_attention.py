@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,7 @@ OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "documents": lambda n: {"mask": Mask(causal=True, documents=(torch.arange(n) // 40)[None])},
     "dense": lambda n: {"mask": Mask(dense=rand(2, 1, 2, n, n) > 0)},
     "blocks": lambda n: {"mask": block_mask(n, 16)},
+    "blocks, prefix and window": lambda n: {"mask": replace(block_mask(n, 16), prefix=20, window=30)},
     "blocks as large as tiles": lambda n: {"mask": block_mask(n, 64)},
     "softcap and sink": lambda n: {"softcap": 3.0, "sink": rand(2, 2)},
     "bias": lambda n: {"bias": rand(3, 1, 2, n, n).where(rand(4, 1, 2, n, n) > -1, -1e30)},
@@ -310,6 +312,10 @@ def test_the_cpu_form_multiplies_the_visible_blocks_only() -> None:
     assert 0 < visible < 200
     assert seen.multiplied == visible * side * side * 2 * e  # q k^T and p v
     assert sum(math.prod(part.full) for part in blocked) == visible * side * side
+    causal = Scores(q, k, replace(scores.mask, causal=True))
+    with Operations() as seen:
+        blocked_flash(causal, k, None, False, False)
+    assert seen.multiplied == int(scores.mask.blocks.tril().sum()) * side * side * 2 * e
     with Operations() as seen:
         blocked_flash(Scores(q, k, Mask()), k, None, False, False)
     assert seen.multiplied == 2 * n * n * 2 * e
