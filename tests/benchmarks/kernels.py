@@ -118,7 +118,11 @@ def ask(question: Question, at: Setting, computer: Machine, repeat: int, budget:
     small = replace(at, tokens=min(SMALL, at.tokens))
     errors = machine.differences(question.ways(small), question.truth(small))
     rows = machine.measure(question.ways(at), computer, repeat, budget)
-    return [row | {"error": errors.get(row["way"])} for row in rows]
+    for row in rows:
+        row["error"] = errors.get(row["way"])
+        if row["error"] is not None and not math.isfinite(row["error"]):
+            row |= {"error": None, "remark": f"its answers are not finite; {row['remark']}"}
+    return rows
 
 
 def main() -> None:
@@ -131,7 +135,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds after which a row gets no further round")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds after which a row gets no further round")
     parser.add_argument("--threads", type=int, help="of torch on CPUs")
     parser.add_argument("--only", nargs="+", choices=tuple(QUESTIONS), default=tuple(QUESTIONS))
     parser.add_argument("--json", action="store_true")
@@ -144,7 +148,8 @@ def main() -> None:
     if not given.json:
         print(
             f"{computer.name}, torch {computer.torch}: {computer.matmul / 1e12:.3g} TFLOP/s in {computer.dtype} products, "
-            f"{computer.copy / 1e9:.3g} GB/s copied\n{at.heads} heads of {at.width}, {at.kv_heads} key-value heads, "
+            f"{computer.copy / 1e9:.3g} GB/s copied, load {computer.load:.1f}\n"
+            f"{at.heads} heads of {at.width}, {at.kv_heads} key-value heads, "
             f"blocks of {at.block}, medians of {given.repeat} rounds\n"
         )
         for name, said in logs.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -42,7 +43,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Machine:
-    """``matmul`` FLOP/s of a product in ``dtype``, two for each multiply-add; ``copy`` bytes/s, read and written both counted."""
+    """``matmul`` FLOP/s of a product in ``dtype``, two for each multiply-add; ``copy`` bytes/s, read and written both counted;
+    ``load``, how many processes wanted to run in the last minute: well above 0, the numbers are those of a busy machine.
+    """
 
     name: str
     device: str
@@ -50,6 +53,7 @@ class Machine:
     torch: str
     matmul: float
     copy: float
+    load: float = 0.0
 
     def limit(self, way: Way) -> float:
         """Seconds below which no implementation can get; 0 where the work was not counted."""
@@ -75,6 +79,7 @@ def examine(device: str, dtype: torch.dtype) -> Machine:
         torch=torch.__version__,
         matmul=2 * side**3 / product,
         copy=2 * source.nbytes / copied,
+        load=os.getloadavg()[0],
     )
 
 
@@ -85,10 +90,10 @@ def processor() -> str:
 
 
 def _best(call: Callable[[], Any], device: str) -> float:
-    """The fastest of the calls that fit into a third of a second: a rate is what the machine can do."""
+    """The fastest of the calls that fit into half a second: a rate is what the machine can do."""
     call()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < 0.3:
+    while len(times) < 3 or sum(times) < 0.5:
         times.append(seconds(call, device))
     return min(times)
 
@@ -110,8 +115,8 @@ def seconds(call: Callable[[], Any], device: str, times: int = 1) -> float:
     return (time.perf_counter() - begin) / times
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> float:
-    """Memory that one call needs beside what is held before it; NaN where the system does not say."""
+def peak_bytes(call: Callable[[], Any], device: str) -> float | None:
+    """Memory that one call needs beside what is held before it; None where the system does not say."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -120,7 +125,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
-        return math.nan
+        return None
     ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _memory("VmRSS")
@@ -173,6 +178,7 @@ def measure(ways: list[Way], machine: Machine, repeat: int, budget: float) -> li
         if not done or way.call is None:
             rows.append({"way": way.name, "remark": said[way.name]})
             continue
+        peak = peak_bytes(way.call, machine.device)
         rows.append(
             {
                 "way": way.name,
@@ -182,7 +188,7 @@ def measure(ways: list[Way], machine: Machine, repeat: int, budget: float) -> li
                 "ratio": ratio(done, times.get(ways[0].name)),
                 "base": way.base,
                 "base_ratio": ratio(done, times.get(way.base)),
-                "peak_mb": peak_bytes(way.call, machine.device) / 2**20,
+                "peak_mb": None if peak is None else peak / 2**20,
                 "limit_seconds": machine.limit(way),
                 "of_limit": machine.limit(way) / median(done),
                 "remark": said[way.name],
@@ -225,7 +231,7 @@ def differences(ways: list[Way], truth: dict[str, Tensor]) -> dict[str, float]:
             ]
         except Exception:  # what went wrong is said in the row of the measurement
             continue
-        found[way.name] = max(errors)
+        found[way.name] = float(torch.tensor(errors).max())  # NaN stays NaN
     return found
 
 
@@ -246,7 +252,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['spread']:.0%}",
                 "" if row["ratio"] is None else f"{row['ratio']:.2f}",
                 base,
-                f"{row['peak_mb']:.0f}",
+                "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
                 f"{row['of_limit']:.0%}" if row["limit_seconds"] else "",
                 "" if row.get("error") is None else f"{row['error']:.0e}",
                 row["remark"],

@@ -47,7 +47,7 @@ def attention_ways(at: Setting) -> list[Way]:
     others = [b for b in peers.backends(at.device) if b.name != at.backend.name]
     flash = bind(flash_attention, at.q, at.k, at.v)
     mapped = bind(flash_attention, at.q, at.k, at.v, block=at.block, reduce=BOTH)
-    dense = too_large(at, 4 * at.dtype.itemsize + 12, "the dense pattern")
+    dense = too_large(at, 16, "the dense pattern")
     return [
         softmax(at),
         *(softmax(at, backend) for backend in others),
@@ -112,7 +112,7 @@ def received_ways(at: Setting) -> list[Way]:
             remark="no output",
             read=answers,
         ),
-        optional(flex, "" if compiled else too_large(at, 3 * at.dtype.itemsize + 8, "uncompiled FlexAttention")),
+        optional(flex, "" if compiled else too_large(at, 16, "uncompiled FlexAttention")),
         optional(
             Way(
                 "flash-colreduce",

@@ -75,6 +75,15 @@ def test_an_error_is_relative_and_the_output_counts_only_alone():
     assert machine.differences([way, alone], truth) == {"maps": 0.25, "output": 0.5}
 
 
+def test_answers_that_are_not_numbers_show(monkeypatch):
+    way = machine.Way("broken", lambda: {"sum": torch.ones(1), "max": torch.tensor([float("nan")])}, read=dict)
+    question = kernels.Question("", lambda at: [way], lambda at: {"sum": torch.ones(1), "max": torch.ones(1)})
+    computer = machine.Machine("", "cpu", "float32", "", matmul=1.0, copy=1.0)
+    (row,) = kernels.ask(question, small(8), computer, 1, 1.0)
+    assert row["error"] is None
+    assert row["remark"].startswith("its answers are not finite")
+
+
 def test_work_is_counted():
     at = small(3, heads=2, kv_heads=1, width=8)
     assert at.pairs == 2 * 6
