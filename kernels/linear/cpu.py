@@ -126,7 +126,7 @@ def chunked_backward(
         dk[..., at, :] = (products.transpose(-1, -2) @ here + future).sum(2)
         dv[..., at, :] = (m.transpose(-1, -2) @ grad + (keys @ later) * fall).sum(2)
         if x.log is not None:
-            inner = (m * (grad @ values.transpose(-1, -2))).tril_(-1)
+            inner = m * (grad @ values.transpose(-1, -2))
             crossing = _shift(inner.cumsum(-1)).tril_().sum(-2)
             left = (here * past).sum(-1).flip(-1).cumsum(-1).flip(-1)
             right = _shift((keys * future).sum(-1).cumsum(-1))

@@ -183,7 +183,7 @@ def linear_backward(
         products = products * (_pairs(HIGH, LOW, head, at, n, C, HAS_DECAY) * SCALE)
         if HAS_DECAY:
             # Pairs j < t <= i, by where i and j lie: both in the chunk, only i, only j, neither.
-            inner = tl.where(slot[:, None] > slot[None, :], products * dot(q, tl.trans(k), UPCAST), 0.0)
+            inner = products * dot(q, tl.trans(k), UPCAST)
             crossing = dot(inner, tl.where(slot[:, None] < slot[None, :], 1.0, 0.0), False)
             crossing += tl.sum(q.to(tl.float32) * past, 1)[:, None]
             right = tl.sum(k.to(tl.float32) * future, 1)[:, None]

@@ -6,10 +6,9 @@ from workbench.kernels.linear_attention import REDUCTIONS, linear_attention
 
 
 def everything() -> None:
-    """Forward and backward: bfloat16 of a large model, float32 at its widest, float16 of an odd width without decay."""
+    """Forward and backward: bfloat16 of a large model, float32 at its widest and of an odd width, without decay."""
     _both(torch.bfloat16, 32, 8, 128, 128, 256, torch.zeros(32))
-    _both(torch.float32, 4, 4, 256, 256, 256, torch.zeros(1, 4, 256))
-    _both(torch.float16, 4, 2, 80, 48, 100, None)
+    _both(torch.float32, 4, 2, 200, 256, 100, None)
 
 
 def _both(dtype: torch.dtype, h: int, g: int, e: int, w: int, n: int, decay: torch.Tensor | None) -> None:

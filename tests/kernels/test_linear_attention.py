@@ -86,7 +86,7 @@ def test_the_cpu_form_is_the_reference_in_float64(
 def within_budget(given: Sequence[Tensor], impl: str, check: Budget, dtype: torch.dtype, block: int) -> None:
     given = [t.to(dtype) for t in given[:3]] + [t.float() for t in given[3:]]
     high = everything([t.double() for t in given], "reference", block=block)
-    orders = [torch.randperm(given[0].shape[3], generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    orders = [torch.randperm(given[0].shape[3], generator=torch.Generator().manual_seed(i)) for i in range(5)]
     low = [everything(given, "reference", block=block, order=order) for order in orders]
     for name, value in everything(given, impl, block=block).items():
         plain = [one[name] for one in low]
@@ -118,7 +118,8 @@ def test_the_fused_form_stays_within_the_error_budget(
 def test_the_fused_form_on_long_inputs_and_large_blocks(
     n: int, kind: str, block: int, assert_within_budget: Budget
 ) -> None:
-    given = tensors(n, b=1, h=2, g=1) + decay(kind, n, b=1, h=2)
+    b = 2 if n == 100 else 1
+    given = tensors(n, b=b, h=2, g=1) + decay(kind, n, b=b, h=2)
     within_budget(given, "triton", assert_within_budget, torch.float32, block)
 
 
@@ -223,13 +224,16 @@ def test_block_sums_are_made_of_pieces_of_any_size(piece: int, monkeypatch: pyte
 
 def test_the_fused_form_reads_strided_tensors_and_gradients() -> None:
     packed = rand(3, 1, 10, 6, 16).float()
-    leaves = [part.transpose(1, 2).detach().requires_grad_() for part in packed.split(2, dim=2)]
+    leaves = [part.transpose(1, 2).detach() for part in packed.split(2, dim=2)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, rand(7, 1, 2, 16, 16).float().transpose(2, 3))]
     got = {}
     for impl in ("triton", "reference"):
-        output = linear_attention(*leaves, torch.full((2,), -0.1), impl=impl).output
-        got[impl] = (output, *torch.autograd.grad(output.sum(), leaves))
+        found = linear_attention(*leaves[:3], torch.full((2,), -0.1), state=leaves[3], impl=impl)
+        assert found.state is not None
+        loss = found.output.sum() + (found.state * torch.arange(16.0)[:, None]).sum()
+        got[impl] = (found.output, found.state, *torch.autograd.grad(loss, leaves))
     for one, other in zip(got["triton"], got["reference"], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_backward_of_the_cpu_form_passes_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,4 +359,4 @@ def test_the_kernels_compile_for_gpus(capability: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = [json.loads(line)["kernel"] for line in done.stdout.splitlines()]
     forward, backward = ["linear_output", "linear_maps"], ["linear_backward", "linear_backward_values"]
-    assert names == 3 * ["linear_scan", *forward, "linear_scan", "linear_scan", *backward]
+    assert names == 2 * ["linear_scan", *forward, "linear_scan", "linear_scan", *backward]
