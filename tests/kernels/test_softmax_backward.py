@@ -31,6 +31,7 @@ def block_mask(n: int, side: int) -> Mask:
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda n: {},
     "window": lambda n: {"mask": Mask(causal=True, window=40)},
+    "prefix": lambda n: {"mask": Mask(causal=True, prefix=52)},
     "two-sided window and prefix": lambda n: {"mask": Mask(window=50, prefix=9)},
     "padding": lambda n: {"mask": Mask(causal=True, keys=rand(1, B, n) > -0.5, queries=rand(7, B, n) > -0.5)},
     "documents": lambda n: {"mask": Mask(causal=True, documents=(torch.arange(n) // 30)[None])},
