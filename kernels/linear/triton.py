@@ -14,58 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workbench.kernels.linear.tiles import decay_between, edge_decays, log_sum, pair_decays, state_tile
 from workbench.kernels.sigmoid.tiles import load_rows, narrow, store_rows
 from workbench.kernels.tiles import LOG2E, Cells, dot, places, strides, tile_of, upcast, width
 
 NOTHING = 151
 """2^-NOTHING rounds to 0 in float32."""
-
-
-@triton.jit
-def _log(HIGH, LOW, head, at, n):
-    """Running sum of the base-2 log decay up to and with token ``at``, as two numbers; 0 before the first token."""
-    place = head.to(tl.int64) * n + tl.minimum(at, n - 1)
-    return tl.load(HIGH + place, mask=at >= 0, other=0.0), tl.load(LOW + place, mask=at >= 0, other=0.0)
-
-
-@triton.jit
-def _decay(high, low, high_from, low_from):
-    """Decay from one token to a later one; at most about 1 also where the order is the other way round."""
-    far = high - high_from
-    near = low - low_from
-    total = far + near
-    rest = near - (total - far)  # what rounding took from the exponent, to first order
-    return tl.exp2(tl.minimum(total, 0.0)) * (1.0 + rest * 0.6931471805599453)
-
-
-@triton.jit
-def _pairs(HIGH, LOW, head, at, n, C: tl.constexpr, HAS_DECAY: tl.constexpr):
-    """D of a chunk ``[C, C]``, with 0 above the diagonal."""
-    below = at[:, None] >= at[None, :]
-    if HAS_DECAY:
-        high, low = _log(HIGH, LOW, head, at, n)
-        return tl.where(below, _decay(high[:, None], low[:, None], high[None, :], low[None, :]), 0.0)
-    return tl.where(below, tl.full([C, C], 1.0, tl.float32), 0.0)
-
-
-@triton.jit
-def _edges(HIGH, LOW, head, at, n, start, C: tl.constexpr, HAS_DECAY: tl.constexpr):
-    """rise and fall ``[C]`` of a chunk, and its whole decay."""
-    if HAS_DECAY:
-        high, low = _log(HIGH, LOW, head, at, n)
-        first_high, first_low = _log(HIGH, LOW, head, start - 1, n)
-        last_high, last_low = _log(HIGH, LOW, head, start + C - 1, n)
-        rise = _decay(high, low, first_high, first_low)
-        fall = _decay(last_high, last_low, high, low)
-        return rise, fall, _decay(last_high, last_low, first_high, first_low)
-    one = tl.full([C], 1.0, tl.float32)
-    return one, one, 1.0
-
-
-@triton.jit
-def _tile(X, part, e, w, E: tl.constexpr, W: tl.constexpr):
-    """A tile of state number ``part`` of a contiguous ``[.., E, W]``, as pointers and where they are inside."""
-    return X + part.to(tl.int64) * (E * W) + e[:, None] * W + w[None, :], (e < E)[:, None] & (w < W)[None, :]
 
 
 @triton.jit
@@ -83,7 +37,7 @@ def linear_scan(
     head = b * tl.num_programs(1) + h
     now = tl.zeros([TE, TW], tl.float32)
     if HAS_FIRST:
-        at_state, inside = _tile(FIRST, head, e, w, E, W)
+        at_state, inside = state_tile(FIRST, head, e, w, E, W)
         now += tl.load(at_state, mask=inside, other=0.0)
     xs = X + b.to(tl.int64) * x_b + (h // X_FOLD).to(tl.int64) * x_h + e[None, :] * x_e
     ys = Y + b.to(tl.int64) * y_b + (h // Y_FOLD).to(tl.int64) * y_h + w[None, :] * y_e
@@ -91,19 +45,19 @@ def linear_scan(
         chunk = step
         if BACKWARDS:
             chunk = chunks - 1 - step
-        at_state, inside = _tile(STATES, head * chunks + chunk, e, w, E, W)
+        at_state, inside = state_tile(STATES, head * chunks + chunk, e, w, E, W)
         tl.store(at_state, now, mask=inside)
         at = chunk * C + tl.arange(0, C)
         x = tl.load(xs + at.to(tl.int64)[:, None] * x_n, mask=(at < n)[:, None] & (e < E)[None, :], other=0.0)
         y = tl.load(ys + at.to(tl.int64)[:, None] * y_n, mask=(at < n)[:, None] & (w < W)[None, :], other=0.0)
-        rise, fall, whole = _edges(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
+        rise, fall, whole = edge_decays(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
         if HAS_DECAY:
             weight = fall
             if BACKWARDS:
                 weight = rise
             x = narrow(x.to(tl.float32) * weight[:, None], x.dtype, UPCAST)
         now = whole * now + MUL * dot(tl.trans(x), y, UPCAST)
-    at_state, inside = _tile(LAST, head, e, w, E, W)
+    at_state, inside = state_tile(LAST, head, e, w, E, W)
     tl.store(at_state, now, mask=inside)
 
 
@@ -120,15 +74,15 @@ def linear_output(
     e, w = tl.arange(0, EP), tl.program_id(1) * TW + tl.arange(0, TW)
     q = load_rows(Q, b, h, at, at < n, q_b, q_h, q_n, q_e, E, EP)
     k = load_rows(K, b, h // FOLD, at, at < n, k_b, k_h, k_n, k_e, E, EP)
-    m = dot(q, tl.trans(k), UPCAST) * _pairs(HIGH, LOW, head, at, n, C, HAS_DECAY)
+    m = dot(q, tl.trans(k), UPCAST) * pair_decays(HIGH, LOW, head, at, n, C, HAS_DECAY)
     v = tl.load(
         V + b.to(tl.int64) * v_b + (h // FOLD).to(tl.int64) * v_h + at.to(tl.int64)[:, None] * v_n + w[None, :] * v_e,
         mask=(at < n)[:, None] & (w < W)[None, :],
         other=0.0,
     )
-    at_state, inside = _tile(STATES, head * tl.num_programs(0) + chunk, e, w, E, W)
+    at_state, inside = state_tile(STATES, head * tl.num_programs(0) + chunk, e, w, E, W)
     state = narrow(tl.load(at_state, mask=inside, other=0.0), q.dtype, UPCAST)
-    rise, _, _ = _edges(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
+    rise, _, _ = edge_decays(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
     out = dot(narrow(m, v.dtype, UPCAST), v, UPCAST) + rise[:, None] * dot(q, state, UPCAST)
     place = OUT + (head.to(tl.int64) * n + at.to(tl.int64))[:, None] * W + w[None, :]
     tl.store(place, narrow(out * SCALE, OUT.dtype.element_ty, UPCAST), mask=(at < n)[:, None] & (w < W)[None, :])
@@ -167,9 +121,9 @@ def linear_backward(
                 D_OUT + b.to(tl.int64) * d_b + h.to(tl.int64) * d_h + at.to(tl.int64)[:, None] * d_n + w[None, :] * d_e,
                 mask=some, other=0.0,
             )  # fmt: skip
-            at_state, inside = _tile(STATES, head * chunks + chunk, e, w, E, W)
+            at_state, inside = state_tile(STATES, head * chunks + chunk, e, w, E, W)
             state = tl.load(at_state, mask=inside, other=0.0)
-            at_later, inside = _tile(LATER, head * chunks + chunk, e, w, E, W)
+            at_later, inside = state_tile(LATER, head * chunks + chunk, e, w, E, W)
             later = tl.load(at_later, mask=inside, other=0.0)
             products += dot(grad, tl.trans(v), UPCAST)
             past += dot(grad, tl.trans(narrow(state, grad.dtype, UPCAST)), UPCAST)
@@ -177,10 +131,10 @@ def linear_backward(
             if HAS_DECAY:
                 over += tl.sum(tl.sum(state * later, 1), 0)
         q = load_rows(Q, b, h, at, at < n, q_b, q_h, q_n, q_e, E, EP)
-        rise, fall, whole = _edges(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
+        rise, fall, whole = edge_decays(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
         past = past * (rise * SCALE)[:, None]
         future = future * fall[:, None]
-        products = products * (_pairs(HIGH, LOW, head, at, n, C, HAS_DECAY) * SCALE)
+        products = products * (pair_decays(HIGH, LOW, head, at, n, C, HAS_DECAY) * SCALE)
         if HAS_DECAY:
             # Pairs j < t <= i, by where i and j lie: both in the chunk, only i, only j, neither.
             inner = products * dot(q, tl.trans(k), UPCAST)
@@ -219,10 +173,10 @@ def linear_backward_values(
             D_OUT + b.to(tl.int64) * d_b + h.to(tl.int64) * d_h + at.to(tl.int64)[:, None] * d_n + w[None, :] * d_e,
             mask=some, other=0.0,
         )  # fmt: skip
-        m = dot(q, tl.trans(k), UPCAST) * (_pairs(HIGH, LOW, head, at, n, C, HAS_DECAY) * SCALE)
-        at_later, inside = _tile(LATER, head * tl.num_programs(0) + chunk, e, w, E, W)
+        m = dot(q, tl.trans(k), UPCAST) * (pair_decays(HIGH, LOW, head, at, n, C, HAS_DECAY) * SCALE)
+        at_later, inside = state_tile(LATER, head * tl.num_programs(0) + chunk, e, w, E, W)
         later = narrow(tl.load(at_later, mask=inside, other=0.0), k.dtype, UPCAST)
-        _, fall, _ = _edges(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
+        _, fall, _ = edge_decays(HIGH, LOW, head, at, n, chunk * C, C, HAS_DECAY)
         dv += dot(tl.trans(narrow(m, grad.dtype, UPCAST)), grad, UPCAST) + fall[:, None] * dot(k, later, UPCAST)
     place = DV + (tl.program_id(2).to(tl.int64) * n + at.to(tl.int64))[:, None] * W + w[None, :]
     tl.store(place, narrow(dv, DV.dtype.element_ty, UPCAST), mask=some)
@@ -250,9 +204,9 @@ def linear_maps(
     rise = tl.full([TQ], 1.0, tl.float32)
     if HAS_DECAY:
         first = tile_of(tl.load(FIRST + head * row_tiles + tile), TK, K_BLOCK, K_STEP, K_PAD, K_PER)
-        row_high, row_low = _log(HIGH, LOW, head, rows, n)
-        edge_high, edge_low = _log(HIGH, LOW, head, low_row, n)
-        rise = _decay(row_high, row_low, edge_high, edge_low)
+        row_high, row_low = log_sum(HIGH, LOW, head, rows, n)
+        edge_high, edge_low = log_sum(HIGH, LOW, head, low_row, n)
+        rise = decay_between(row_high, row_low, edge_high, edge_low)
     rise = rise * SCALE
     diagonal = tile_of(low_row, TK, K_BLOCK, K_STEP, K_PAD, K_PER)
     last = tile_of(high_row, TK, K_BLOCK, K_STEP, K_PAD, K_PER) + 1
@@ -263,12 +217,12 @@ def linear_maps(
         if t < diagonal:  # every key before every row: the decay factors through the first row
             m = m * rise[:, None]
             if HAS_DECAY:
-                high, low = _log(HIGH, LOW, head, cols, n)
-                m = m * _decay(edge_high, edge_low, high, low)[None, :]
+                high, low = log_sum(HIGH, LOW, head, cols, n)
+                m = m * decay_between(edge_high, edge_low, high, low)[None, :]
         else:
             if HAS_DECAY:
-                high, low = _log(HIGH, LOW, head, cols, n)
-                m = m * _decay(row_high[:, None], row_low[:, None], high[None, :], low[None, :])
+                high, low = log_sum(HIGH, LOW, head, cols, n)
+                m = m * decay_between(row_high[:, None], row_low[:, None], high[None, :], low[None, :])
             m = tl.where(rows[:, None] >= cols[None, :], m * SCALE, 0.0)
         at_rows = tile * CQ + tl.arange(0, CQ)
         at_columns = t * CK + tl.arange(0, CK)
