@@ -24,8 +24,8 @@ from torch import Tensor
 
 from workbench.kernels.forms import choose
 from workbench.kernels.mask import Mask
-from workbench.kernels.scores import Bias, Relative, Scores
-from workbench.kernels.softmax_backward import N_SCORES, SCORES_SCHEMA, score_parts, scores_of, softmax_backward
+from workbench.kernels.scores import N_SCORES, SCORES_SCHEMA, Bias, Relative, Scores, score_parts, scores_of
+from workbench.kernels.softmax_backward import softmax_backward
 
 REDUCTIONS = ("sum", "mean", "max", "abs")
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from workbench.kernels.mask import Mask
+from workbench.kernels.mask import SCHEMA, Mask
 
 HIDDEN = -1e30
 
@@ -165,3 +166,23 @@ class Scores:
     def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], name: str) -> None:
         if bias.ndim > 4 or any(n not in (1, full) for n, full in zip(bias.shape[::-1], shape[::-1], strict=False)):
             raise ValueError(f"{name} must broadcast to [B, H, rows, K] = {list(shape)}; got {list(bias.shape)}")
+
+
+SCORES_SCHEMA = (
+    f"Tensor q, Tensor k, {SCHEMA}, float? scale, float? softcap, Tensor? sink, Tensor? bias, int? bias_first"
+)
+"""``score_parts`` in the schema language of ``torch.library``; ``bias_first`` is set if ``bias`` is a ``Relative``'s table."""
+N_SCORES = 2 + SCHEMA.count(",") + 1 + 5
+
+
+def score_parts(scores: Scores) -> tuple[Any, ...]:
+    """Scores as plain arguments of a custom operator; not for a bias function. ``scores_of`` makes them scores again."""
+    given = scores.bias
+    bias, first = (given.table, given.first) if isinstance(given, Relative) else (given, None)
+    assert bias is None or isinstance(bias, Tensor)
+    return (scores.q, scores.k, *scores.mask.parts(), scores.scale, scores.softcap, scores.sink, bias, first)
+
+
+def scores_of(parts: tuple[Any, ...]) -> Scores:
+    q, k, *mask, scale, softcap, sink, bias, first = parts
+    return Scores(q, k, Mask(*mask), scale, softcap, sink, bias if first is None else Relative(bias, first))

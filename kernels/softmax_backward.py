@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.forms import choose
-from workbench.kernels.mask import SCHEMA, Mask
-from workbench.kernels.scores import Relative, Scores
+from workbench.kernels.scores import N_SCORES, SCORES_SCHEMA, Scores, score_parts, scores_of
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
@@ -86,26 +85,6 @@ def softmax_backward(
         found = torch.ops.workbench.softmax_backward(*score_parts(scores), *extras, form)
     dq, dk, dv, d_row = found
     return dq, dk, None if v is None else dv, d_row
-
-
-SCORES_SCHEMA = (
-    f"Tensor q, Tensor k, {SCHEMA}, float? scale, float? softcap, Tensor? sink, Tensor? bias, int? bias_first"
-)
-"""``score_parts`` in the schema language of ``torch.library``; ``bias_first`` is set if ``bias`` is a ``Relative``'s table."""
-N_SCORES = 2 + SCHEMA.count(",") + 1 + 5
-
-
-def score_parts(scores: Scores) -> tuple[Any, ...]:
-    """Scores as plain arguments of a custom operator; not for a bias function. ``scores_of`` makes them scores again."""
-    given = scores.bias
-    bias, first = (given.table, given.first) if isinstance(given, Relative) else (given, None)
-    assert bias is None or isinstance(bias, Tensor)
-    return (scores.q, scores.k, *scores.mask.parts(), scores.scale, scores.softcap, scores.sink, bias, first)
-
-
-def scores_of(parts: tuple[Any, ...]) -> Scores:
-    q, k, *mask, scale, softcap, sink, bias, first = parts
-    return Scores(q, k, Mask(*mask), scale, softcap, sink, bias if first is None else Relative(bias, first))
 
 
 def _run(scores: Scores, extras: tuple[Any, ...], form: str) -> list[Tensor]:

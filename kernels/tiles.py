@@ -11,8 +11,10 @@ the cells of a block afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -24,6 +26,20 @@ from workbench.kernels.scores import Relative, Scores
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+def beside_its_tensors(launch: Callable[Given, Found]) -> Callable[Given, Found]:
+    """Make the GPU that holds the first tensor the current one: Triton launches on the current device."""
+
+    @wraps(launch)
+    def there(*given: Given.args, **named: Given.kwargs) -> Found:
+        like = next(part for part in given if isinstance(part, Scores | Tensor))
+        with torch.cuda.device_of(like.q if isinstance(like, Scores) else like):
+            return launch(*given, **named)
+
+    return there
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,34 @@ def dot(a, b, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 as ``dtype``, to nearest. The interpreter, where ``UPCAST`` holds, cuts bfloat16 off instead: it is given numbers
+    that are rounded already."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(X, b, h, at, seen, x_b, x_h, x_n, x_e, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    """Rows ``at`` of ``X[b, h]``, zero where not ``seen``."""
+    e = tl.arange(0, PAD)
+    base = X + b.to(tl.int64) * x_b + h.to(tl.int64) * x_h
+    return tl.load(
+        base + at.to(tl.int64)[:, None] * x_n + e[None, :] * x_e, mask=seen[:, None] & (e < WIDTH)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def store_rows(X, head, at, inside, n, x, UPCAST: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    """Rows ``at`` of head number ``head`` of a contiguous ``[.., n, WIDTH]``."""
+    e = tl.arange(0, PAD)
+    place = X + (head.to(tl.int64) * n + at.to(tl.int64))[:, None] * WIDTH + e[None, :]
+    tl.store(place, narrow(x, X.dtype.element_ty, UPCAST), mask=inside[:, None] & (e < WIDTH)[None, :])
 
 
 @triton.jit

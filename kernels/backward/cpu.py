@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.kernels.flash.chunks import LOG2E, Buffers, blank, chunks, key_length, unseen
-from workbench.kernels.flash.cpu import base_two, whole
+from workbench.kernels.pairs.chunks import Buffers, base_two, blank, chunks, key_length, unseen, whole
+from workbench.kernels.pairs.span import LOG2E
 from workbench.kernels.scores import HIDDEN, Scores
 
 

@@ -14,10 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench.kernels.flash.chunks import blank, unseen
-from workbench.kernels.flash.triton import Tuning, cleaned, narrow, open_keys, pair_arguments, room
+from workbench.kernels.flash.triton import Tuning
+from workbench.kernels.pairs.chunks import blank, unseen
+from workbench.kernels.pairs.tiles import cleaned, open_keys, pair_arguments
 from workbench.kernels.scores import Scores
-from workbench.kernels.tiles import Cells, dot, key_tiles, query_tiles, score_tile, strides, tanh, visible, width
+from workbench.kernels.tiles import (
+    Cells,
+    beside_its_tensors,
+    dot,
+    key_tiles,
+    narrow,
+    query_tiles,
+    score_tile,
+    strides,
+    tanh,
+    visible,
+    width,
+)
 
 
 @triton.jit
@@ -154,10 +167,10 @@ def _by_row(
                     if HAS_CAP:
                         bent = tanh(dot(q, tl.trans(k), UPCAST) * SCALE / SOFTCAP)
                         ds *= 1.0 - bent * bent
-                    dq += dot(narrow(ds, k, UPCAST), k, UPCAST)
+                    dq += dot(narrow(ds, k.dtype, UPCAST), k, UPCAST)
             d += total
     real = rows_in[:, None] & (e[None, :] < E)
-    tl.store(DQ + (bh * n_queries + near) * E + e[None, :], (dq * SCALE).to(DQ.dtype.element_ty), mask=real)
+    tl.store(DQ + (bh * n_queries + near) * E + e[None, :], narrow(dq * SCALE, DQ.dtype.element_ty, UPCAST), mask=real)
     tl.store(D + bh * n_queries + rows, d, mask=rows_in)
 
 
@@ -274,7 +287,7 @@ def _by_key(
                 p = tl.exp2(s - lse[None, :])
                 g = tl.zeros([TK, TQ], tl.float32)
                 if HAS_OUT:
-                    dv += dot(narrow(p, do, UPCAST), do, UPCAST)
+                    dv += dot(narrow(p, do.dtype, UPCAST), do, UPCAST)
                     g = dot(v, tl.trans(do), UPCAST)
                 if BLOCK > 0 or HAS_RECEIVED:
                     g += tl.trans(_of_maps(
@@ -287,12 +300,12 @@ def _by_key(
                 if HAS_CAP:
                     bent = tanh(dot(k, tl.trans(q), UPCAST) * SCALE / SOFTCAP)
                     ds *= 1.0 - bent * bent
-                dk += dot(narrow(ds, q, UPCAST), q, UPCAST)
+                dk += dot(narrow(ds, q.dtype, UPCAST), q, UPCAST)
     there = (cols < n_received)[:, None]
     at = bg * n_received + far
-    tl.store(DK + at * E + e[None, :], (dk * SCALE).to(DK.dtype.element_ty), mask=there & (e[None, :] < E))
+    tl.store(DK + at * E + e[None, :], narrow(dk * SCALE, DK.dtype.element_ty, UPCAST), mask=there & (e[None, :] < E))
     if HAS_OUT:
-        tl.store(DV + at * VE + ve[None, :], dv.to(DV.dtype.element_ty), mask=there & (ve[None, :] < VE))
+        tl.store(DV + at * VE + ve[None, :], narrow(dv, DV.dtype.element_ty, UPCAST), mask=there & (ve[None, :] < VE))
 
 
 def tuning(e: int, v: int, dtype: torch.dtype) -> Tuning:
@@ -304,6 +317,7 @@ def tuning(e: int, v: int, dtype: torch.dtype) -> Tuning:
     return Tuning(64, 64, 8, 2) if wide <= 128 else Tuning(32, 32, 8, 2)
 
 
+@beside_its_tensors
 def fused_backward(
     scores: Scores,
     lse: Tensor,
@@ -326,7 +340,8 @@ def fused_backward(
     upstream = None if d_out is None else d_out.to(scores.q.dtype)
     if upstream is not None and scores.mask.queries is not None:
         upstream = blank(upstream, unseen(scores)[1])
-    dq, dk, dv = (room(part, part.shape) for part in (scores.q, scores.k, scores.q.new_empty(0) if v is None else v))
+    given = (scores.q, scores.k, scores.q.new_empty(0) if v is None else v)
+    dq, dk, dv = (part.new_empty(part.shape) for part in given)
     d = torch.empty(b, h, q, dtype=torch.float32, device=lse.device)
 
     def held(part: Tensor | None) -> Tensor:
@@ -353,4 +368,4 @@ def fused_backward(
         DK=dk, DV=dk if v is None else dv, groups=groups, batch_groups=b * groups,
         **pair_arguments(clean, rows, columns, by_key=True), **shared,
     )  # fmt: skip
-    return [*(part.to(scores.q.dtype) for part in (dq, dk, dv)), d]
+    return [dq, dk, dv, d]

@@ -6,14 +6,17 @@ adds the rows of its bag in a fixed order. A feature that most rows use is one l
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from workbench.kernels.decode.cpu import by_feature
 from workbench.kernels.sparse_decode import accumulation
-from workbench.kernels.tiles import upcast
+from workbench.kernels.tiles import (
+    beside_its_tensors,
+    narrow,
+    upcast,
+)
 
 TILE = 4096
 """Gathered elements a program holds: 32 a thread with 4 warps."""
@@ -25,6 +28,7 @@ DEPTH = 8
 def _bags(
     TABLE, ROWS, WEIGHTS, STARTS, BIAS, OUT, TOTALS, n_rows, width, size, t_n, t_d, bias_d,
     HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TOTALS: tl.constexpr, P: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -51,7 +55,7 @@ def _bags(
     out = tl.sum(acc, 0)
     if HAS_BIAS:
         out += tl.load(BIAS + at * bias_d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + bag * width + at, out.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + bag * width + at, narrow(out, OUT.dtype.element_ty, UPCAST), mask=inside)
     if HAS_TOTALS:
         if block == 0:
             tl.store(TOTALS + bag, tl.sum(total, 0))
@@ -82,18 +86,21 @@ def columns(width: int) -> int:
     return min(TILE // DEPTH, max(16, triton.next_power_of_2(width)))
 
 
+@beside_its_tensors
 def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     table, (n, k), width = row_major(weight), values.shape, weight.shape[1]
-    out = rounded_later(weight, n, width)
+    out = weight.new_empty(n, width)
     like = weight if bias is None else bias
     _bags[(n, triton.cdiv(width, columns(width)))](
         table, indices.contiguous(), values.contiguous(), indices, like, out, out, weight.shape[0], width, k,
         table.stride(0), table.stride(1), like.stride(0),
-        HAS_STARTS=False, HAS_BIAS=bias is not None, HAS_TOTALS=False, P=DEPTH, BD=columns(width), num_warps=4,
+        HAS_STARTS=False, HAS_BIAS=bias is not None, HAS_TOTALS=False, P=DEPTH, BD=columns(width),
+        UPCAST=upcast(weight), num_warps=4,
     )  # fmt: skip
-    return out.to(weight.dtype)
+    return out
 
 
+@beside_its_tensors
 def dots(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     table, (n, k), width = row_major(weight), indices.shape, weight.shape[1]
     out = rows.new_empty((n, k), dtype=accumulation(rows, weight))
@@ -104,25 +111,20 @@ def dots(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@beside_its_tensors
 def feature_sums(values: Tensor, indices: Tensor, rows: Tensor, features: int) -> tuple[Tensor, Tensor]:
     row, value, starts = by_feature(values, indices, features)
     table, width = row_major(rows), rows.shape[1]
-    sums = rounded_later(rows, features, width)
+    sums = rows.new_empty(features, width)
     totals = rows.new_empty((features,), dtype=accumulation(values, rows))
     _bags[(features, triton.cdiv(width, columns(width)))](
         table, row, value, starts, rows, sums, totals, rows.shape[0], width, 0,
         table.stride(0), table.stride(1), 0,
-        HAS_STARTS=True, HAS_BIAS=False, HAS_TOTALS=True, P=DEPTH, BD=columns(width), num_warps=4,
+        HAS_STARTS=True, HAS_BIAS=False, HAS_TOTALS=True, P=DEPTH, BD=columns(width), UPCAST=upcast(rows), num_warps=4,
     )  # fmt: skip
-    return sums.to(rows.dtype), totals
+    return sums, totals
 
 
 def row_major(table: Tensor) -> Tensor:
     """The table with rows in one piece: gathering strided rows costs a memory sector per element, a copy is cheaper."""
     return table if table.stride(1) == 1 else table.contiguous()
-
-
-def rounded_later(like: Tensor, *shape: int) -> Tensor:
-    """Room for a result in the dtype of ``like``. Triton's interpreter cuts float32 to bfloat16 instead of rounding it: there
-    the result stays float32 until torch rounds it."""
-    return like.new_empty(shape, dtype=torch.float32 if upcast(like) else like.dtype)

@@ -27,7 +27,15 @@ from workbench.kernels.delta.tiles import (
     tokens,
     warps,
 )
-from workbench.kernels.tiles import Cells, places, strides, tile_of, upcast, width
+from workbench.kernels.tiles import (
+    Cells,
+    beside_its_tensors,
+    places,
+    strides,
+    tile_of,
+    upcast,
+    width,
+)
 
 ROWS, SUMS, CELLS = 0, 1, 2
 
@@ -159,6 +167,7 @@ def map_kernel(
         )  # fmt: skip
 
 
+@beside_its_tensors
 def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -175,6 +184,7 @@ def forward(
     return out.to(v.dtype), last
 
 
+@beside_its_tensors
 def rows(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, lo: int, hi: int) -> Tensor:
     b, h, n = beta.shape
     log = None if log_decay is None else log_decay[:, :, :hi]
@@ -184,6 +194,7 @@ def rows(q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None, scale: fl
     return out
 
 
+@beside_its_tensors
 def block_maps(
     q: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, block: int, reduce: tuple[str, ...]
 ) -> dict[str, Tensor]:

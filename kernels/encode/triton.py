@@ -16,7 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench.kernels.tiles import dot, upcast
+from workbench.kernels.tiles import (
+    beside_its_tensors,
+    dot,
+    upcast,
+)
 
 PROGRAMS = 512
 """Programs to aim at: two waves of two programs on each of a large GPU's 132 processors."""
@@ -102,6 +106,7 @@ def shares(n: int, f: int, size: Tiles) -> int:
     return triton.cdiv(triton.cdiv(f, parts), size.features) * size.features
 
 
+@beside_its_tensors
 def encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, positive: bool) -> tuple[Tensor, Tensor]:
     (n, d), f = x.shape, weight.shape[1]
     size = tiles(k, n, x.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.kernels.flash.chunks import LN2, LOG2E, Buffers, Picked, Span, blank, chunks, key_length, unseen
+from workbench.kernels.pairs.chunks import LN2, Buffers, base_two, blank, chunks, key_length, unseen, whole
 from workbench.kernels.scores import HIDDEN, Scores
 
 
@@ -40,32 +40,8 @@ def blocked_flash(
         chunk.put_rows(lse, (base + denominator.log2()).mul_(LN2))
         weight = denominator.reciprocal().masked_fill_(denominator == 0, 0.0)
         chunk.put_rows(output, torch.bmm(e, chunk.take_keys(values)).mul_(weight[..., None]))
-        if mass is not None and block is not None:
-            chunk.add_mass(mass, e, weight, block)
+        if mass is not None:
+            chunk.add_sums(e, weight, mass, block, None)
         if peak is not None and block is not None:
             chunk.raise_peak(peak, e.mul_(weight[..., None]), block)
     return output, lse, mass, peak
-
-
-def base_two(chunk: Span | Picked, queries: Tensor, keys: Tensor, spare: Buffers) -> tuple[Tensor, Tensor | None]:
-    """Base-2 scores ``[C, R, M]`` in buffer 0, ``HIDDEN`` or less where hidden; under a softcap also the tanh, in buffer 2."""
-    scores = chunk.scores
-    assert scores.scale is not None
-    x = spare.take(0, chunk.flat)
-    cap = scores.softcap
-    part = chunk.take_rows(queries).to(x.dtype) * (scores.scale * LOG2E if cap is None else scores.scale / cap)
-    torch.bmm(part, chunk.take_keys(keys).transpose(1, 2), out=x)
-    bent = None
-    if cap is not None:
-        bent = spare.take(2, chunk.flat)
-        torch.tanh(x, out=bent)
-        torch.mul(bent, cap * LOG2E, out=x)
-    if scores.bias is not None:
-        x.view(chunk.full).add_(chunk.bias(), alpha=LOG2E).clamp_(min=HIDDEN)
-    chunk.hide(x)
-    return x, bent
-
-
-def whole(tensor: Tensor, length: int) -> Tensor:
-    """``[B, G, K, E]`` filled up with zeros to ``length`` keys, contiguous."""
-    return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2])).contiguous()

@@ -4,65 +4,31 @@ Persistent programs take row tiles longest first. Each owns a float32 scratch of
 for every row tile: memory is programs x tile x cells, not Q x cells. During the key loop a cell leaves behind, per row,
 lambda = running maximum + log2(its sum) and its largest score; both are absolute, so that no later maximum changes them. Once
 the row's lse is known, the scratch is read again: 2^(lambda - lse2) is summed over the rows of a cell, 2^(max - lse2) maximised.
-
-Which key tiles a row tile meets is a range where causality and window decide alone. With documents, key padding or block masks
-it is a list, made once per call from the ends of the tiles: hidden tiles are not visited, and no tile is tested in the loop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench.kernels.flash.chunks import blank, unseen
+from workbench.kernels.pairs.tiles import cleaned, open_keys, pair_arguments
 from workbench.kernels.scores import Scores
 from workbench.kernels.tiles import (
     Cells,
+    beside_its_tensors,
     dot,
     key_tiles,
-    mask_arguments,
+    narrow,
     places,
-    score_arguments,
     score_tile,
     strides,
-    upcast,
     visible,
     width,
 )  # fmt: skip
-
-
-@triton.jit
-def narrow(x, like, UPCAST: tl.constexpr):
-    """float32 x in the dtype of the other factor. Triton's interpreter cuts bfloat16 off instead of rounding: there x stays."""
-    return x if UPCAST else x.to(like.dtype)
-
-
-@triton.jit
-def open_keys(
-    low, high, first, last, n_keys, OFFSET, WINDOW, PREFIX,
-    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, T: tl.constexpr, SIMPLE: tl.constexpr,
-):  # fmt: skip
-    """Key tiles of ``[first, last)`` in which query rows ``low .. high`` see every key, so that no mask is needed."""
-    start = first
-    stop = first
-    if SIMPLE:
-        stop = n_keys // T
-        if HAS_WINDOW:
-            start = (tl.maximum(high + OFFSET - WINDOW + 1, 0) + T - 1) // T
-            if CAUSAL:
-                stop = tl.minimum(stop, (low + OFFSET + 1) // T)
-            else:
-                stop = tl.minimum(stop, (low + OFFSET + WINDOW) // T)
-        elif CAUSAL:
-            stop = tl.minimum(stop, tl.maximum(low + OFFSET + 1, PREFIX) // T)
-        start = tl.minimum(tl.maximum(start, first), last)
-        stop = tl.minimum(tl.maximum(stop, start), last)
-    return start, stop
 
 
 @triton.jit
@@ -182,13 +148,13 @@ def _flash(
                     )
                     mass = tl.sum(cells, 1)
                 total = total * decay + mass
-                acc = acc * decay[:, None] + dot(narrow(p, v, UPCAST), v, UPCAST)
+                acc = acc * decay[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
                 top = new
         lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(
-            OUT + b * o_b + h * o_h + rows.to(tl.int64)[:, None] * o_n + ve[None, :] * o_e, acc.to(OUT.dtype.element_ty),
-            mask=rows_in[:, None] & (ve[None, :] < VE),
+            OUT + b * o_b + h * o_h + rows.to(tl.int64)[:, None] * o_n + ve[None, :] * o_e,
+            narrow(acc, OUT.dtype.element_ty, UPCAST), mask=rows_in[:, None] & (ve[None, :] < VE),
         )  # fmt: skip
         tl.store(LSE + bh.to(tl.int64) * n_queries + rows, lse * 0.6931471805599453, mask=rows_in)
         if SUMS or PEAKS:
@@ -233,6 +199,7 @@ def tuning(e: int, v: int, dtype: torch.dtype) -> Tuning:
     return Tuning(128, 64, 8, 3) if wide <= 128 else Tuning(64, 32, 8, 2)
 
 
+@beside_its_tensors
 def fused_flash(
     scores: Scores, v: Tensor, block: int | None, sums: bool, peaks: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -248,7 +215,7 @@ def fused_flash(
     pairs = pair_arguments(clean, rows, columns)
     items = rows.tiles * b * h
     programs = min(items, programs_at_once(scores.q, tune))
-    output = room(v, (b, h, q, ve))
+    output = v.new_empty(b, h, q, ve)
     lse = v.new_empty((b, h, q), dtype=torch.float32)
     slots = columns.tiles * (tune.keys // columns.pad)
     scratch = lse.new_empty(programs * slots * tune.rows * (sums + peaks))
@@ -266,12 +233,7 @@ def fused_flash(
     def pooled(cells: Tensor, reduce: str) -> Tensor:
         return columns.pool(rows.pool(cells, -2, reduce), -1, reduce)
 
-    return output.to(v.dtype), lse, pooled(mass, "sum") if sums else None, pooled(peak, "max") if peaks else None
-
-
-def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """For a result in the dtype of ``like``; where ``narrow`` does nothing, in float32, for torch to round."""
-    return torch.empty(shape, dtype=torch.float32 if upcast(like) else like.dtype, device=like.device)
+    return output, lse, pooled(mass, "sum") if sums else None, pooled(peak, "max") if peaks else None
 
 
 def programs_at_once(like: Tensor, tune: Tuning) -> int:
@@ -279,98 +241,3 @@ def programs_at_once(like: Tensor, tune: Tuning) -> int:
     if not like.is_cuda:
         return 3
     return max(1, 8 // tune.warps) * torch.cuda.get_device_properties(like.device).multi_processor_count
-
-
-def cleaned(scores: Scores, v: Tensor | None) -> tuple[Scores, Tensor | None]:
-    """The same scores and values with zeros at positions that data-dependent masks hide from everyone; they may hold NaN."""
-    mask = scores.mask
-    if all(part is None for part in (mask.keys, mask.queries, mask.dense, mask.blocks)):
-        return scores, v
-    keys, rows = unseen(scores)
-    return replace(scores, q=blank(scores.q, rows), k=blank(scores.k, keys)), None if v is None else blank(v, keys)
-
-
-def pair_arguments(scores: Scores, rows: Cells, columns: Cells, by_key: bool = False) -> dict[str, Any]:
-    """Which pairs a kernel visits: mask and score arguments, the keys that anybody can see by position, and the lists of key
-    tiles of every row tile (``by_key``: of row tiles of every key tile)."""
-    mask, (_, _, q, k) = scores.mask, scores.shape
-    first_seen, n_keys = replace(mask, documents=None, keys=None, blocks=None, side=None).span(0, q, k)
-    arguments = mask_arguments(scores) | score_arguments(scores)
-    even = all(cells.pad == cells.step and cells.block % cells.step == 0 for cells in (rows, columns))
-    if mask.side is not None and even and mask.side % rows.tile == 0 and mask.side % columns.tile == 0:
-        arguments["SIDE"] = 0  # a tile lies in one block: the list has decided
-    listed = any(part is not None for part in (mask.documents, mask.keys, mask.blocks))
-    tiles = counts = scores.q
-    lists = {"t_b": 0, "t_h": 0, "t_q": 0, "c_b": 0, "c_h": 0}
-    if listed:
-        seen = visible_tiles(scores, rows, columns)
-        seen = seen.transpose(-1, -2).contiguous() if by_key else seen
-        counts = seen.sum(-1, dtype=torch.int32)
-        tiles = seen.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
-        lists = {
-            f"t_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, tiles.stride(), strict=False)
-        }
-        lists |= {
-            f"c_{axis}": 0 if n == 1 else step for axis, n, step in zip("bh", seen.shape, counts.stride(), strict=False)
-        }
-        lists |= {"t_q": tiles.stride(2)}
-    plain = mask.queries is None and mask.dense is None and scores.bias is None
-    return arguments | lists | {
-        "TILES": tiles, "COUNTS": counts, "LISTED": listed, "SIMPLE": not listed and plain and even,
-        "n_queries": q, "n_keys": n_keys, "first_seen": first_seen,
-    }  # fmt: skip
-
-
-def visible_tiles(scores: Scores, rows: Cells, columns: Cells) -> Tensor:
-    """Tiles ``[B or 1, H or 1, row tiles, key tiles]`` in which some query may see some key; True when in doubt."""
-    mask, device = scores.mask, scores.q.device
-    row, row_in = _positions(rows, device)
-    column, column_in = _positions(columns, device)
-    row_first, row_last = _ends(row, row_in)
-    first, last = _ends(column, column_in)
-    nearest, farthest = (
-        row_first[:, None] + mask.offset - last,
-        row_last[:, None] + mask.offset - first,
-    )  # query minus key
-    seen = torch.ones_like(nearest, dtype=torch.bool)
-    if mask.causal:
-        seen = farthest >= 0
-    if mask.window is not None:
-        seen = seen & (nearest < mask.window)
-        if not mask.causal:
-            seen = seen & (-farthest < mask.window)
-    seen = seen | (first < mask.prefix)
-    seen = (seen & row_in.any(1)[:, None] & column_in.any(1))[None, None]
-    if mask.documents is not None:
-        numbers = mask.documents.to(device, torch.int64)
-        least, most = _ends(numbers[:, (row + mask.offset).clamp(max=numbers.shape[1] - 1)], row_in)
-        fewest, greatest = _ends(numbers[:, column.clamp(max=numbers.shape[1] - 1)], column_in)
-        seen = seen & ((least[:, :, None] <= greatest[:, None]) & (fewest[:, None] <= most[:, :, None]))[:, None]
-    if mask.keys is not None:
-        at = mask.keys.to(device)[:, column.clamp(max=columns.length - 1)] & column_in
-        seen = seen & at.any(-1)[:, None, None]
-    if mask.queries is not None:
-        at = mask.queries.to(device)[:, row.clamp(max=rows.length - 1)] & row_in
-        seen = seen & at.any(-1)[:, None, :, None]
-    if mask.blocks is not None and mask.side is not None:
-        i, j = (torch.arange(n, device=device) for n in mask.blocks.shape[2:])
-        by_row = (row_first[:, None] // mask.side <= i) & (i <= row_last[:, None] // mask.side)
-        by_column = (first[:, None] // mask.side <= j) & (j <= last[:, None] // mask.side)
-        seen = seen & (by_row.float() @ mask.blocks.to(device, torch.float32) @ by_column.T.float() > 0)
-    return seen
-
-
-def _positions(cells: Cells, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``places`` for all tiles, ``[tiles, tile]``."""
-    at = torch.arange(cells.tiles * cells.tile, device=device)
-    cell, within = at // cells.pad, at % cells.pad
-    inside = cell % cells.per * cells.step + within
-    position = cell // cells.per * cells.block + inside
-    ok = (within < cells.step) & (inside < cells.block) & (position < cells.length)
-    return position.view(-1, cells.tile), ok.view(-1, cells.tile)
-
-
-def _ends(values: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest value of each tile; anything for a tile that holds nothing."""
-    info = torch.iinfo(torch.int32)
-    return values.masked_fill(~inside, info.max).amin(-1), values.masked_fill(~inside, info.min).amax(-1)

@@ -15,8 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench.kernels.linear.tiles import decay_between, edge_decays, log_sum, pair_decays, state_tile
-from workbench.kernels.sigmoid.tiles import load_rows, narrow, store_rows
-from workbench.kernels.tiles import LOG2E, Cells, dot, places, strides, tile_of, upcast, width
+from workbench.kernels.tiles import (
+    LOG2E,
+    Cells,
+    beside_its_tensors,
+    dot,
+    load_rows,
+    narrow,
+    places,
+    store_rows,
+    strides,
+    tile_of,
+    upcast,
+    width,
+)
 
 NOTHING = 151
 """2^-NOTHING rounds to 0 in float32."""
@@ -236,6 +248,7 @@ def linear_maps(
             tl.store(MAX + place, tl.max(tl.reshape(top, (CQ, CK, K_PAD)), 2))
 
 
+@beside_its_tensors
 def fused_forward(
     q: Tensor,
     k: Tensor,
@@ -261,6 +274,7 @@ def fused_forward(
     return [output, last, *_maps(q, k, decay, scale, block, with_abs, with_max)]
 
 
+@beside_its_tensors
 def fused_backward(
     d_output: Tensor,
     d_state: Tensor | None,

@@ -15,18 +15,21 @@ import triton.language as tl
 from torch import Tensor
 
 from workbench.kernels.scores import Scores
-from workbench.kernels.sigmoid.tiles import load_rows, narrow, store_rows
 from workbench.kernels.sigmoid_attention import Wanted
 from workbench.kernels.tiles import (
     LOG2E,
     Cells,
+    beside_its_tensors,
     dot,
     key_tiles,
+    load_rows,
     mask_arguments,
+    narrow,
     places,
     query_tiles,
     score_arguments,
     score_tile,
+    store_rows,
     strides,
     visible,
     width,
@@ -261,6 +264,7 @@ def sigmoid_backward_keys(
     store_rows(DV, head, cols, cols_in, n_keys, dv * (1.0 / LIFT), UPCAST, VW, VP)
 
 
+@beside_its_tensors
 def fused_forward(scores: Scores, v: Tensor, shift: float, wanted: Wanted) -> list[Tensor]:
     """Output and what is wanted, in the order of ``Wanted``."""
     q, k = scores.q, scores.k
@@ -292,6 +296,7 @@ def fused_forward(scores: Scores, v: Tensor, shift: float, wanted: Wanted) -> li
     return found
 
 
+@beside_its_tensors
 def fused_backward(
     scores: Scores,
     v: Tensor,

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.kernels.mask import SCHEMA, Mask
-from workbench.kernels.scores import Relative, Scores, working_dtype
+from workbench.kernels.scores import N_SCORES, SCORES_SCHEMA, Scores, score_parts, scores_of, working_dtype
 from workbench.kernels.stats.request import Wanted, block_cells, layout
 
 _ARGUMENTS = (
-    f"Tensor q, Tensor k, Tensor? lse, {SCHEMA}, float scale, float? softcap, Tensor? sink, Tensor? bias, int? first, "
-    "int? block, str[] reduce, str[] stats, int? cut, int? topk, Tensor[] sets, Tensor? gate, str impl"
+    f"{SCORES_SCHEMA}, Tensor? lse, int? block, str[] reduce, str[] stats, int? cut, int? topk, Tensor[] sets, Tensor? gate, "
+    "str impl"
 )
-_MASK, _SETS = slice(3, 13), -3
+_SETS = -3
 
 
 def compute(scores: Scores, lse: Tensor | None, wanted: Wanted, impl: str) -> list[Tensor]:
@@ -38,21 +37,20 @@ def compute(scores: Scores, lse: Tensor | None, wanted: Wanted, impl: str) -> li
 
 def through_the_operator(scores: Scores, lse: Tensor | None, wanted: Wanted, impl: str) -> list[Tensor]:
     """``compute`` with a gradient, seen by torch as one operation. The bias is a tensor or a ``Relative`` table."""
-    bias = scores.bias.table if isinstance(scores.bias, Relative) else scores.bias
-    first = scores.bias.first if isinstance(scores.bias, Relative) else None
     return torch.ops.workbench.attention_stats(
-        scores.q, scores.k, lse, *scores.mask.parts(), scores.scale, scores.softcap, scores.sink, bias, first,
-        wanted.block, wanted.reduce, wanted.stats, wanted.window, wanted.topk, wanted.keys, wanted.gate, impl,
+        *score_parts(scores), lse, wanted.block, wanted.reduce, wanted.stats, wanted.window, wanted.topk, wanted.keys,
+        wanted.gate, impl,
     )  # fmt: skip
 
 
 def _given(arguments: tuple[Any, ...]) -> tuple[Scores, Tensor | None, Wanted, str]:
     """The operator's arguments as what they came from."""
-    q, k, lse = arguments[:3]
-    scale, softcap, sink, bias, first, block, reduce, stats, window, topk, keys, gate, impl = arguments[_MASK.stop :]
-    bias = bias if first is None else Relative(bias, first)
-    scores = Scores(q, k, Mask(*arguments[_MASK]), scale, softcap, sink, bias)
-    return scores, lse, Wanted(block, tuple(reduce), tuple(stats), window, topk, tuple(keys), (), gate), impl
+    return scores_of(arguments[:N_SCORES]), arguments[N_SCORES], _wanted(arguments), arguments[-1]
+
+
+def _wanted(arguments: tuple[Any, ...]) -> Wanted:
+    block, reduce, stats, window, topk, keys, gate = arguments[N_SCORES + 1 : -1]
+    return Wanted(block, tuple(reduce), tuple(stats), window, topk, tuple(keys), (), gate)
 
 
 def _body(*arguments: Any) -> list[Tensor]:
@@ -69,7 +67,7 @@ _op = torch.library.custom_op(
 @_op.register_fake
 def _fake(*arguments: Any) -> list[Tensor]:
     q, k = arguments[:2]
-    _, _, wanted, _ = _unchecked(arguments)
+    wanted = _wanted(arguments)
     b, h, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     like = q.new_empty(0, dtype=working_dtype(q.dtype))
     size = wanted.block or 1
@@ -85,11 +83,6 @@ def _fake(*arguments: Any) -> list[Tensor]:
         kind = torch.int64 if name.endswith(" keys") else like.dtype
         found.append(like.new_empty(shape, dtype=kind))
     return found
-
-
-def _unchecked(arguments: tuple[Any, ...]) -> tuple[None, None, Wanted, str]:
-    *_, block, reduce, stats, window, topk, keys, gate, impl = arguments
-    return None, None, Wanted(block, tuple(reduce), tuple(stats), window, topk, tuple(keys), (), gate), impl
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -135,8 +128,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
         d_given = d_given.to(given.dtype) if at["lse"] is None else d_given.to(given.dtype) + at["lse"].to(given.dtype)
     # Lists that may hold tensors must come back as lists, and torch takes every empty list for one.
     out: list[Any] = [[] if isinstance(part, list | tuple) and not part else None for part in arguments]
-    out[0], out[1], out[2] = dq, dk, d_given
-    out[_MASK.stop + 2] = d_sink
+    out[0], out[1], out[N_SCORES], out[N_SCORES - 3] = dq, dk, d_given, d_sink
     out[_SETS] = [None] * len(wanted.keys)
     return tuple(out)
 

@@ -67,28 +67,27 @@ def reference_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[
             found |= {"top1 values": values[..., 0], "top1 keys": keys[..., 0]}
     masses = [(p * w.to(p)[:, None, None, :]).sum(-1) for w in wanted.keys]
     for weight in wanted.pairs:
-        w = pair_weights(weight, scores, 0, n, slice(0, m))
-        masses.append((p * w).sum(-1))
+        masses.append((p * pair_weights(weight, pair_indices(scores, 0, n), p.dtype)).sum(-1))
     found |= {f"mass {i}": value for i, value in enumerate(masses)}
     return [found[name] for name in layout(wanted)]
 
 
-def pair_weights(weight: Callable[..., Tensor], scores: Scores, lo: int, hi: int, columns: slice) -> Tensor:
-    """A weight function on query rows ``[lo, hi)`` and some keys, broadcastable to ``[B, H, rows, columns]``."""
-    b, h, _, _ = scores.shape
-    device = scores.q.device
-    value = weight(
-        torch.arange(b, device=device)[:, None, None, None],
-        torch.arange(h, device=device)[None, :, None, None],
-        torch.arange(lo, hi, device=device)[None, None, :, None] + scores.mask.offset,
-        torch.arange(columns.start, columns.stop, device=device)[None, None, None, :],
-    )
-    full = (b, h, hi - lo, columns.stop - columns.start)
-    fits = isinstance(value, Tensor) and value.ndim <= 4
+def pair_indices(scores: Scores, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Example, head, absolute query position and key position of query rows ``[lo, hi)``, broadcastable to their scores."""
+    b, h, _, k = (torch.arange(n, device=scores.q.device) for n in scores.shape)
+    rows = torch.arange(lo, hi, device=scores.q.device) + scores.mask.offset
+    return b[:, None, None, None], h[:, None, None], rows[:, None], k
+
+
+def pair_weights(weight: Callable[..., Tensor], indices: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """A weight function on pairs, broadcastable to their common shape."""
+    value = weight(*indices)
+    full = torch.broadcast_shapes(*(part.shape for part in indices))
+    fits = isinstance(value, Tensor) and value.ndim <= len(full)
     if not fits or any(n not in (1, m) for n, m in zip(value.shape[::-1], full[::-1], strict=False)):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"mass: a function of (b, h, q, k) returns what broadcasts to {list(full)}; got {got}")
-    return value.to(scores.dtype)
+    return value.to(dtype)
 
 
 def reference_backward(

@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench.kernels.flash.triton import cleaned, open_keys, pair_arguments
 from workbench.kernels.forms import interpreted
+from workbench.kernels.pairs.tiles import cleaned, open_keys, pair_arguments
 from workbench.kernels.scores import Scores
-from workbench.kernels.stats.reference import pair_weights
+from workbench.kernels.stats.reference import pair_indices, pair_weights
 from workbench.kernels.stats.request import Wanted, block_cells, layout
 from workbench.kernels.stats.tiles import cell_peaks, cell_sums, packed, scored
 from workbench.kernels.tiles import (
     Cells,
+    beside_its_tensors,
     key_tiles,
     places,
     strides,
@@ -219,6 +220,7 @@ def stats_kernel(
             tl.debug_barrier()  # the next turn reads partial sums that other threads of this program wrote
 
 
+@beside_its_tensors
 def triton_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Tensor]:
     b, h, n, m = scores.shape
     like = scores.q.new_empty(0, dtype=torch.float32)
@@ -318,7 +320,7 @@ def _pair_mass(
     lanes = _lanes(step, b * h, 0, scores.q.device)
     for first in range(0, cells.tiles, step):
         lo, hi = first * tile[0], min(n, (first + step) * tile[0])
-        weight = pair_weights(pair, scores, lo, hi, slice(0, m)).to(torch.float32)
+        weight = pair_weights(pair, pair_indices(scores, lo, hi), torch.float32)
         weight = weight[(None,) * (4 - weight.ndim)].expand(b, h, hi - lo, m)
         steps = {f"weight_{axis}": step for axis, step in zip("bhqk", weight.stride(), strict=True)}
         given = {**arguments, **visits, **nothing, **steps, "WANT_WEIGHT": True, "WEIGHT": weight, "weight_row": lo}

@@ -18,7 +18,7 @@ from workbench import attention_map, mods
 from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.kernels.stats import cpu as blocked
+from workbench.kernels.pairs import chunks as blocked
 from workbench.maps import AttentionMap, DenseMap, GatedMap, SummaryMap
 from workbench.mixers.softmax import SoftmaxMap, gated_softmax_attention, softmax_attention
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from workbench.kernels.attention_stats import attention_stats
 from workbench.kernels.mask import Mask
-from workbench.kernels.scores import Relative
+from workbench.kernels.scores import Relative, Scores, score_parts
 from workbench.kernels.stats.operator import _op
 from workbench.kernels.stats.request import REDUCTIONS, STATS
 
@@ -107,8 +107,9 @@ def test_torch_accepts_the_operator(impl: str) -> None:
     q, k = rand(0, 1, 2, 9, 16).float(), rand(1, 1, 1, 9, 16).float()
     mask = Mask(causal=True, keys=torch.arange(9)[None] > 1)
     keys = [torch.ones(1, 9)]
-    arguments = (q, k, None, *mask.parts(), 0.25, None, torch.zeros(2), None, None, 4, list(REDUCTIONS), list(STATS), 3,
-                 2 if impl != "triton" else None, keys, None, impl)  # fmt: skip
+    scores = Scores(q, k, mask, 0.25, None, torch.zeros(2))
+    topk = 2 if impl != "triton" else None
+    arguments = (*score_parts(scores), None, 4, list(REDUCTIONS), list(STATS), 3, topk, keys, None, impl)
     torch.library.opcheck(_op, arguments)
 
 

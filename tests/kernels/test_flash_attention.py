@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workbench.kernels.flash import chunks
 from workbench.kernels.flash import triton as fused
 from workbench.kernels.flash.cpu import blocked_flash
 from workbench.kernels.flash_attention import REDUCTIONS, FlashAttention, flash_attention
 from workbench.kernels.mask import Mask
+from workbench.kernels.pairs import chunks
+from workbench.kernels.pairs import tiles as visits
 from workbench.kernels.scores import Relative, Scores
+from workbench.kernels.tiles import Cells
 
 LENGTHS = (1, 63, 100, 257)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -361,12 +363,12 @@ def test_programs_reuse_their_scratch_and_nothing_depends_on_how_many_there_are(
 )
 def test_the_tiles_that_are_visited_hold_every_visible_pair_and_few_others(mask: Mask, block: int | None) -> None:
     scores = Scores(torch.zeros(1, 2, 200, 4), torch.zeros(1, 2, 200, 4), mask)
-    rows, columns = fused.Cells(200, block or 32, 32), fused.Cells(200, block or 16, 16)
-    seen = fused.visible_tiles(scores, rows, columns).expand(1, 2, -1, -1)
+    rows, columns = Cells(200, block or 32, 32), Cells(200, block or 16, 16)
+    seen = visits.visible_tiles(scores, rows, columns).expand(1, 2, -1, -1)
     allowed = mask.tile(slice(0, 200), slice(0, 200))
     assert allowed is not None
     allowed = allowed.expand(1, 2, 200, 200)
-    (row, row_in), (column, column_in) = (fused._positions(cells, torch.device("cpu")) for cells in (rows, columns))
+    (row, row_in), (column, column_in) = (visits._positions(cells, torch.device("cpu")) for cells in (rows, columns))
     pairs = allowed[:, :, row.clamp(max=199)][..., column.clamp(max=199)]  # [1, 2, row tiles, rows, key tiles, keys]
     exact = (pairs & row_in[..., None, None] & column_in).any(-1).any(3)
     assert not (exact & ~seen).any()

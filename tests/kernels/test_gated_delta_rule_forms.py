@@ -1,20 +1,10 @@
 """Edge cases of every form of the gated delta rule, and its Triton form in the interpreter and compiled ahead of time."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
-from workbench.kernels.gated_delta_rule import REDUCTIONS, delta_rows, gated_delta_rule
-
-sys.path.append(str(Path(__file__).parent))
 from test_gated_delta_rule import (
     BETA,
     Budget,
@@ -26,6 +16,10 @@ from test_gated_delta_rule import (
     pieces,
     problem,
 )
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from workbench.kernels.gated_delta_rule import REDUCTIONS, delta_rows, gated_delta_rule
 
 FUSED: list[dict[str, Any]] = [
     {"n": 1, "heads": (1, 1, 1, 1), "dtype": torch.float32},
@@ -108,20 +102,9 @@ def test_what_lies_around_the_inputs_in_memory_does_not_matter(impl: str) -> Non
         assert torch.equal(value, wanted), name
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles_ahead_of_time(capability: str) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, str(here / "compile_ahead.py"), capability, "aot_gated_delta_rule:kernels"]
-    found = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(here)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    names = {json.loads(line)["kernel"] for line in found.stdout.splitlines() if line.startswith("{")}
-    assert names == {
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_ahead_of_time(capability: int, compiled_for: Callable[[int, str], list[str]]) -> None:
+    assert set(compiled_for(capability, "aot_gated_delta_rule:kernels")) == {
         "prepare_kernel", "scan_kernel", "output_kernel", "map_kernel",
         "wanted_kernel", "backward_scan_kernel", "pairs_kernel", "gradient_kernel",
     }  # fmt: skip

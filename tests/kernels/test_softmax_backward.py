@@ -7,9 +7,9 @@ from torch import Tensor
 
 from workbench.kernels import softmax_backward as operator
 from workbench.kernels.backward.cpu import blocked_backward
-from workbench.kernels.flash import chunks
 from workbench.kernels.flash_attention import flash_attention
 from workbench.kernels.mask import Mask
+from workbench.kernels.pairs import chunks
 from workbench.kernels.scores import Relative, Scores
 from workbench.kernels.softmax_backward import softmax_backward
 from workbench.kernels.stats.reference import dense_attention, pool

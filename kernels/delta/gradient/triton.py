@@ -22,7 +22,11 @@ from workbench.kernels.delta.tiles import (
     value_tile,
     warps,
 )
-from workbench.kernels.tiles import strides, width
+from workbench.kernels.tiles import (
+    beside_its_tensors,
+    strides,
+    width,
+)
 
 
 @triton.jit
@@ -199,6 +203,7 @@ def gradient_kernel(
         tl.store(DLOG + (tl.program_id(2) * tl.num_programs(1) + bh) * n_tokens + at, over, mask=there)
 
 
+@beside_its_tensors
 def backward(
     d_output: Tensor | None,
     d_state: Tensor | None,
