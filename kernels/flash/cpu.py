@@ -1,6 +1,6 @@
 """``flash_attention`` in row chunks of plain torch. Per chunk, in base 2 and in one reused buffer:
 
-x = s log2(e) - max,   e = 2^x,   l = sum e,   o = (e v) / l;   p = e / l is never formed unless its maximum is asked for
+x = s log2(e) - max,   e = 2^x,   l = sum e,   o = (e v) / l;   p = e / l is never formed: maxima are those of x
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.kernels.pairs.chunks import LN2, Buffers, base_two, blank, chunks, key_length, unseen, whole
+from workbench.kernels.pairs.chunks import LN2, Buffers, base_two, blank, chunks, key_length, product, unseen, whole
 from workbench.kernels.scores import HIDDEN, Scores
 
 
@@ -31,7 +31,8 @@ def blocked_flash(
     spare = Buffers(like)
     for chunk in chunks(scores, block):
         x, _ = base_two(chunk, queries, keys, spare)
-        top, sink = x.amax(-1), chunk.sink()
+        tops = chunk.tops(x, block) if peak is not None and block is not None else None
+        top, sink = x.amax(-1) if tops is None else tops.amax(-1), chunk.sink()
         base = top if sink is None else torch.maximum(top, sink)
         base = base.masked_fill(base <= HIDDEN / 2, 0.0)
         e = torch.exp2(x.sub_(base[..., None]), out=x)
@@ -39,9 +40,9 @@ def blocked_flash(
         denominator = total if sink is None else total + torch.exp2(sink - base)
         chunk.put_rows(lse, (base + denominator.log2()).mul_(LN2))
         weight = denominator.reciprocal().masked_fill_(denominator == 0, 0.0)
-        chunk.put_rows(output, torch.bmm(e, chunk.take_keys(values)).mul_(weight[..., None]))
+        chunk.put_rows(output, product(e, chunk.take_keys(values)).mul_(weight[..., None]))
         if mass is not None:
             chunk.add_sums(e, weight, mass, block, None)
-        if peak is not None and block is not None:
-            chunk.raise_peak(peak, e.mul_(weight[..., None]), block)
+        if peak is not None and block is not None and tops is not None:
+            chunk.raise_peak(peak, torch.exp2(tops - base[..., None]).mul_(weight[..., None]), block)
     return output, lse, mass, peak

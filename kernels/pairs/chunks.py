@@ -155,7 +155,7 @@ def base_two(chunk: Span | Picked, queries: Tensor, keys: Tensor, spare: Buffers
     x = spare.take(0, chunk.flat)
     cap = scores.softcap
     part = chunk.take_rows(queries).to(x.dtype) * (scores.scale * LOG2E if cap is None else scores.scale / cap)
-    torch.bmm(part, chunk.take_keys(keys).transpose(1, 2), out=x)
+    product(part, chunk.take_keys(keys).transpose(1, 2), x)
     bent = None
     if cap is not None:
         bent = spare.take(2, chunk.flat)
@@ -165,6 +165,13 @@ def base_two(chunk: Span | Picked, queries: Tensor, keys: Tensor, spare: Buffers
         x.view(chunk.full).add_(chunk.bias(), alpha=LOG2E).clamp_(min=HIDDEN)
     chunk.hide(x)
     return x, bent
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` of ``C`` matrices. A single one goes through ``mm``, which on CPUs is up to a quarter faster."""
+    if len(a) > 1:
+        return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+    return torch.mm(a[0], b[0])[None] if out is None else torch.mm(a[0], b[0], out=out[0])[None]
 
 
 def whole(tensor: Tensor, length: int) -> Tensor:

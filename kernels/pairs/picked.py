@@ -132,9 +132,12 @@ class Picked:
             cells = e.unflatten(2, (-1, math.gcd(self.side, block))).sum(-1) * weight[..., None]
             mass.view(-1).index_add_(0, self._cells(mass, block).flatten(), cells.flatten())
 
-    def raise_peak(self, blocks: Tensor, p: Tensor, block: int) -> None:
-        cells = p.unflatten(2, (-1, math.gcd(self.side, block))).amax(-1)
-        blocks.view(-1).scatter_reduce_(0, self._cells(blocks, block).flatten(), cells.flatten(), "amax")
+    def tops(self, x: Tensor, block: int) -> Tensor:
+        """Largest score of every row in every cell of keys."""
+        return x.unflatten(2, (-1, math.gcd(self.side, block))).amax(-1)
+
+    def raise_peak(self, blocks: Tensor, tops: Tensor, block: int) -> None:
+        blocks.view(-1).scatter_reduce_(0, self._cells(blocks, block).flatten(), tops.flatten(), "amax")
 
     def spread(self, blocks: Tensor, block: int) -> Tensor:
         i = self.positions[:, :, None] // block

@@ -114,10 +114,21 @@ class Span:
         if mass is not None and block is not None:
             self._blocks(mass, grid, block).add_(_pool(by_key, block).sum(-1))
 
-    def raise_peak(self, blocks: Tensor, p: Tensor, block: int) -> None:
-        grid = self._grid(p, block)
-        part = self._blocks(blocks, grid, block)
-        torch.maximum(part, _pool(grid.amax(3), block).amax(-1), out=part)
+    def tops(self, x: Tensor, block: int) -> Tensor:
+        """Largest score of every row in every block of keys, ``[C, R, blocks]``."""
+        whole = x.shape[-1] // block * block
+        parts = [x[..., :whole].unflatten(-1, (-1, block)).amax(-1)] if whole else []
+        parts += [x[..., whole:].amax(-1, keepdim=True)] if whole < x.shape[-1] else []
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def raise_peak(self, blocks: Tensor, tops: Tensor, block: int) -> None:
+        """Raise block maxima ``[B, H, I, J]`` to those of the rows, ``[C, R, blocks]``."""
+        b, h, n, _ = self.full
+        size = block if n > block else n
+        rows = tops.view(b, h, n // size, size, tops.shape[-1]).amax(3)
+        i, j = self.rows.start // block, self.columns.start // block
+        part = blocks[self.batch, self.heads, i : i + rows.shape[2], j : j + rows.shape[3]]
+        torch.maximum(part, rows, out=part)
 
     def spread(self, blocks: Tensor, block: int) -> Tensor:
         """A block map ``[B, H, I, J]`` at every pair, ``full``."""

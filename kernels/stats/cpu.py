@@ -4,7 +4,7 @@ Per chunk, in base 2 (torch's exp2 is several times faster than exp on CPUs) and
 
     x = s log2(e) - m        m: row maximum, or the given lse
     e = 2^x,  l = sum e      p = e / l, never formed: the row factor w = 1 / l goes into the reductions
-    blocks, received         w^T e, one matrix product per block of rows
+    blocks, received         w^T e, one matrix product per block of rows; largest weights are those of the largest x
     entropy                  ln 2 (log2(l) sum p - w sum e x): both terms of one sign, nothing cancels
     a gate g                 w = g / l and log2(l / g)
 
@@ -85,7 +85,8 @@ def blocked_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Te
 def _reduce(chunk: Span | Picked, x: Tensor, out: Tensor, known: bool, wanted: Wanted, sums: _Sums) -> None:
     """Everything that is wanted of one chunk of base-2 scores ``[C, R, M]``; ``x`` and ``out`` are overwritten."""
     found, sink = sums.out, chunk.sink()
-    top = x if known else x.amax(-1)
+    tops = chunk.tops(x, wanted.block) if sums.peak is not None and wanted.block is not None else None
+    top = x if known else x.amax(-1) if tops is None else tops.amax(-1)
     key = top
     if "top1 keys" in found:
         top, key = _argmax(x)
@@ -118,10 +119,8 @@ def _reduce(chunk: Span | Picked, x: Tensor, out: Tensor, known: bool, wanted: W
         positions = torch.where(largest > 0, chunk.key_at(best.indices), -1)
         chunk.put_rows(found["topk values"][..., : largest.shape[-1]], largest)
         chunk.put_rows(found["topk keys"][..., : largest.shape[-1]], positions)
-    if sums.peak is not None and wanted.block is not None:
-        e.mul_(weight[..., None])
-        total, weight = total * weight, torch.ones_like(weight)
-        chunk.raise_peak(sums.peak, e, wanted.block)
+    if sums.peak is not None and wanted.block is not None and tops is not None:
+        chunk.raise_peak(sums.peak, torch.exp2(tops - base[..., None]).mul_(weight[..., None]), wanted.block)
     if sums.mass is not None or "received" in found:
         chunk.add_sums(e, weight, sums.mass, wanted.block, found.get("received"))
     if "entropy" in found:

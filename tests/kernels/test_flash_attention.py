@@ -293,7 +293,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.bmm:
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
             self.multiplied += out.numel() * args[0].shape[2]
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor):  # a broadcast view has many elements and little memory
