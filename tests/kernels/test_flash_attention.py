@@ -294,7 +294,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
-            self.multiplied += out.numel() * args[0].shape[2]
+            self.multiplied += out.numel() * args[0].shape[-1]
         for value in out if isinstance(out, tuple | list) else [out]:
             if isinstance(value, Tensor):  # a broadcast view has many elements and little memory
                 steps = zip(value.shape, value.stride(), strict=True)
