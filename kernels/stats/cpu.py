@@ -98,8 +98,8 @@ def _reduce(chunk: Span | Picked, x: Tensor, out: Tensor, known: bool, wanted: W
         base = top if sink is None else torch.maximum(top, sink)
         base = base.masked_fill(base <= HIDDEN / 2, 0.0)
     e = torch.exp2(x.sub_(base[..., None]), out=out)
-    total = e.sum(-1)
     weight, rest = torch.ones_like(base), torch.zeros_like(base)
+    total = weight if known and wanted.gate is None else e.sum(-1)  # read only where rest is not zero
     if not known:
         denominator = total if sink is None else total + torch.exp2(sink - base)
         chunk.put_rows(sums.lse, (base + denominator.log2()) * LN2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from workbench.errors import Refused
 from workbench.models.current import current, inside
+from workbench.models.denominators import Denominators
 from workbench.models.layers import kernel_before
 from workbench.models.session import Session
 from workbench.models.steps import Steps
@@ -163,7 +164,8 @@ def attend(
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     options = allowed_options(session.family, layer, args, kwargs)
     query, key, value = session.on_inputs(layer, q=query, k=key, v=value)
-    output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
+    with Denominators() if session.wants_map(layer) else nullcontext() as seen:
+        output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
     if session.wants_map(layer):
         bias = options.get("position_bias")
         mask, extra = session.masks.resolve(layer, attention_mask, query, key, base, options)
@@ -171,7 +173,7 @@ def attend(
             bias = extra if bias is None else bias + extra
         session.on_map(
             layer, query, key, mask, scale=options.get("scaling"), softcap=options.get("softcap"),
-            sink=options.get("s_aux"), bias=bias,
+            sink=options.get("s_aux"), bias=bias, lse=None if seen is None else seen.lse,
         )  # fmt: skip
     output = session.on_pattern(layer, weights if base == "eager" else None, value, output, base)
     return session.on_output(layer, output), weights

@@ -131,8 +131,10 @@ class Session:
         softcap: float | None = None,
         sink: Tensor | None = None,
         bias: Any = None,
+        lse: Tensor | None = None,
     ) -> None:
-        """Build the layer's map, compute what was asked for, keep it."""
+        """Build the layer's map, compute what was asked for, keep it. ``lse`` ``[B, H, Q]`` is that of the model's own kernel,
+        for calls without padding, bias, sink or softcap."""
         if self._pattern_edits(layer):
             return
         with torch.no_grad():
@@ -140,13 +142,15 @@ class Session:
             real = self._real.get(layer.stack)
             if real is not None and real.shape == (q.shape[0], q.shape[2]):
                 mask = replace(mask, queries=real.to(q.device))
+            if any(part is not None for part in (mask.queries, mask.keys, mask.dense, bias, sink, softcap)):
+                lse = None
             q, k = _own(q), k.clone() if self._past is not None else _own(k)  # the cache may go on in place
             if self._past is not None:
                 gone = self._gone(layer, q.shape[2], k.shape[2])
                 if gone:
                     mask, k = behind(mask, gone, k.shape[2]), pad(k, (0, 0, gone, 0))
                     bias = pad(bias, (gone, 0)) if isinstance(bias, Tensor) and bias.shape[-1] > 1 else bias
-            self._keep(layer, SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias))
+            self._keep(layer, SoftmaxMap(q, k, lse, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias))
 
     def _gone(self, layer: AttentionLayer, queries: int, keys: int) -> int:
         """Keys that a cache with a window has dropped: maps count positions from 0 all the same."""
