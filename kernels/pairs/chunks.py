@@ -20,6 +20,8 @@ from workbench.kernels.scores import HIDDEN, Scores
 
 CHUNK = 2**20
 """Scores per chunk, raised to 64 rows of the longest inputs but never above ``4 * CHUNK``, so that buffers stay in cache."""
+TILE = (1024, 1024)
+"""Rows, those of the heads of a group together, and keys of a chunk that need not hold whole rows: 4 MiB of float32."""
 LN2 = math.log(2.0)
 
 
@@ -56,16 +58,26 @@ def key_length(scores: Scores) -> int:
     return -(-scores.shape[3] // side) * side
 
 
-def chunks(scores: Scores, block: int | None) -> Iterator[Span | Picked]:
-    """All visible pairs once, every query row in one chunk at most; rows that are in none see nothing."""
+def chunks(scores: Scores, block: int | None, whole_rows: bool = True) -> Iterator[Span | Picked]:
+    """All visible pairs once; query rows that are in no chunk see nothing.
+
+    With ``whole_rows`` a row is in one chunk at most. Without, a chunk is a ``TILE``: squarer, which matrix products like, and
+    small enough to stay in caches; a row is then spread over several.
+    """
     if scores.mask.blocks is not None:
         yield from _picked(scores)
         return
     b, h, q, k = scores.shape
     g = scores.k.shape[1]
-    one = h // g * min(q, 64) * k
-    groups = min(g, max(1, _budget(k) // one))
-    examples = min(b, max(1, _budget(k) // (one * g))) if groups == g else 1
+    if whole_rows:
+        budget, height, width = _budget(k), q, k
+        one = h // g * min(q, 64) * k
+    else:
+        height, width = max(1, TILE[0] // (h // g)), TILE[1]
+        one = h // g * min(q, height) * min(k, width)
+        budget = max(one, TILE[0] * TILE[1])
+    groups = min(g, max(1, budget // one))
+    examples = min(b, max(1, budget // (one * g))) if groups == g else 1
     for i in range(0, b, examples):
         for j in range(0, g, groups):
             whole = Span(
@@ -77,24 +89,31 @@ def chunks(scores: Scores, block: int | None) -> Iterator[Span | Picked]:
                 slice(0, k),
             )
             mask = scores.mask.select(whole.batch, whole.heads)
-            for lo, hi, first, last in _rows(mask, q, k, math.prod(whole.full[:2]), block):
-                yield replace(whole, mask=mask, rows=slice(lo, hi), columns=slice(first, last))
+            heads = math.prod(whole.full[:2])
+            for lo, hi, first, last in _rows(mask, q, k, heads, block, budget, height, width):
+                step = width if block is None or width >= k else max(1, width // block) * block
+                for start in range(first, last, step):
+                    yield replace(whole, mask=mask, rows=slice(lo, hi), columns=slice(start, min(last, start + step)))
 
 
 def _budget(keys: int) -> int:
     return max(CHUNK, min(4 * CHUNK, 64 * keys))
 
 
-def _rows(mask: Mask, q: int, k: int, heads: int, block: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """Row ranges and their key spans. A range is whole blocks of rows or lies inside one; a span starts at a block."""
+def _rows(
+    mask: Mask, q: int, k: int, heads: int, block: int | None, budget: int, height: int, width: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Row ranges of at most ``height`` and their key spans, of which ``width`` keys at a time stay within the budget. A range is
+    whole blocks of rows or lies inside one; a span starts at a block."""
     lo, step = 0, q
     while lo < q:
-        step = min(q - lo, 2 * step)
+        step = min(q - lo, 2 * step, height)
         while True:
             first, last = mask.span(lo, lo + step, k)
-            if heads * step * (last - first) <= _budget(k) or step == 1:
+            keys = min(width, last - first)
+            if heads * step * keys <= budget or step == 1:
                 break
-            step = max(1, min(step - 1, max(step // 2, _budget(k) // (heads * (last - first)))))
+            step = max(1, min(step - 1, max(step // 2, budget // (heads * keys))))
         hi = lo + step
         if block is not None:
             if hi < q or step > block:

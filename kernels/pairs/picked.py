@@ -53,6 +53,9 @@ class Picked:
     def put_rows(self, tensor: Tensor, value: Tensor) -> None:
         tensor[self.b[:, None], self.h[:, None], self.positions] = value.to(tensor.dtype)
 
+    def add_rows(self, tensor: Tensor, value: Tensor) -> None:
+        tensor[self.b[:, None], self.h[:, None], self.positions] += value
+
     def take_keys(self, tensor: Tensor) -> Tensor:
         c, _, _, m = self.full
         return self._by_block(tensor)[self._at(tensor)].view(c, m, tensor.shape[3])

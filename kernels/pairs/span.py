@@ -54,6 +54,10 @@ class Span:
     def put_rows(self, tensor: Tensor, value: Tensor) -> None:
         tensor[self.batch, self.heads, self.rows] = value.view(*self.full[:3], *tensor.shape[3:]).to(tensor.dtype)
 
+    def add_rows(self, tensor: Tensor, value: Tensor) -> None:
+        part = tensor[self.batch, self.heads, self.rows]
+        part += value.view(part.shape)
+
     def take_keys(self, tensor: Tensor) -> Tensor:
         """``[B, G, K, E]`` to ``[C, M, E]``."""
         return tensor[self.batch, self.groups, self.columns].flatten(0, 1)

@@ -8,7 +8,8 @@ Per chunk, in base 2 (torch's exp2 is several times faster than exp on CPUs) and
     entropy                  ln 2 (log2(l) sum p - w sum e x): both terms of one sign, nothing cancels
     a gate g                 w = g / l and log2(l / g)
 
-Chunks and their scores are those of ``kernels/pairs/chunks.py``: under a block mask only visible blocks are multiplied.
+Chunks and their scores are those of ``kernels/pairs/chunks.py``: under a block mask only visible blocks are multiplied. With a
+given lse and no top keys wanted, a row may come in pieces, whose sums add up.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def blocked_stats(scores: Scores, lse: Tensor | None, wanted: Wanted) -> list[Te
     queries = blank(scores.q, hidden_rows)
     keys = whole(blank(scores.k, hidden_keys).to(sums.lse), key_length(scores))
     spare = Buffers(keys)
-    for chunk in chunks(scores, wanted.block):
+    spread = lse is not None and not wanted.topk and "top1" not in wanted.stats
+    for chunk in chunks(scores, wanted.block, whole_rows=not spread):
         x, _ = base_two(chunk, queries, keys, spare)
         _reduce(chunk, x, spare.take(1, chunk.flat) if sums.apart else x, lse is not None, wanted, sums)
     return sums.ordered(scores, wanted)
@@ -124,11 +126,11 @@ def _reduce(chunk: Span | Picked, x: Tensor, out: Tensor, known: bool, wanted: W
     if sums.mass is not None or "received" in found:
         chunk.add_sums(e, weight, sums.mass, wanted.block, found.get("received"))
     if "entropy" in found:
-        chunk.put_rows(found["entropy"], (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * LN2))
+        chunk.add_rows(found["entropy"], (rest * total - torch.mul(e, x, out=x).sum(-1)).mul_(weight * LN2))
     if sums.sets is not None:
         masses = (e.view(chunk.full) @ chunk.key_table(sums.sets)).view(*weight.shape, -1) * weight[..., None]
         for i, mass in enumerate(masses.unbind(-1)):
-            chunk.put_rows(found[f"mass {i}"], mass)
+            chunk.add_rows(found[f"mass {i}"], mass)
     if wanted.pairs or any(name in found for name in _FAR):
         _weighted(chunk, e.view(chunk.full), x.view(chunk.full), weight, wanted, found)
 
@@ -149,7 +151,7 @@ def _weighted(
         makers[f"mass {i}"] = partial(pair_weights, pair, indices, e.dtype)
     for name, factor in makers.items():
         total = torch.mul(e, factor(), out=spare).sum(-1).view(weight.shape)
-        chunk.put_rows(found[name], total.mul_(weight))
+        chunk.add_rows(found[name], total.mul_(weight))
 
 
 def _argmax(x: Tensor, size: int = 128) -> tuple[Tensor, Tensor]:
