@@ -77,5 +77,7 @@ def test_a_captured_model_computes_no_denominator_twice(monkeypatch: pytest.Monk
     layers = len(run.maps)
     assert all(lse is not None for lse in given[:layers])
     assert all(lse is None for lse in given[layers : 2 * layers])
-    torch.testing.assert_close(run.maps[0].rows(0, 9).sum(-1), torch.ones(1, run.maps[0].shape[1], 9, dtype=torch.float64))
+    torch.testing.assert_close(
+        run.maps[0].rows(0, 9).sum(-1), torch.ones(1, run.maps[0].shape[1], 9, dtype=torch.float64)
+    )
     assert len(padded.maps) == layers
