@@ -138,7 +138,7 @@ def test_explicit_and_dense_maps_are_stored_with_weights_and_lse(tmp_path: Path)
         stored.add(tmp_path / "maps", layer, amap)
     found = wb.open_maps(tmp_path / "maps")
     assert [type(m).__name__ for m in found.values()] == ["ExplicitMap", "DenseMap", "GatedMap"]
-    assert torch.equal(found[0].lse, explicit.lse)  # type: ignore[attr-defined]
+    assert torch.equal(found[0].lse, explicit.lse)
     assert torch.equal(found[0].dense(), weights)
     assert (found[1].exactness, found[1].value_space, found[1].offset, found[1].sign) == (
         "jacobian", "of this test", 2, "signed",

@@ -1,4 +1,4 @@
-"""Decays inside Triton kernels, from running sums of the base-2 log decay held as two float32 numbers each; tiles of states."""
+"""Decays inside Triton kernels, from running sums of the base-2 log decay held as two float32 numbers each; tiles of states; sizes."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def edge_decays(HIGH, LOW, head, at, n, start, C: tl.constexpr, HAS_DECAY: tl.co
 def state_tile(X, part, e, w, E: tl.constexpr, W: tl.constexpr):
     """A tile of state number ``part`` of a contiguous ``[.., E, W]``, as pointers and where they are inside."""
     return X + part.to(tl.int64) * (E * W) + e[:, None] * W + w[None, :], (e < E)[:, None] & (w < W)[None, :]
+
+
+def chunk_tiles(wide: int, size: int) -> tuple[int, int, int]:
+    """Tokens in a chunk, columns of v at a time and warps, for a padded width and an element size in bytes."""
+    if size == 4:
+        return (32, 32, 4) if wide <= 128 else (32, 16, 8)
+    return (64, 64, 4) if wide <= 64 else (64, 32, 8) if wide <= 128 else (32, 32, 8)
+
+
+def map_tiles(wide: int, size: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of the pass over pairs, and warps."""
+    if size == 4:
+        return (64, 32, 4) if wide <= 64 else (32, 32, 4) if wide <= 128 else (32, 16, 4)
+    return (128, 64, 8 if wide > 64 else 4) if wide <= 128 else (64, 32, 4)

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workbench.kernels.linear.tiles import decay_between, edge_decays, log_sum, pair_decays, state_tile
+from workbench.kernels.linear.tiles import (
+    chunk_tiles,
+    decay_between,
+    edge_decays,
+    log_sum,
+    map_tiles,
+    pair_decays,
+    state_tile,
+)
 from workbench.kernels.tiles import (
     LOG2E,
     Cells,
@@ -390,17 +398,3 @@ def _common(
         decay = {"HIGH": high.contiguous(), "LOW": (sums - high).float().contiguous()}
     chunk, tw, warps = chunk_tiles(max(width(e), width(w)), q.element_size())
     return shapes, decay, {"C": chunk, "TW": min(tw, width(w)), "num_warps": warps, "num_stages": 1}
-
-
-def chunk_tiles(wide: int, size: int) -> tuple[int, int, int]:
-    """Tokens in a chunk, columns of v at a time and warps, for a padded width and an element size in bytes."""
-    if size == 4:
-        return (32, 32, 4) if wide <= 128 else (32, 16, 8)
-    return (64, 64, 4) if wide <= 64 else (64, 32, 8) if wide <= 128 else (32, 32, 8)
-
-
-def map_tiles(wide: int, size: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of the pass over pairs, and warps."""
-    if size == 4:
-        return (64, 32, 4) if wide <= 64 else (32, 32, 4) if wide <= 128 else (32, 16, 4)
-    return (128, 64, 8 if wide > 64 else 4) if wide <= 128 else (64, 32, 4)

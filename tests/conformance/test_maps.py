@@ -327,7 +327,7 @@ def test_mass_is_the_sum_over_weighted_keys(case: Case) -> None:
         with pytest.raises(WorkbenchError, match=r"weights of keys are \[K\]"):
             case.map.mass(bad)
     with pytest.raises(WorkbenchError, match="got a int"):
-        case.map.mass(3)  # type: ignore[arg-type]
+        case.map.mass(3)
 
 
 def test_named_masses_are_remembered_and_others_are_not(case: Case) -> None:

@@ -187,7 +187,7 @@ Q, K = torch.zeros(1, 2, 40, 8), torch.zeros(1, 1, 40, 8)
         (lambda: AttnGate(0, 1, 8), "heads is a positive integer; got 0"),
         (lambda: AttnGate(4, 3, 8), "kv_heads must divide the 4 heads; got 3"),
         (lambda: AttnGate(2, 1, 8, gate=7), "gate is an even width"),
-        (lambda: AttnGate(2, 1, 8, block=1.5), "block is a positive integer; got 1.5"),  # type: ignore[arg-type]
+        (lambda: AttnGate(2, 1, 8, block=1.5), "block is a positive integer; got 1.5"),
         (lambda: AttnGate(2, 1, 8, k_pool=("median",)), "k_pool holds some of max, min, avg"),
         (lambda: AttnGate(2, 1, 8, q_pool=()), "q_pool holds some of"),
         (lambda: AttnGate(2, 1, 8, theta=0.0), "theta is a positive base"),
