@@ -1,4 +1,4 @@
-"""Decays inside Triton kernels, from running sums of the base-2 log decay held as two float32 numbers each; tiles of states; sizes."""
+"""Decays inside Triton kernels, from running sums of the base-2 log decay held as two float32 numbers each; tiles and sizes."""
 
 from __future__ import annotations
 
