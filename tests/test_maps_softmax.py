@@ -15,8 +15,9 @@ from workbench.captures import capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import GatedMap
-from workbench.mixers import softmax as module
-from workbench.mixers.softmax import SoftmaxMap, gated_softmax_attention, softmax_attention
+from workbench.mixers.softmax import gated_softmax_attention, softmax_attention
+from workbench.patterns import softmax as module
+from workbench.patterns.softmax import SoftmaxMap
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

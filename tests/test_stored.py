@@ -20,10 +20,10 @@ from workbench import mods, stored
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Relative
 from workbench.maps import AttentionMap, GatedMap, SummaryMap
-from workbench.mixers import softmax
-from workbench.mixers.explicit import ExplicitMap
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.hf import HFModel
+from workbench.patterns import softmax
+from workbench.patterns.explicit import ExplicitMap
+from workbench.patterns.softmax import SoftmaxMap
 
 B, H, G, E = 2, 4, 2, 6
 

@@ -21,8 +21,8 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Relative
 from workbench.maps import METADATA, AttentionMap, DenseMap, GatedMap, SummaryMap, TopK
-from workbench.mixers.explicit import ExplicitMap
-from workbench.mixers.softmax import SoftmaxMap
+from workbench.patterns.explicit import ExplicitMap
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.run import Maps
 
 INDEX = "maps.json"

@@ -20,7 +20,8 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.pairs import chunks as blocked
 from workbench.maps import AttentionMap, DenseMap, GatedMap, SummaryMap
-from workbench.mixers.softmax import SoftmaxMap, gated_softmax_attention, softmax_attention
+from workbench.mixers.softmax import gated_softmax_attention, softmax_attention
+from workbench.patterns.softmax import SoftmaxMap
 
 B, H, G, N, E = 2, 4, 2, 13, 6
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from workbench import mods
 from workbench.captures import capture
 from workbench.maps import AttentionMap
-from workbench.mixers import softmax
 from workbench.models.hf import HFModel
+from workbench.patterns import softmax
 
 
 def held(*maps: AttentionMap) -> int:

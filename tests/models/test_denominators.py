@@ -58,7 +58,7 @@ def test_flash_on_cuda_returns_what_is_taken_of_it() -> None:
 
 
 def test_a_captured_model_computes_no_denominator_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workbench.mixers import softmax
+    from workbench.patterns import softmax
 
     given = []
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import workbench as wb
 from workbench import mods
 from workbench.maps import AttentionMap
-from workbench.mixers import softmax
 from workbench.models import steps
 from workbench.models.hf import HFModel
+from workbench.patterns import softmax
 
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", "phi3", "deepseek_v3", "opt")
 STEPS = 9

@@ -5,8 +5,8 @@ from workbench.captures import capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.protocol import Tokens
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.probes.atlas import atlas, tile
 from workbench.run import Maps, Run
 

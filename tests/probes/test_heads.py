@@ -7,8 +7,8 @@ import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.protocol import Manifest, Shape, Tokens
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.probes.heads import head_scores
 from workbench.probes.repeats import repeats
 from workbench.results import load_result
@@ -274,7 +274,7 @@ def test_rows_may_come_in_any_chunks(monkeypatch):
 
 
 def test_streaming_and_dense_maps_agree():
-    from workbench.mixers.softmax import SoftmaxMap
+    from workbench.patterns.softmax import SoftmaxMap
 
     q, k = (torch.randn(1, h, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (4, 2))
     amap = SoftmaxMap(q, k, mask=Mask(causal=True, window=4))

@@ -194,7 +194,7 @@ def test_gated_maps_count_as_they_act_unless_raw():
 
 
 def test_streaming_softmax_maps_agree_with_dense_ones():
-    from workbench.mixers.softmax import SoftmaxMap
+    from workbench.patterns.softmax import SoftmaxMap
 
     generator = torch.Generator().manual_seed(5)
     q, k = (torch.randn(2, h, T, 4, dtype=torch.float64, generator=generator) for h in (4, 2))
@@ -220,7 +220,7 @@ def test_only_column_sums_are_read(monkeypatch):
 
 
 def test_rows_that_the_mask_empties_are_not_walked(monkeypatch):
-    from workbench.mixers.softmax import SoftmaxMap
+    from workbench.patterns.softmax import SoftmaxMap
 
     q, k = (torch.randn(1, 2, T, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     real = torch.tensor([[False, False, True, True, True, True]])

@@ -13,10 +13,10 @@ from transformer_lens.hook_points import HookPoint
 from workbench.captures import Capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
-from workbench.mixers.explicit import ExplicitMap
 from workbench.models.hookpoints import attached
 from workbench.models.protocol import Edit, Shape
 from workbench.models.requests import MAP_KINDS, apply_edits, edited, kept, site_from_map
+from workbench.patterns.explicit import ExplicitMap
 from workbench.sites import Site
 
 _GATES = {

@@ -11,12 +11,12 @@ from torch import Tensor
 from workbench.captures import Capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
-from workbench.mixers.explicit import ExplicitMap
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.hf import HFModel
 from workbench.models.inputs import given_tokens
 from workbench.models.protocol import Model, Tokens
 from workbench.models.requests import check_ids, check_layers, check_logits, kept
+from workbench.patterns.explicit import ExplicitMap
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.run import Generation, Maps
 
 

@@ -16,8 +16,8 @@ from transformer_lens.hook_points import HookPoint
 from workbench.errors import Refused
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
-from workbench.mixers.explicit import ExplicitMap
-from workbench.mixers.softmax import SoftmaxMap
+from workbench.patterns.explicit import ExplicitMap
+from workbench.patterns.softmax import SoftmaxMap
 
 if TYPE_CHECKING:
     from workbench.models.native_net import NativeConfig

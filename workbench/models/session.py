@@ -14,11 +14,11 @@ from workbench.captures import Capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.layers import AttentionLayer
 from workbench.models.masking import Masks, behind
 from workbench.models.protocol import Edit
 from workbench.models.requests import MAP_KINDS, apply_edits, kept, site_from_map
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.sites import Site
 
 INPUT_KINDS = ("q", "k", "v", "rot_q", "rot_k")

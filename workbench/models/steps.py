@@ -15,9 +15,9 @@ from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.mixers.softmax import SoftmaxMap
 from workbench.models.layers import AttentionLayer
 from workbench.models.masking import Masks, allowed
+from workbench.patterns.softmax import SoftmaxMap
 
 
 @dataclass(frozen=True)
