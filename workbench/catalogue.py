@@ -38,7 +38,7 @@ FAMILIES = (
 selection; feature maps with decay; state transporters with erasure; products of two maps; channel maps and gates; convolution
 and spectral mixing; operators that are not linear in their values; probes of any operator."""
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("softmax",)
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
 
@@ -46,8 +46,9 @@ MODULES: tuple[str, ...] = ()
 class Learned:
     """An argument that a native model makes by a projection of the layer's input x ``[B, N, D]``.
 
-    ``axes`` is ``"H"`` (one number per head and token, ``[B, H, N]``), ``"HE"`` (``[B, H, N, E]``), ``"G"`` or ``"GE"`` (key heads), or a
-    head letter with a width (``"H16"``: ``[B, H, N, 16]``). ``bias`` is the initial bias, inside of ``activation``.
+    ``axes`` is ``"H"`` (one number per head and token, ``[B, H, N]``), ``"HE"`` (``[B, H, N, E]``), ``"G"`` or ``"GE"`` (key
+    heads), or a head letter with a width (``"H16"``: ``[B, H, N, 16]``). ``bias`` is the initial bias, inside of
+    ``activation``.
     """
 
     axes: str
@@ -68,9 +69,10 @@ class Parameter:
 class Recipe:
     """How a native model runs a variant.
 
-    ``prepare`` turns ``q`` ``[B, H, N, E]``, ``k``, ``v`` ``[B, G, N, E]`` (after positions), ``mask``, ``grid`` (rows and columns of an image, or None),
-    ``x`` ``[B, N, D]`` and the learned arguments into the operator's keyword arguments; without it the operator takes q, k, v, mask and
-    all learned arguments by their names. ``finish`` turns the output into ``[B, H, N, E]``.
+    ``prepare`` turns ``q`` ``[B, H, N, E]``, ``k``, ``v`` ``[B, G, N, E]`` (after positions), ``mask``, ``grid`` (rows and
+    columns of an image, or None), ``x`` ``[B, N, D]`` and the learned arguments into the operator's keyword arguments; without
+    it the operator takes q, k, v, mask and all learned arguments by their names. ``finish`` turns the output into
+    ``[B, H, N, E]``.
     """
 
     learned: Mapping[str, Learned] = field(default_factory=dict)
@@ -83,10 +85,10 @@ class Recipe:
 class Variant:
     """One attention mechanism.
 
-    ``paper`` is ``#n Title (year)`` with the number in the project's list of papers, or ``Title (year)``. ``value_input`` names the
-    argument that the output is linear in, with ``output == map.matvec(arguments[value_input])``; None where there is none.
-    ``causal`` tells that query i has no weight on keys after it. ``reference`` says where the mathematics was checked, ``note`` what
-    is doubtful. Calling the record calls the operator.
+    ``paper`` is ``#n Title (year)`` with the number in the project's list of papers, or ``Title (year)``. ``value_input`` names
+    the argument that the output is linear in, with ``output == map.matvec(arguments[value_input])``; None where there is none.
+    ``causal`` tells that query i has no weight on keys after it. ``reference`` says where the mathematics was checked,
+    ``note`` what is doubtful. Calling the record calls the operator.
     """
 
     name: str

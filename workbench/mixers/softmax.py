@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from workbench.catalogue import Recipe, Variant, example_tensors
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import HIDDEN, Bias
@@ -75,3 +78,23 @@ def gated_softmax_attention(
     out, raw = softmax_attention(q, k, v, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias)
     found = GatedMap(raw, gate.detach())
     return out * gate[..., None].to(out.dtype), found
+
+
+def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    shapes = {"q": (2, 4, tokens, 8), "k": (2, 2, tokens, 8), "v": (2, 2, tokens, 8)}
+    return {**example_tensors(seed, dtype, **shapes), "mask": Mask(causal=True)}
+
+
+VARIANTS = (
+    Variant(
+        name="grouped-query-attention",
+        paper="#88 FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness (2022)",
+        family="softmax",
+        priority="A",
+        operator=softmax_attention,
+        example=_example,
+        causal=True,
+        reference="torch.nn.functional.scaled_dot_product_attention",
+        recipe=Recipe(),
+    ),
+)
