@@ -49,7 +49,9 @@ class AttentionMap(ABC):
     Metadata: ``domain`` in ``token | block | agent | channel | frequency``; ``sign`` in ``nonnegative | signed``;
     ``row_sum`` in ``"1" | "<=1" | "gate" | "free" | "columns"``; ``value_space``: what the coefficients multiply;
     ``exactness`` in ``exact | jacobian | approximation``. ``offset`` is the absolute position of query 0 (keys start
-    at 0). ``kv_heads`` is the number of value heads G that ``matvec`` takes.
+    at 0). ``kv_heads`` is the number of value heads G that ``matvec`` takes. ``channelwise`` maps have coefficients of their own
+    for every channel of a value: their rows are the mean over channels, their ``matvec`` uses each channel's own. ``order`` is 3
+    where weights belong to pairs of keys and the map is what they make of single keys.
 
     Statistics are sums over the weights as they are. Where a row sums to less than 1 (a sink logit, a gate, a row that sees
     nothing), the missing mass is not part of them and nothing is renormalised. Answers are float32 or float64, kept
@@ -61,6 +63,8 @@ class AttentionMap(ABC):
     row_sum: str = "1"
     value_space: str = "raw V"
     exactness: str = "exact"
+    channelwise: bool = False
+    order: int = 2
 
     def __init__(self, shape: tuple[int, int, int, int], *, kv_heads: int | None = None, offset: int = 0) -> None:
         self.shape = shape
@@ -180,11 +184,8 @@ class AttentionMap(ABC):
 
     def matvec(self, v: Tensor) -> Tensor:
         """M v: values ``[B, G, K, E]`` to outputs ``[B, H, Q, E]``, of v's dtype."""
+        self._check_values(v)
         b, h, _, k = self.shape
-        if v.ndim != 4 or v.shape[:3] != (b, self.kv_heads, k):
-            raise WorkbenchError(
-                f"matvec takes values [B, G, K, E] = {[b, self.kv_heads, k, 'E']}; got {list(v.shape)}"
-            )
         g = self.kv_heads
         parts = []
         for lo, hi, rows in self._chunks():
@@ -195,9 +196,8 @@ class AttentionMap(ABC):
 
     def rmatvec(self, y: Tensor) -> Tensor:
         """The adjoint: ``[B, H, Q, E]`` to ``[B, G, K, E]``, summed over the query heads that share a value head."""
+        self._check_outputs(y)
         b, h, q, k = self.shape
-        if y.ndim != 4 or y.shape[:3] != (b, h, q):
-            raise WorkbenchError(f"rmatvec takes [B, H, Q, E] = {[b, h, q, 'E']}; got {list(y.shape)}")
         g, width = self.kv_heads, y.shape[3]
         out = y.new_zeros(b, g, k, width, dtype=working_dtype(y.dtype))
         for lo, hi, rows in self._chunks():
@@ -205,6 +205,18 @@ class AttentionMap(ABC):
             part = y[:, :, lo:hi].to(out.dtype).reshape(b, g, h // g * (hi - lo), width)
             out += rows.to(out.dtype).reshape(b, g, h // g * (hi - lo), k).transpose(-1, -2) @ part
         return out.to(y.dtype)
+
+    def _check_values(self, v: Tensor) -> None:
+        b, _, _, k = self.shape
+        if v.ndim != 4 or v.shape[:3] != (b, self.kv_heads, k):
+            raise WorkbenchError(
+                f"matvec takes values [B, G, K, E] = {[b, self.kv_heads, k, 'E']}; got {list(v.shape)}"
+            )
+
+    def _check_outputs(self, y: Tensor) -> None:
+        b, h, q, _ = self.shape
+        if y.ndim != 4 or y.shape[:3] != (b, h, q):
+            raise WorkbenchError(f"rmatvec takes [B, H, Q, E] = {[b, h, q, 'E']}; got {list(y.shape)}")
 
     # -------------------------------------------------- generic implementations
 

@@ -24,6 +24,8 @@ __all__ = [
     "TopK",
     "block_cells",
     "head_index",
+    "row_sum_of",
+    "state_metadata",
 ]
 
 
@@ -51,17 +53,11 @@ class DenseMap(AttentionMap):
         tolerance = max(1e-5, 2 * torch.finfo(weights.dtype).eps)
         negative = bool(self.weights.amin() < 0)
         self.sign = "signed" if negative else "nonnegative"
-        self.row_sum = "free" if negative else _row_sum(sums, tolerance)
-        for name, value in metadata.items():
-            if name not in METADATA:
-                raise UnknownName("map metadata", name, METADATA)
-            known = METADATA[name]
-            if known is not None and value not in known:
-                raise UnknownName(f"map {name}", value, known)
-            setattr(self, name, value)
+        self.row_sum = "free" if negative else row_sum_of(sums, tolerance)
+        state_metadata(self, metadata)
         if self.sign == "nonnegative" and negative:
             raise WorkbenchError(f"sign='nonnegative', but the smallest weight is {float(self.weights.amin()):.4g}")
-        if self.row_sum in ("1", "<=1") and _row_sum(sums, 2e-2) not in ("1", self.row_sum):
+        if self.row_sum in ("1", "<=1") and row_sum_of(sums, 2e-2) not in ("1", self.row_sum):
             raise WorkbenchError(
                 f"row_sum={self.row_sum!r}, but rows sum to {float(sums.min()):.4g} .. {float(sums.max()):.4g}"
             )
@@ -214,6 +210,17 @@ class SummaryMap(AttentionMap):
         )
 
 
+def state_metadata(amap: AttentionMap, metadata: Mapping[str, str]) -> None:
+    """Set what is told about a map; raises on names and values that do not exist."""
+    for name, value in metadata.items():
+        if name not in METADATA:
+            raise UnknownName("map metadata", name, METADATA)
+        known = METADATA[name]
+        if known is not None and value not in known:
+            raise UnknownName(f"map {name}", value, known)
+        setattr(amap, name, value)
+
+
 def head_index(indices: Sequence[int], heads: int) -> list[int]:
     """The indices as a list; raises on one that does not exist."""
     for index in indices:
@@ -224,7 +231,8 @@ def head_index(indices: Sequence[int], heads: int) -> list[int]:
     return [int(index) for index in indices]
 
 
-def _row_sum(sums: Tensor, tolerance: float) -> str:
+def row_sum_of(sums: Tensor, tolerance: float) -> str:
+    """The row-sum contract that non-negative rows with these sums keep: ``"1"``, ``"<=1"`` or ``"free"``."""
     if bool((sums <= 1 + tolerance).all()):
         return "1" if bool((sums >= 1 - tolerance).all()) else "<=1"
     return "free"

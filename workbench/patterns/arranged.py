@@ -1,0 +1,140 @@
+"""Maps whose rows or columns are those of another map in another place: permuted tokens, the last rows of a decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workbench.attention_map import AttentionMap
+from workbench.errors import WorkbenchError
+from workbench.maps import state_metadata
+
+
+class PermutedMap(AttentionMap):
+    """Row i is row ``queries[i]`` of ``inner``, column j its column ``keys[j]``; None leaves them in place.
+
+    ``queries`` and ``keys`` are permutations, int64 ``[N]``, ``[1, 1, N]``, or ``[B or 1, H or 1, N]``. Keys that differ between
+    heads need a value head per head.
+    """
+
+    def __init__(self, inner: AttentionMap, queries: Tensor | None, keys: Tensor | None, **metadata: str) -> None:
+        super().__init__(inner.shape, kv_heads=inner.kv_heads, offset=inner.offset)
+        self.inner = inner
+        self.queries = self._checked("queries", queries, inner.shape[2])
+        self.keys = self._checked("keys", keys, inner.shape[3])
+        if self.keys is not None and self.keys.shape[1] != 1 and inner.kv_heads != inner.shape[1]:
+            raise WorkbenchError(
+                f"keys that differ between heads need {inner.shape[1]} value heads; got {inner.kv_heads}"
+            )
+        for name in ("domain", "sign", "row_sum", "value_space", "exactness", "channelwise"):
+            setattr(self, name, getattr(inner, name))
+        state_metadata(self, metadata)
+
+    def _checked(self, name: str, index: Tensor | None, length: int) -> Tensor | None:
+        if index is None:
+            return None
+        b, h = self.shape[:2]
+        full = index.view(*[1] * (3 - index.ndim), *index.shape) if index.ndim <= 3 else index
+        if full.ndim != 3 or full.shape[0] not in (1, b) or full.shape[1] not in (1, h) or full.shape[2] != length:
+            raise WorkbenchError(f"{name} are [N] or [B or 1, H or 1, N] with N = {length}; got {list(index.shape)}")
+        if not torch.equal(full.sort(-1).values, torch.arange(length, device=full.device).expand_as(full)):
+            raise WorkbenchError(f"{name} are a permutation of 0 .. {length - 1}")
+        return full
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        lo, hi = self._span(lo, hi, self.shape[2], "rows")
+        if self.queries is None:
+            return self._columns(self.inner.rows(lo, hi))
+        wanted = self.queries[..., lo:hi]
+        out: Tensor | None = None
+        step = max(1, hi - lo)
+        b, h, q, k = self.shape
+        for first in range(0, q, step):
+            last = min(q, first + step)
+            here = (wanted >= first) & (wanted < last)
+            if not bool(here.any()) and out is not None:
+                continue
+            part = self.inner.rows(first, last)
+            out = part.new_zeros(b, h, hi - lo, k) if out is None else out
+            at = (wanted - first).clamp(0, last - first - 1).expand(b, h, -1)[..., None].expand(-1, -1, -1, k)
+            out = torch.where(here.expand(b, h, -1)[..., None], part.gather(2, at), out)
+        return self._columns(self.inner.rows(0, 0) if out is None else out)
+
+    def _columns(self, rows: Tensor) -> Tensor:
+        if self.keys is None:
+            return rows
+        return rows.gather(3, self.keys[:, :, None].expand(*rows.shape[:3], -1))
+
+    def native(self) -> AttentionMap:
+        """The map in its own order."""
+        return self.inner
+
+    def row_sums(self) -> Tensor:
+        return _taken(self.inner.row_sums(), self.queries)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self._check_values(v)
+        if self.keys is not None:
+            v = _rows_taken(v, self.keys.argsort(-1))
+        out = self.inner.matvec(v)
+        return out if self.queries is None else _rows_taken(out, self.queries)
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        self._check_outputs(y)
+        if self.queries is not None:
+            y = _rows_taken(y, self.queries.argsort(-1))
+        out = self.inner.rmatvec(y)
+        return out if self.keys is None else _rows_taken(out, self.keys)
+
+    def _received(self) -> Tensor:
+        return _taken(self.inner.received(), self.keys)
+
+    def _entropy(self) -> Tensor:
+        return _taken(self.inner.entropy(), self.queries)
+
+
+class LastRowsMap(AttentionMap):
+    """Rows from ``lo`` on of a map: what the queries of a step see, with all keys."""
+
+    def __init__(self, inner: AttentionMap, lo: int) -> None:
+        b, h, q, k = inner.shape
+        if not 0 <= lo < q:
+            raise WorkbenchError(f"rows from {lo} on of a map with {q} rows")
+        super().__init__((b, h, q - lo, k), kv_heads=inner.kv_heads, offset=inner.offset + lo)
+        self.inner, self.lo = inner, lo
+        for name in ("domain", "sign", "row_sum", "value_space", "exactness", "channelwise"):
+            setattr(self, name, getattr(inner, name))
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        lo, hi = self._span(lo, hi, self.shape[2], "rows")
+        return self.inner.rows(lo + self.lo, hi + self.lo)
+
+    def heads(self, indices: Sequence[int]) -> LastRowsMap:
+        return LastRowsMap(self.inner.heads(indices), self.lo)
+
+    def native(self) -> AttentionMap:
+        """The whole map."""
+        return self.inner
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.inner.matvec(v)[:, :, self.lo :]
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        self._check_outputs(y)
+        return self.inner.rmatvec(torch.nn.functional.pad(y, (0, 0, self.lo, 0)))
+
+    def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
+        return self.inner._tile(q_lo + self.lo, q_hi + self.lo, k_lo, k_hi)
+
+
+def _taken(values: Tensor, index: Tensor | None) -> Tensor:
+    """``values`` ``[B, H, N]`` in another order."""
+    return values if index is None else values.gather(2, index.expand(*values.shape[:2], -1))
+
+
+def _rows_taken(values: Tensor, index: Tensor) -> Tensor:
+    """``values`` ``[B, H or G, N, E]`` in another order of the tokens."""
+    b, h, _, e = values.shape
+    return values.gather(2, index.expand(b, h, -1)[..., None].expand(-1, -1, -1, e))
