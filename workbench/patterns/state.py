@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.attention_map import block_cells
-from workbench.errors import Refused, WorkbenchError
+from workbench.attention_map import AttentionMap, block_cells
+from workbench.errors import WorkbenchError
 from workbench.kernels.scores import working_dtype
 from workbench.maps import head_index
 from workbench.patterns.transported import TransportedMap
@@ -58,7 +58,8 @@ class StateMap(TransportedMap):
     """M_ij = read_i^T A_i .. A_{j+1} write_j, with ``read`` and ``write`` ``[B, H, N, S]``.
 
     The transitions are given by ``step`` (see ``Step``; ``dplr`` makes one) or, if they are diagonal, as ``diagonal``
-    ``[B, H, N, S]`` (the factors themselves, not their logarithms). ``heads`` works where the step has ``heads(indices)``.
+    ``[B, H, N, S]`` (the factors themselves, not their logarithms). A step may have ``heads(indices)``, the step of those heads:
+    the map of some heads is then a state map too.
     """
 
     def __init__(
@@ -114,14 +115,14 @@ class StateMap(TransportedMap):
             r[:, :, start:] = self._over(carried, over)
         return out[..., :n]
 
-    def heads(self, indices: Sequence[int]) -> StateMap:
+    def heads(self, indices: Sequence[int]) -> AttentionMap:
         chosen = head_index(indices, self.shape[1])
         read, write = self.read[:, chosen], self.write[:, chosen]
         if self.diagonal is not None:
             return StateMap(read, write, diagonal=self.diagonal[:, chosen])
         select: Any = getattr(self.step, "heads", None)
         if select is None:
-            raise Refused("the step of this map cannot select heads; take them from its answers: axis 1 is the head")
+            return super().heads(indices)
         return StateMap(read, write, select(chosen))
 
     # ------------------------------------------------------------- chunks

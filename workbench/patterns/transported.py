@@ -49,17 +49,12 @@ class TransportedMap(AttentionMap):
         """M^T y for y ``[B, H, N, E]``."""
 
     def matvec(self, v: Tensor) -> Tensor:
-        b, h, n, _ = self.shape
-        if v.ndim != 4 or v.shape[:3] != (b, self.kv_heads, n):
-            wanted = [b, self.kv_heads, n, "E"]
-            raise WorkbenchError(f"matvec takes values [B, G, K, E] = {wanted}; got {list(v.shape)}")
-        values = v.to(torch.promote_types(self.dtype, v.dtype)).repeat_interleave(h // self.kv_heads, 1)
+        self._check_values(v)
+        values = v.to(torch.promote_types(self.dtype, v.dtype)).repeat_interleave(self.shape[1] // self.kv_heads, 1)
         return self._apply(values).to(v.dtype)
 
     def rmatvec(self, y: Tensor) -> Tensor:
-        b, h, n, _ = self.shape
-        if y.ndim != 4 or y.shape[:3] != (b, h, n):
-            raise WorkbenchError(f"rmatvec takes [B, H, Q, E] = {[b, h, n, 'E']}; got {list(y.shape)}")
+        self._check_outputs(y)
         found = self._adjoint(y.to(torch.promote_types(self.dtype, y.dtype)))
         return found.unflatten(1, (self.kv_heads, -1)).sum(2).to(y.dtype)
 
