@@ -204,7 +204,7 @@ class HFModel:
 
     @contextmanager
     def _recording(self, session: Session) -> Iterator[None]:
-        from workbench.models.recorders import recording
+        from workbench.models.recorders.base import recording
 
         layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
         with recording(layers, session):

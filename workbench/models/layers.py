@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 
 from workbench.models.protocol import LayerRecord
+from workbench.models.recorders.registry import is_recorded, recorder_of
 
-RECORDED = ("FalconAttention", "BloomAttention", "MptAttention")
-"""Attention classes outside of transformers' attention interface that ``recorders`` knows."""
 _LOOKS_LIKE_MIXER = re.compile(
     r"Attention|Attn|Mixer|DeltaNet|Mamba|SSM|Retention|TimeMix|RecurrentBlock|Hyena|ShortConv|FourierTransform"
 )
@@ -128,10 +127,14 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
         missing = f"editing pattern ({implementation} never builds it)"
     elif layer.route == "recorder" or implementation != "eager":
         missing = "editing pattern (load with attn_implementation='eager' where the family allows it)"
-    return LayerRecord(layer.key, _mixer(layer.module), layer.route, "exact", missing)
+    mixer = ""
+    if layer.route == "recorder":
+        recorder = recorder_of(layer.module)
+        mixer, missing = recorder.mixer, recorder.missing or missing
+    return LayerRecord(layer.key, mixer or _softmax(layer.module), layer.route, "exact", missing)
 
 
-def _mixer(module: nn.Module) -> str:
+def _softmax(module: nn.Module) -> str:
     """``softmax`` with what the module adds to it, as far as its attributes tell."""
     parts = ["softmax"]
     config: Any = getattr(module, "config", None)
@@ -161,7 +164,7 @@ def _mixer(module: nn.Module) -> str:
 def _route(module: nn.Module) -> str:
     if interface_function(type(module)) is not None and not _calls_twice(type(module).forward):
         return "attention interface"
-    if any(cls.__name__ in RECORDED for cls in type(module).__mro__):
+    if is_recorded(module):
         return "recorder"
     return "none"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.models.current import current
 from workbench.models.families import Wiring, join_heads, split_heads, submodule, wiring_of
 from workbench.models.layers import AttentionLayer
+from workbench.models.recorders.registry import is_recorded, recorder_of
 from workbench.models.requests import MAP_KINDS, apply_edits
 from workbench.models.session import Session
 from workbench.sites import Site
@@ -67,6 +68,10 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
             if "attn_out" not in modules and not wiring.end:
                 modules.discard("resid_mid")
         function = {"q", "k", "v", "z"} if wiring is not None and not wiring.rotary else {"rot_q", "rot_k", "v", "z"}
+        sites = recorder_of(layer.module).sites if layer.route == "recorder" else None
+        if sites is not None:
+            found.append(_of_recorder(layer, block, wiring, (heads, kv_heads, width), sites))
+            continue
         if layer.route == "recorder":
             modules |= {"z"}
         function -= modules
@@ -76,8 +81,26 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
     return found
 
 
+def _of_recorder(
+    layer: AttentionLayer, block: nn.Module, wiring: Wiring | None, counts: tuple[int, int, int], sites: frozenset[str]
+) -> Place:
+    """A layer whose recorder says which sites of the mixing there are."""
+    modules = {"resid_pre", "resid_post"}
+    if wiring is not None:
+        paths = {"attn_out": wiring.attn_out, "resid_mid": wiring.mid, "mlp_out": wiring.mlp_out,
+                 "mlp_pre": wiring.pre, "mlp_post": wiring.post}  # fmt: skip
+        modules |= {kind for kind, path in paths.items() if submodule(block, path) is not None}
+        if "attn_out" not in modules:
+            modules.discard("resid_mid")
+    statistics = recorder_of(layer.module).statistics
+    return Place(layer, block, wiring, *counts, at_function=sites, at_modules=frozenset(modules), of_map=statistics)
+
+
 def head_counts(module: nn.Module) -> tuple[int, int, int]:
     """Query heads H, key heads G and query-key width E of an attention module, as its attributes tell; 0 if they do not."""
+    known = recorder_of(module).heads(module) if is_recorded(module) else None
+    if known is not None:
+        return known
 
     def attribute(*names: str) -> int:
         config = getattr(module, "config", None)
