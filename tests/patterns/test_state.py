@@ -93,7 +93,7 @@ def test_grouped_values_and_chosen_heads(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["diagonal", "dplr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_types_are_answered_in_float32(kind: str, dtype: torch.dtype) -> None:
-    amap, steps = case(70, kind, dtype)
+    amap, _ = case(70, kind, dtype)
     exact, _ = case(70, kind)
     assert amap.dense().dtype == torch.float32
     loose = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.2}
