@@ -15,28 +15,22 @@ from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> tuple[int, int, int, int]:
-    """``(B, H, Q, K)`` of q ``[B, H, Q, E]``, k ``[B, G, K, E]`` and v ``[B, G, K, V]``; raises naming the one at fault."""
-    for name, tensor in (("q", q), ("k", k)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or 0 in tensor.shape or not tensor.is_floating_point():
-            got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise WorkbenchError(f"{name} is floating point [B, heads, tokens, E], not empty; got {got}")
-    (b, h, n, e), (bk, g, m, ek) = q.shape, k.shape
-    if (bk, ek) != (b, e) or h % g:
+def checked(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int, int, int]:
+    """``(B, H, Q, K)`` of q ``[B, H, Q, E]``, k ``[B, G, K, E]``, v ``[B, G, K, V]`` and a mask that fits them; raises
+    ``WorkbenchError`` naming the one at fault."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor, ("B", "heads", "tokens", "width"))
+    (b, h, n, e), (_, g, m, _) = q.shape, k.shape
+    if (k.shape[0], k.shape[3]) != (b, e) or h % g:
         raise WorkbenchError(f"k is [B, G, K, E] with B={b}, E={e} and G dividing H={h}; got {list(k.shape)}")
+    check_tensor("v", v, (b, g, m, "width"))
     if k.dtype != q.dtype:
         raise WorkbenchError(f"k must have q's dtype {q.dtype}; got {k.dtype}")
-    if v is not None and (v.ndim != 4 or tuple(v.shape[:3]) != (b, g, m) or not v.is_floating_point()):
-        raise WorkbenchError(f"v is floating point [B, G, K, width] = {[b, g, m, 'width']}; got {list(v.shape)}")
-    return b, h, n, m
-
-
-def check_mask(mask: Mask, shape: tuple[int, int, int, int]) -> None:
-    """Raise ``WorkbenchError`` naming the part of the mask that does not fit a map of this shape."""
     try:
-        mask.check(shape)
+        mask.check((b, h, n, m))
     except ValueError as error:
         raise WorkbenchError(str(error)) from None
+    return b, h, n, m
 
 
 def check_tensor(name: str, tensor: Tensor, *shapes: tuple[int | str, ...]) -> None:
