@@ -230,7 +230,9 @@ class AttentionMap(ABC):
 
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         """The map of some heads, in that order; each has a value head of its own."""
-        raise Refused(f"{type(self).__name__} cannot select heads; take them from its answers: axis 1 is the head")
+        from workbench.patterns.arranged import SomeHeadsMap
+
+        return SomeHeadsMap(self, indices)
 
     def _precompute(self, request: Capture) -> None:
         if request.blocks is not None:

@@ -209,6 +209,9 @@ class SummaryMap(AttentionMap):
             "name more in capture(...) or capture with keep=True"
         )
 
+    def heads(self, indices: Sequence[int]) -> AttentionMap:
+        raise Refused("a summary cannot select heads; take them from its answers: axis 1 is the head")
+
 
 def state_metadata(amap: AttentionMap, metadata: Mapping[str, str]) -> None:
     """Set what is told about a map; raises on names and values that do not exist."""

@@ -1,4 +1,4 @@
-"""Maps whose rows or columns are those of another map in another place: permuted tokens, the last rows of a decoding step."""
+"""Maps whose rows, columns or heads are those of another map in another place: permuted tokens, a decoding step, some heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.attention_map import AttentionMap
 from workbench.errors import WorkbenchError
-from workbench.maps import state_metadata
+from workbench.maps import head_index, state_metadata
 
 
 class PermutedMap(AttentionMap):
@@ -127,6 +127,35 @@ class LastRowsMap(AttentionMap):
 
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         return self.inner._tile(q_lo + self.lo, q_hi + self.lo, k_lo, k_hi)
+
+
+class SomeHeadsMap(AttentionMap):
+    """Some heads of a map, by rows; each has a value head of its own."""
+
+    def __init__(self, inner: AttentionMap, indices: Sequence[int]) -> None:
+        self._chosen = head_index(indices, inner.shape[1])
+        super().__init__((inner.shape[0], len(self._chosen), *inner.shape[2:]), offset=inner.offset)
+        self.inner = inner
+        for name in ("domain", "sign", "row_sum", "value_space", "exactness"):
+            setattr(self, name, getattr(inner, name))
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        return self.inner.rows(lo, hi)[:, self._chosen]
+
+    def heads(self, indices: Sequence[int]) -> AttentionMap:
+        return self.inner.heads([self._chosen[i] for i in head_index(indices, self.shape[1])])
+
+    def row_sums(self) -> Tensor:
+        return self.inner.row_sums()[:, self._chosen]
+
+    def _received(self) -> Tensor:
+        return self.inner.received()[:, self._chosen]
+
+    def _entropy(self) -> Tensor:
+        return self.inner.entropy()[:, self._chosen]
+
+    def _blocks(self, size: int, reduce: str) -> Tensor:
+        return self.inner.blocks(size, reduce)[:, self._chosen]
 
 
 def _taken(values: Tensor, index: Tensor | None) -> Tensor:
