@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import attention, bench, circuits, models
+from workbench.apps.commands import attention, bench, circuits, models, variants
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(models.models)
+app.command()(variants.variants)
 app.add_typer(circuits.tasks, name="tasks")
 for command in (
     circuits.methods,

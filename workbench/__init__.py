@@ -32,6 +32,8 @@ _NAMES: dict[str, str] = {
     "AttentionMap": "workbench.maps:AttentionMap",
     "Mask": "workbench.kernels.mask:Mask",
     "Mod": "workbench.mods:Mod",
+    "variants": "workbench.catalogue:variants",
+    "Variant": "workbench.catalogue:Variant",
     # tasks and circuits
     "Task": "workbench.pairs:Task",
     "Pairs": "workbench.pairs:Pairs",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import workbench as wb
 from workbench.apps.terminal import to_json
@@ -233,6 +234,26 @@ def test_circuit_and_its_faithfulness(workbench, tmp_path):
     assert judged["note"] == ""
     shown = workbench("circuit", *words, "--method", "eap-ig", "--option", "steps=2", "--level", "node")
     assert shown.out.splitlines()[-1] in ("strongest heads: 1.2, 0.1", "strongest heads: 0.1, 1.2")
+
+
+def test_variants_are_those_of_the_catalogue(workbench):
+    answer = workbench("variants", "--json").json
+    assert [row["name"] for row in answer["rows"]] == list(wb.variants().names)
+    some = workbench("variants", "--family", "softmax", "--json").json["rows"]
+    assert {row["family"] for row in some} == {"softmax"}
+    assert len(some) < len(answer["rows"])
+    people = workbench("variants").out
+    assert all(name in people for name in wb.variants().names)
+
+
+def test_a_variant_shows_its_map(workbench):
+    answer = workbench("variants", "grouped-query-attention", "--tokens", "7", "--head", "1", "--json").json
+    variant = wb.variants()["grouped-query-attention"]
+    _, amap = variant(**variant.example(0, 7, torch.float64))
+    torch.testing.assert_close(torch.tensor(answer["weights"], dtype=torch.float64), amap.dense()[0, 1])
+    assert answer["largest |output - M v|"] < 1e-12
+    lines = workbench("variants", "grouped-query-attention", "--tokens", "7").out.rstrip().splitlines()
+    assert [len(line.split()) for line in lines[-7:]] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_models(workbench, model):

@@ -56,6 +56,13 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         (("retrieval", "MODEL", "--lengths", "many"), "whole numbers separated by commas"),
         (("retrieval", "MODEL", "--lengths", "0"), "at least 1"),
         (("retrieval", "MODEL", "--lengths", "5000"), "4744 tokens more than the context"),
+        (("variants", "softmx"), "no attention variant 'softmx'; known:"),
+        (("variants", "--family", "sofmax"), "no family of variants 'sofmax'; known: softmax"),
+        (
+            ("variants", "grouped-query-attention", "--tokens", "0"),
+            "--tokens is between 1 and 64: the map is drawn; got 0",
+        ),
+        (("variants", "grouped-query-attention", "--head", "9"), "no head '9'; known: 0, 1"),
         (("circuit", "MODEL", "nosuch"), "no task 'nosuch'; known: ioi"),
         (("circuit", "MODEL", "ioi", "--method", "nosuch", "-n", "2"), "no circuit method 'nosuch'; known: patching"),
         (("circuit", "MODEL", "ioi", "--level", "layer", "-n", "2"), "no circuit level 'layer'"),
