@@ -38,7 +38,17 @@ FAMILIES = (
 selection; feature maps with decay; state transporters with erasure; products of two maps; channel maps and gates; convolution
 and spectral mixing; operators that are not linear in their values; probes of any operator."""
 
-MODULES: tuple[str, ...] = ("softmax", "relative", "gated", "sinks", "sigmoid", "averaging")
+MODULES: tuple[str, ...] = (
+    "softmax",
+    "relative",
+    "gated",
+    "sinks",
+    "sigmoid",
+    "averaging",
+    "histogram",
+    "urpe",
+    "rcmha",
+)
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
 

@@ -57,7 +57,7 @@ class SigmoidMap(AttentionMap):
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
-        return self._tile(lo, hi, 0, self.shape[3])
+        return self._weights(lo, hi, 0, self.shape[3])
 
     def heads(self, indices: Sequence[int]) -> SigmoidMap:
         chosen = head_index(indices, self.shape[1])
@@ -81,6 +81,9 @@ class SigmoidMap(AttentionMap):
         return self._remember(("row_sums",), lambda: self._stats(stats=("row_sums",)).row_sums)
 
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
+        return self._weights(q_lo, q_hi, k_lo, k_hi)
+
+    def _weights(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         with torch.no_grad():
             return self.scores.tile(slice(q_lo, q_hi), slice(k_lo, k_hi)).add_(self.shift).sigmoid_()
 
