@@ -39,7 +39,7 @@ def test_output_and_gradients_are_those_of_the_loop(kind: str, n: int) -> None:
     out, wanted = made.output(v), loop(read, write, step, v)
     torch.testing.assert_close(out, wanted)
     weights = rand(9, *wanted.shape)
-    found = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+    found = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True, retain_graph=True)
     expected = torch.autograd.grad((wanted * weights).sum(), leaves, allow_unused=True)
     for one, other in zip(found, expected, strict=True):
         other = torch.zeros(shape, dtype=torch.float64) if other is None else other
