@@ -91,6 +91,7 @@ class GatedMap(AttentionMap):
         negative = bool((self.gate < 0).any())
         self.sign = "signed" if raw.sign == "signed" or negative else "nonnegative"
         self.value_space, self.exactness, self.domain = raw.value_space, raw.exactness, raw.domain
+        self.channelwise = self.channelwise or raw.channelwise
         self._fast = None if negative else raw._scaled(self.gate)
 
     @property
@@ -104,6 +105,17 @@ class GatedMap(AttentionMap):
     def row_sums(self) -> Tensor:
         sums = self.raw.row_sums()
         return self.gate.to(sums.dtype) * sums
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._times(self.raw.matvec(v))
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        self._check_outputs(y)
+        return self.raw.rmatvec(self._times(y))
+
+    def _times(self, values: Tensor) -> Tensor:
+        work = torch.promote_types(self.gate.dtype, working_dtype(values.dtype))
+        return (self.gate.to(work)[..., None] * values.to(work)).to(values.dtype)
 
     def entropy(self) -> Tensor:
         if ("entropy",) not in self._memo and bool((self.gate > 1).any()):
@@ -171,6 +183,7 @@ class SummaryMap(AttentionMap):
         super().__init__(source.shape, kv_heads=source.kv_heads, offset=source.offset)
         for name in METADATA:
             setattr(self, name, getattr(source, name))
+        self.channelwise = source.channelwise
         self.lse: Tensor | None = getattr(source, "lse", None)
         self.mask: Mask | None = getattr(source, "mask", None)
         self.impl = str(getattr(source, "impl", ""))

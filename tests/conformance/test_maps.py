@@ -22,7 +22,7 @@ from workbench.kernels.pairs import chunks as blocked
 from workbench.maps import AttentionMap, DenseMap, GatedMap, SummaryMap
 from workbench.mixers.softmax import gated_softmax_attention, softmax_attention
 from workbench.patterns.algebra import HeadsMap, KeysMap, ProductMap, QueriesMap, SumMap
-from workbench.patterns.arranged import LastRowsMap, PermutedMap, SomeHeadsMap
+from workbench.patterns.arranged import BatchMap, LastRowsMap, PermutedMap, SomeHeadsMap
 from workbench.patterns.diagonal import DiagonalMap
 from workbench.patterns.lazy import LazyMap
 from workbench.patterns.softmax import SoftmaxMap
@@ -139,6 +139,15 @@ def permuted() -> Case:
     return made(PermutedMap(of(weights), rows, columns), wanted)
 
 
+def batch() -> Case:
+    places = [torch.tensor([1, 2, 5, 7, 8]), torch.arange(N)]
+    parts = [rand(3 + b, 1, H, len(at), len(at)).softmax(-1) for b, at in enumerate(places)]
+    wanted = torch.zeros(2, H, N, N, dtype=torch.float64)
+    for b, at in enumerate(places):
+        wanted[b, :, at[:, None], at] = parts[b][0]
+    return made(BatchMap([of(part, kv_heads=G) for part in parts], places, N), wanted)
+
+
 def product() -> Case:
     left, right = rand(3, B, H, N, 4).softmax(-1), rand(4, B, H, 4, N).softmax(-1)
     return made(ProductMap(of(left), of(right, kv_heads=G)), left @ right)
@@ -228,6 +237,7 @@ MAPS: dict[str, Callable[[], Case]] = {
     "queries": lambda: made(QueriesMap(of(P[:, :, :4], kv_heads=G), of(P[:, :, 4:], kv_heads=G)), P),
     "permuted": permuted,
     "last rows": lambda: made(LastRowsMap(of(P, kv_heads=G), 5), P[:, :, 5:]),
+    "batch": batch,
     "some heads": lambda: made(
         SomeHeadsMap(of(torch.cat([P.flip(-1), P], 1), kv_heads=2), [4, 7, 5, 6]), P[:, [0, 3, 1, 2]]
     ),

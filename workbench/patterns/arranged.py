@@ -129,6 +129,53 @@ class LastRowsMap(AttentionMap):
         return self.inner._tile(q_lo + self.lo, q_hi + self.lo, k_lo, k_hi)
 
 
+class BatchMap(AttentionMap):
+    """One square map per example, spread over ``length`` positions: example b's tokens stand at ``places[b]``, in order; the
+    other positions, padding, have empty rows and columns."""
+
+    def __init__(self, maps: Sequence[AttentionMap], places: Sequence[Tensor], length: int) -> None:
+        for one, at in zip(maps, places, strict=True):
+            if one.shape[0] != 1 or one.shape[2:] != (len(at), len(at)):
+                raise WorkbenchError(f"an example of {len(at)} tokens needs a map [1, H, N, N]; got {list(one.shape)}")
+        first = maps[0]
+        super().__init__((len(maps), first.shape[1], length, length), kv_heads=first.kv_heads)
+        self.maps, self.places = tuple(maps), tuple(places)
+        for name in ("domain", "value_space", "exactness", "channelwise"):
+            setattr(self, name, getattr(first, name))
+        self.sign = "signed" if any(m.sign == "signed" for m in maps) else "nonnegative"
+        sums = {m.row_sum for m in maps}
+        self.row_sum = "<=1" if sums <= {"1", "<=1"} else sums.pop() if len(sums) == 1 else "free"
+
+    def rows(self, lo: int, hi: int) -> Tensor:
+        lo, hi = self._span(lo, hi, self.shape[2], "rows")
+        parts = []
+        for one, at in zip(self.maps, self.places, strict=True):
+            first, last = int((at < lo).sum()), int((at < hi).sum())
+            part = one.rows(first, last)
+            wide = part.new_zeros(1, self.shape[1], hi - lo, self.shape[3])
+            wide[:, :, (at[first:last] - lo)[:, None], at] = part
+            parts.append(wide)
+        return torch.cat(parts)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self._check_values(v)
+        out = v.new_zeros(*self.shape[:3], v.shape[3])
+        for b, (one, at) in enumerate(zip(self.maps, self.places, strict=True)):
+            out[b, :, at] = one.matvec(v[b : b + 1, :, at])[0]
+        return out
+
+    def rmatvec(self, y: Tensor) -> Tensor:
+        self._check_outputs(y)
+        out = y.new_zeros(self.shape[0], self.kv_heads, self.shape[3], y.shape[3])
+        for b, (one, at) in enumerate(zip(self.maps, self.places, strict=True)):
+            out[b, :, at] = one.rmatvec(y[b : b + 1, :, at])[0]
+        return out
+
+    def native(self) -> tuple[AttentionMap, ...]:
+        """The maps of the examples."""
+        return self.maps
+
+
 class SomeHeadsMap(AttentionMap):
     """Some heads of a map, by rows; each has a value head of its own."""
 
