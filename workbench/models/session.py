@@ -54,6 +54,8 @@ class Session:
         self.masks = Masks(family)
         self._past = past
         self._real = real
+        self.gates: dict[int, Tensor] = {}
+        """Output gates ``[B, Q, H, E]`` of this run by the id of their module, until the map they belong to is built."""
         self._layers = {id(layer.module): layer for layer in layers}
         self._served = served
         self._edited: set[Site] = set()
@@ -80,6 +82,15 @@ class Session:
 
     def wants_map(self, layer: AttentionLayer) -> bool:
         return layer.key in self._mapped
+
+    @property
+    def past(self) -> int:
+        """Positions in the cache that the run continues from."""
+        return self._past or 0
+
+    def real(self, layer: AttentionLayer) -> Tensor | None:
+        """Which of the new positions are real, ``[B, T]`` bool; None where all are."""
+        return self._real.get(layer.stack)
 
     # ------------------------------------------------------------- any site
 
@@ -167,6 +178,16 @@ class Session:
                 if (site.stack, site.layer) == (layer.stack, layer.index):
                     self.acts[site] = site_from_map(found, site, self.request)
             self.maps[layer.key] = held if layer.key in self._wanted else found
+
+    def on_values(self, layer: AttentionLayer, values: Tensor) -> Tensor:
+        """Values ``[B, T, G, E]`` on their way into a recorded mixer, after edits."""
+        if not self.touches(layer, "v"):
+            return values
+        return self.visit(Site("v", layer.index, stack=layer.stack), values)
+
+    def on_built(self, layer: AttentionLayer, found: AttentionMap) -> None:
+        """The map of a layer, ready made by its recorder."""
+        self._keep(layer, found)
 
     def on_pattern(self, layer: AttentionLayer, weights: Tensor | None, v: Tensor, output: Tensor, base: str) -> Tensor:
         """The pattern of an eager layer ``[B, H, Q, K]``: read with its graph, and edited by recomputing the output."""

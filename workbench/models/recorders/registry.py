@@ -5,12 +5,32 @@ from __future__ import annotations
 from torch import nn
 
 from workbench.models.recorders.base import Recorder
+from workbench.models.recorders.conv import ShortConv
+from workbench.models.recorders.delta import GatedDelta, KimiDelta
+from workbench.models.recorders.linear import Lightning, RgLru, Rwkv
+from workbench.models.recorders.scan import Mamba, Mamba2
 from workbench.models.recorders.softmax import Bloom, Falcon, Mpt
 
 RECORDERS: dict[str, type[Recorder]] = {
     "FalconAttention": Falcon,
     "BloomAttention": Bloom,
     "MptAttention": Mpt,
+    "Qwen3NextGatedDeltaNet": GatedDelta,
+    "Qwen3_5GatedDeltaNet": GatedDelta,
+    "Qwen3_5MoeGatedDeltaNet": GatedDelta,
+    "OlmoHybridGatedDeltaNet": GatedDelta,
+    "KimiLinearDeltaAttention": KimiDelta,
+    "MiniMaxLightningAttention": Lightning,
+    "MambaMixer": Mamba,
+    "FalconMambaMixer": Mamba,
+    "JambaMambaMixer": Mamba,
+    "Mamba2Mixer": Mamba2,
+    "BambaMixer": Mamba2,
+    "GraniteMoeHybridMambaLayer": Mamba2,
+    "NemotronHMamba2Mixer": Mamba2,
+    "RecurrentGemmaRglru": RgLru,
+    "RwkvSelfAttention": Rwkv,
+    "Lfm2ShortConv": ShortConv,
 }
 
 
