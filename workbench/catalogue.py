@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "softmax",
+    "latent",
+    "flash",
     "weighted softmax",
     "routing",
     "linear",
@@ -40,6 +42,8 @@ and spectral mixing; operators that are not linear in their values; probes of an
 
 MODULES: tuple[str, ...] = (
     "softmax",
+    "latent",
+    "flash",
     "relative",
     "gated",
     "sinks",
@@ -48,6 +52,8 @@ MODULES: tuple[str, ...] = (
     "histogram",
     "urpe",
     "rcmha",
+    "reversed",
+    "crate",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
