@@ -54,6 +54,7 @@ MODULES: tuple[str, ...] = (
     "rcmha",
     "reversed",
     "crate",
+    "cascaded",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

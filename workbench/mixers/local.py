@@ -8,6 +8,9 @@ queries that share their keys, so that keys are gathered once per group. Both re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,6 +110,15 @@ def masked_softmax(s: Tensor, hidden: Tensor | None) -> Tensor:
     weights = (s - top.masked_fill(top.isneginf(), 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
     return weights / total.masked_fill(total == 0, 1.0)
+
+
+def chosen(*names: str, **options: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """How a recipe prepares its operator's arguments: these of the layer's, and these options."""
+
+    def prepare(given: dict[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in names} | options
+
+    return prepare
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

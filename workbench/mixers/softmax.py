@@ -1,7 +1,13 @@
-"""Softmax attention: any mask spec, grouped heads, softcap, sink logits, additive bias, head gate."""
+"""Softmax attention: any mask spec, multi-head, grouped and multi-query heads, softcap, sink logits, additive bias, head gate.
+
+    P_ij = exp(scale q_i . k_j) / sum_j' exp(scale q_i . k_j') over the keys that the mask shows to i,   o_i = sum_j P_ij v_j
+
+Query head h of H reads key and value head floor(h G / H) of G: G = H is multi-head attention, G = 1 multi-query attention.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,21 +86,82 @@ def gated_softmax_attention(
     return out * gate[..., None].to(out.dtype), found
 
 
-def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    shapes = {"q": (2, 4, tokens, 8), "k": (2, 2, tokens, 8), "v": (2, 2, tokens, 8)}
-    return {**example_tensors(seed, dtype, **shapes), "mask": Mask(causal=True)}
+def multi_head_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float | None = None, bias: Bias | None = None
+) -> tuple[Tensor, SoftmaxMap]:
+    """Multi-head attention (Vaswani et al. 2017): q ``[B, H, Q, E]``, k ``[B, H, K, E]``, v ``[B, H, K, V]``, a key and value
+    head for every query head."""
+    if k.ndim != 4 or k.shape[1] != q.shape[1]:
+        raise WorkbenchError(f"k of multi-head attention has the {q.shape[1]} heads of q; got {list(k.shape)}")
+    return softmax_attention(q, k, v, mask=mask, scale=scale, bias=bias)
+
+
+def multi_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float | None = None, bias: Bias | None = None
+) -> tuple[Tensor, SoftmaxMap]:
+    """Multi-query attention (Shazeer, arXiv:1911.02150): q ``[B, H, Q, E]``, one head of keys k ``[B, 1, K, E]`` and values v
+    ``[B, 1, K, V]`` for all query heads."""
+    if k.ndim != 4 or k.shape[1] != 1:
+        raise WorkbenchError(f"k of multi-query attention has one head; got {list(k.shape)}")
+    return softmax_attention(q, k, v, mask=mask, scale=scale, bias=bias)
+
+
+def _example(heads: int) -> Callable[[int, int, torch.dtype], dict[str, Any]]:
+    """Four query heads on ``heads`` key and value heads; values are wider than keys, which no formula here forbids."""
+
+    def example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+        shapes = {"q": (2, 4, tokens, 8), "k": (2, heads, tokens, 8), "v": (2, heads, tokens, 6)}
+        return {**example_tensors(seed, dtype, **shapes), "mask": Mask(causal=True)}
+
+    return example
+
+
+def _repeated(given: dict[str, Any]) -> dict[str, Any]:
+    """In a model with fewer key heads than query heads those of a group are tied."""
+    times = given["q"].shape[1] // given["k"].shape[1]
+    shared = {name: given[name].repeat_interleave(times, 1) for name in ("k", "v")}
+    return {"q": given["q"], "mask": given["mask"], **shared}
+
+
+def _one_head(given: dict[str, Any]) -> dict[str, Any]:
+    """One key head made of all of the layer's: a sum of projections is one projection, also after rotary positions."""
+    shared = {name: given[name].sum(1, keepdim=True) * given[name].shape[1] ** -0.5 for name in ("k", "v")}
+    return {"q": given["q"], "mask": given["mask"], **shared}
 
 
 VARIANTS = (
     Variant(
+        name="multi-head-attention",
+        paper="Attention Is All You Need (2017)",
+        family="softmax",
+        priority="A",
+        operator=multi_head_attention,
+        example=_example(4),
+        causal=True,
+        reference="torch.nn.MultiheadAttention",
+        note="The attention that #24, #96, #111 and #145 study.",
+        recipe=Recipe(prepare=_repeated),
+    ),
+    Variant(
         name="grouped-query-attention",
-        paper="#88 FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness (2022)",
+        paper="GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (2023)",
         family="softmax",
         priority="A",
         operator=softmax_attention,
-        example=_example,
+        example=_example(2),
         causal=True,
-        reference="torch.nn.functional.scaled_dot_product_attention",
+        reference="torch.nn.functional.scaled_dot_product_attention(enable_gqa=True)",
         recipe=Recipe(),
+    ),
+    Variant(
+        name="multi-query-attention",
+        paper="Fast Transformer Decoding: One Write-Head is All You Need (2019)",
+        family="softmax",
+        priority="A",
+        operator=multi_query_attention,
+        example=_example(1),
+        causal=True,
+        reference="torch.nn.functional.scaled_dot_product_attention(enable_gqa=True)",
+        recipe=Recipe(prepare=_one_head),
     ),
 )
