@@ -55,6 +55,7 @@ MODULES: tuple[str, ...] = (
     "reversed",
     "crate",
     "cascaded",
+    "selection",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
