@@ -19,6 +19,7 @@ from workbench.models.inputs import (
     cache_length,
     check_eager,
     forward_arguments,
+    forward_names,
     full_mask,
     given_tokens,
     real_positions,
@@ -129,10 +130,16 @@ class HFModel:
         reads = requests.parse_sites(read, self._serves, self._names)
         edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
-        if (reads or edits) and _is_compiled(self.model):
+        states = [layer for layer in self._layers if layer.key in wanted and layer.route == "recorder"]
+        if (reads or edits or states) and _is_compiled(self.model):
             raise Refused(
                 f"{self.name} is compiled, and hooks do not reach inside compiled code: read and edit sites of the model "
                 "before it is compiled; maps alone can be captured here"
+            )
+        if cached and _keeps_state_alone(self.model):
+            raise Refused(
+                f"{self.family} keeps no key-value cache but a state, which does not say how many tokens it holds; run the "
+                "whole text without cache"
             )
         session = self._session(reads, edits, maps, wanted, cache_length(past) if cached else None, given)
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
@@ -205,9 +212,10 @@ class HFModel:
     @contextmanager
     def _recording(self, session: Session) -> Iterator[None]:
         from workbench.models.recorders.base import recording
+        from workbench.models.recorders.gates import gating
 
         layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
-        with recording(layers, session):
+        with recording(layers, session), gating([x for x in self._layers if session.wants_map(x)], session):
             yield
 
     def _serves(self, site: Site) -> bool:
@@ -272,6 +280,12 @@ class HFModel:
 def _is_compiled(model: nn.Module) -> bool:
     made = (getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules())
     return any(made)
+
+
+def _keeps_state_alone(model: Any) -> bool:
+    """Whether there is no key-value cache to be had: in no argument of the forward, or in the modules themselves."""
+    names = forward_names(model) or set()
+    return "past_key_values" not in names or hasattr(model, "_setup_cache")
 
 
 def _row_ends(real: Tensor) -> Tensor | None:

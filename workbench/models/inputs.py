@@ -231,6 +231,15 @@ def fork(past: Any) -> Any:
         return new
     if name == "DynamicCache":
         new = copy.copy(past)
-        new.layers = [copy.copy(layer) for layer in past.layers]
+        new.layers = [_fork_layer(layer) for layer in past.layers]
         return new
     return copy.deepcopy(past)
+
+
+def _fork_layer(layer: Any) -> Any:
+    """States, which a layer keeps in tables and writes in place, are copied."""
+    new = copy.copy(layer)
+    for name, table in vars(layer).items():
+        if isinstance(table, dict):
+            setattr(new, name, {key: x.clone() if isinstance(x, Tensor) else x for key, x in table.items()})
+    return new

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from workbench.models.protocol import LayerRecord
+from workbench.models.recorders.gates import gate_of, hides_gate
 from workbench.models.recorders.registry import is_recorded, recorder_of
 
 _LOOKS_LIKE_MIXER = re.compile(
@@ -128,6 +129,8 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
     elif layer.route == "recorder" or implementation != "eager":
         missing = "editing pattern (load with attn_implementation='eager' where the family allows it)"
     mixer = ""
+    if hides_gate(type(layer.module)):
+        missing = "; ".join(filter(None, ("output gate (the map is before it)", missing)))
     if layer.route == "recorder":
         recorder = recorder_of(layer.module)
         mixer, missing = recorder.mixer, recorder.missing or missing
@@ -158,6 +161,8 @@ def _softmax(module: nn.Module) -> str:
         parts.append("position bias")
     if type(module).__name__ in ("BloomAttention", "MptAttention") or getattr(config, "alibi", False):
         parts.append("alibi")
+    if gate_of(module) is not None:
+        parts.append("output gate per channel")
     return " + ".join(parts)
 
 

@@ -61,8 +61,9 @@ class NativeModel:
         self.ground_truth = ground_truth
         self._lock = threading.RLock()
         c = net.config
+        vocab, context = (c.vocab, c.context) if c.grid is None else (None, None)
         self.shape = Shape(
-            c.layers, c.heads, c.kv_heads or c.heads, c.width, c.head_width, c.vocab, c.context, c.causal, c.trained
+            c.layers, c.heads, c.kv_heads or c.heads, c.width, c.head_width, vocab, context, c.causal, c.trained
         )
 
     @classmethod
@@ -180,10 +181,13 @@ class NativeModel:
             raise WorkbenchError(f"{self.name} is in training mode; call .net.eval() first")
         given = self._given(tokens)
         past = self._past(cache, given)
-        if cache is not None and cache is not False and not self.shape.causal:
-            raise WorkbenchError(f"{self.name} keeps no key-value cache: its tokens see those after them")
-        check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
-        check_ids(given.ids, self.shape)
+        pixels = given.inputs.get("pixel_values")
+        if cache is not None and cache is not False and (not self.shape.causal or pixels is not None):
+            why = "its tokens see those after them" if not self.shape.causal else "an image is seen whole"
+            raise WorkbenchError(f"{self.name} keeps no key-value cache: {why}")
+        if pixels is None:
+            check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
+            check_ids(given.ids, self.shape)
         width = torch.finfo(self.net.W_E.dtype).bits // 8
         check_logits(logits, len(given.ids), given.ids.shape[1], self.shape, width)
         reads = parse_sites(read, self._serves, self._names)
@@ -214,7 +218,8 @@ class NativeModel:
         mask = None if given.mask.all() else given.mask.to(device)
         run = object()
         with attached(hooks, run), inside(run):
-            hidden, new = self.net(given.ids.to(device), mask, cache=past, on_map=on_map, hidden=True)
+            data = (given.ids if pixels is None else pixels).to(device)
+            hidden, new = self.net(data, mask, cache=past, on_map=on_map, hidden=True)
         for site in [*points - fired, *(s for s in reads if s not in acts)]:
             raise WorkbenchError(f"{site} was asked for and did not fire in {self.name}")
         for layer in wanted:
@@ -243,6 +248,8 @@ class NativeModel:
         return cache
 
     def _given(self, tokens: Any) -> Tokens:
+        if self.net.config.grid is not None:
+            return self._images(tokens)
         found = self._as_tokens(tokens)
         if found.inputs:
             raise WorkbenchError(f"a native model takes input_ids and attention_mask; got also {sorted(found.inputs)}")
@@ -251,6 +258,20 @@ class NativeModel:
         if found.ids.shape[1] and not bool(found.mask.any(1).all()):
             raise WorkbenchError("a row of the batch is nothing but padding")
         return found
+
+    def _images(self, given: Any) -> Tokens:
+        """Images of a tensor, of ``{"pixel_values": ...}`` or of ``Tokens`` with them."""
+        if isinstance(given, Tokens):
+            given = given.inputs
+        if isinstance(given, Mapping):
+            if set(given) != {"pixel_values"}:
+                raise WorkbenchError(f"{self.name} reads images, pixel_values; got {sorted(given)}")
+            given = given["pixel_values"]
+        if not isinstance(given, Tensor) or given.ndim != 4 or not len(given):
+            got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise WorkbenchError(f"{self.name} reads images, a tensor [B, channels, rows, columns]; got {got}")
+        empty = torch.zeros(len(given), 0, dtype=torch.int64)
+        return Tokens(empty, empty.bool(), inputs={"pixel_values": given})
 
     def _as_tokens(self, tokens: Any) -> Tokens:
         if isinstance(tokens, Tokens):
@@ -311,10 +332,10 @@ class NativeModel:
     def _logits(self, hidden: Tensor, given: Tokens, which: str | None) -> Tensor | None:
         if which is None:
             return None
-        if which == "last":
+        if which == "last" and self.net.config.grid is None:
             last = given.mask.shape[1] - 1 - given.mask.flip(1).int().argmax(1)
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)][:, None]
-        return hidden @ self.net.unembed
+        return self.net.logits(hidden)
 
     def _provenance(self, captured: Mapping[int | str, AttentionMap]) -> Provenance:
         impls = {getattr(m, "impl", "") or getattr(getattr(m, "raw", None), "impl", "") for m in captured.values()}

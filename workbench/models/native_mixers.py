@@ -1,8 +1,9 @@
 """Sequence mixers of the native model: modules around the operators of ``workbench.mixers``.
 
-A mixer is called ``mixer(x, q, k, v, mask)`` with the normalised input ``x`` (``[B, T, D]``, or ``[B, T, H, D]`` where heads
+A mixer is called ``mixer(x, q, k, v, mask, xk)`` with the normalised input ``x`` (``[B, T, D]``, or ``[B, T, H, D]`` where heads
 have inputs of their own), ``q [B, H, Q, E]``, ``k v [B, G, K, E]`` after rotary positions, and a ``Mask``; it returns the head
-outputs ``z [B, H, Q, E]`` and the ``AttentionMap`` with ``z == map.matvec(v)``. Adding one is a class and a line in ``MIXERS``.
+outputs ``z [B, H, Q, E]`` and the ``AttentionMap`` with ``z == map.matvec(v)``. Every self-attention variant of the catalogue is
+a mixer too, by its recipe (``native_variants.py``).
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ class SoftmaxMixer(nn.Module):
     edited; the map is then the pattern that was used.
     """
 
+    keeps_inputs = False
+    """Whether a cache has to hold the inputs and queries of earlier tokens too."""
+
     def __init__(self, config: NativeConfig) -> None:
         super().__init__()
         self.scale = config.head_width**-0.5 if config.scale is None else config.scale
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, AttentionMap]:
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, xk: Tensor | None = None
+    ) -> tuple[Tensor, AttentionMap]:
         if self.hook_pattern.fwd_hooks or self.hook_attn_scores.fwd_hooks:
             return self._explicit(q, k, v, mask)
         queries, keys = q.shape[2], k.shape[2]
@@ -90,7 +96,9 @@ class GatedSoftmaxMixer(SoftmaxMixer):
         self.b_gate = nn.Parameter(torch.zeros(config.heads))
         self.hook_gate = HookPoint()
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, AttentionMap]:
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, xk: Tensor | None = None
+    ) -> tuple[Tensor, AttentionMap]:
         z, raw = super().forward(x, q, k, v, mask)
         logits = torch.einsum("bthd,dh->bth", x, self.W_gate) if x.ndim == 4 else x @ self.W_gate
         gate = self.hook_gate(torch.sigmoid(logits + self.b_gate)).transpose(1, 2)
@@ -106,3 +114,13 @@ def _rows_of_padding_hidden(mask: Mask) -> Mask:
 
 
 MIXERS: dict[str, type[SoftmaxMixer]] = {"softmax": SoftmaxMixer, "gated-softmax": GatedSoftmaxMixer}
+"""Mixers through torch's fused kernel, whose scores and pattern can be edited."""
+
+
+def make_mixer(config: NativeConfig) -> nn.Module:
+    """The mixer that a configuration names."""
+    if config.mixer in MIXERS:
+        return MIXERS[config.mixer](config)
+    from workbench.models.native_variants import VariantMixer
+
+    return VariantMixer(config)

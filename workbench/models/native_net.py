@@ -1,4 +1,4 @@
-"""A small transformer built on TransformerLens hook points, which takes any sequence mixer.
+"""A small transformer, of tokens or of image patches, built on TransformerLens hook points, which takes any sequence mixer.
 
 Every intermediate tensor has TransformerLens's name and passes a ``HookPoint``. Hook points that cost something
 (``hook_q_input``, ``hook_k_input``, ``hook_v_input``, ``hook_result``) are computed only while a hook is attached, and the
@@ -18,14 +18,17 @@ from transformer_lens.hook_points import HookPoint
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
-from workbench.models.native_mixers import MIXERS
+from workbench.models.native_mixers import MIXERS, make_mixer
 
 OnMap = Callable[[int, AttentionMap], None]
 
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """Sizes and choices of a ``NativeNet``; axis letters as everywhere (H heads, G kv heads, D width, E head width)."""
+    """Sizes and choices of a ``NativeNet``; axis letters as everywhere (H heads, G kv heads, D width, E head width).
+
+    ``mixer`` is ``softmax``, ``gated-softmax``, or any variant of ``workbench.variants()`` that is ``in models``.
+    """
 
     layers: int
     heads: int
@@ -47,6 +50,11 @@ class NativeConfig:
     """Biases ``b_Q b_K b_V`` on queries, keys and values: with rotary positions a head that looks at a distance needs them."""
     trained: int | None = None
     """Tokens of the longest row in training."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches: the model reads images ``[B, channels, rows * patch, columns * patch]`` and gives the logits
+    ``[B, vocab]`` of the mean patch."""
+    patch: int = 4
+    channels: int = 3
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -59,8 +67,26 @@ class NativeConfig:
             raise WorkbenchError(
                 f"kv_heads is a whole number of at least 1, or None for as many as heads; got {self.kv_heads!r}"
             )
+        if self.grid is not None:
+            grid = tuple(self.grid)
+            if (
+                len(grid) != 2
+                or any(not isinstance(n, int) or n < 1 for n in grid)
+                or self.patch < 1
+                or self.channels < 1
+            ):
+                raise WorkbenchError(
+                    f"an image is a grid of rows and columns of patches with channels; got grid={self.grid!r}, "
+                    f"patch={self.patch!r}, channels={self.channels!r}"
+                )
+            object.__setattr__(self, "grid", grid)
+            if self.tied or self.positions == "rotary":
+                raise WorkbenchError("a model of images has learned or no positions, and is not tied")
+        if self.mixer not in MIXERS:
+            from workbench.models.native_variants import variant_of
+
+            variant_of(self)
         for name, known in (
-            ("mixer", tuple(MIXERS)),
             ("positions", ("rotary", "learned", "none")),
             ("norm", ("rms", "none")),
             ("activation", ("gelu", "relu")),
@@ -72,15 +98,21 @@ class NativeConfig:
         if self.positions == "rotary" and self.head_width % 2:
             raise WorkbenchError(f"rotary positions need an even head width; got {self.head_width}")
 
+    @property
+    def positions_known(self) -> int:
+        """Positions that a table of learned positions has."""
+        return self.context if self.grid is None else self.grid[0] * self.grid[1]
+
     def dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class NativeCache:
-    """Rotated keys and values per layer, ``[B, G, K, E]``, and which of them are real, ``[B, K]``."""
+    """Rotated keys and values per layer, ``[B, G, K, E]``, and which of them are real, ``[B, K]``. For mixers that need them,
+    queries ``[B, H, K, E]`` and the inputs of queries and of keys follow."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, ...], ...]
     mask: Tensor
 
     @property
@@ -140,7 +172,7 @@ class Attention(nn.Module):
         sizes = {"b_Q": h, "b_K": g, "b_V": g}
         for name, heads in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(heads, e)) if config.bias else None)
-        self.mixer = MIXERS[config.mixer](config)
+        self.mixer = make_mixer(config)
         rotated = ("rot_q", "rot_k") if config.positions == "rotary" else ()
         for name in ("q", "k", "v", *rotated, "z", "result"):
             setattr(self, f"hook_{name}", HookPoint())
@@ -152,9 +184,9 @@ class Attention(nn.Module):
         xv: Tensor,
         mask: Mask,
         rotary: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, ...] | None,
         on_map: OnMap | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``x*``: ``[B, T, D]``, or ``[B, T, H or G, D]`` where each head has an input of its own."""
         q = self.hook_q(_project(xq, self.W_Q, self.b_Q))
         k = self.hook_k(_project(xk, self.W_K, self.b_K))
@@ -164,7 +196,14 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        z, amap = self.mixer(xq, q, k, v, mask)
+        kept: tuple[Tensor, ...] = (k, v)
+        if self.mixer.keeps_inputs:
+            if past is not None:
+                q, xq, xk = (
+                    torch.cat([old, new], axis) for old, new, axis in zip(past[2:], (q, xq, xk), (2, 1, 1), strict=True)
+                )
+            kept = (k, v, q, xq, xk)
+        z, amap = self.mixer(xq, q, k, v, mask, xk)
         z = self.hook_z(z.transpose(1, 2))
         if on_map is not None:
             on_map(self.layer, amap)
@@ -173,7 +212,7 @@ class Attention(nn.Module):
             result = torch.einsum("bthe,hed->bthd", z, self.W_O)
             new = self.hook_result(result)
             out = new.sum(2) if _replaces(new, result) else out
-        return out, (k, v)
+        return out, kept
 
 
 class MLP(nn.Module):
@@ -215,9 +254,9 @@ class Block(nn.Module):
         x: Tensor,
         mask: Mask,
         rotary: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, ...] | None,
         on_map: OnMap | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = self.hook_resid_pre(x)
         inputs = []
         shared = None
@@ -245,17 +284,18 @@ class Block(nn.Module):
 class NativeNet(nn.Module):
     """The network. ``net(ids)`` gives logits ``[B, T, V]``; parameters have TransformerLens's names.
 
-    ``W_E [V, D]``, ``W_pos [context, D]`` (learned positions), ``blocks.{l}.attn.W_*``, ``blocks.{l}.mlp.W_*``,
-    ``ln_final.w``, ``W_U [D, V]`` (``W_E`` transposed if ``tied``).
+    ``W_E [V, D]`` (``[channels * patch^2, D]`` for images, which are passed in the place of ids and give ``[B, V]``),
+    ``W_pos [context, D]`` (learned positions), ``blocks.{l}.attn.W_*``, ``blocks.{l}.mlp.W_*``, ``ln_final.w``, ``W_U [D, V]``
+    (``W_E`` transposed if ``tied``).
     """
 
     def __init__(self, config: NativeConfig) -> None:
         super().__init__()
         self.config = config
-        self.W_E = nn.Parameter(torch.randn(config.vocab, config.width) * config.width**-0.5)
-        self.W_pos = (
-            nn.Parameter(torch.randn(config.context, config.width) * 0.02) if config.positions == "learned" else None
-        )
+        inputs = config.vocab if config.grid is None else config.channels * config.patch**2
+        self.W_E = nn.Parameter(torch.randn(inputs, config.width) * config.width**-0.5)
+        known = config.positions_known
+        self.W_pos = nn.Parameter(torch.randn(known, config.width) * 0.02) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_final = _norm(config)
         self.W_U = None if config.tied else nn.Parameter(torch.randn(config.width, config.vocab) * config.width**-0.5)
@@ -282,9 +322,12 @@ class NativeNet(nn.Module):
         on_map: OnMap | None = None,
         hidden: bool = False,
     ) -> Any:
-        """Logits ``[B, T, V]``; with ``hidden=True`` the pair (normalised last hidden state ``[B, T, D]``, new cache)."""
+        """Logits ``[B, T, V]`` (``[B, V]`` for images); with ``hidden=True`` the pair (normalised last hidden state
+        ``[B, T, D]``, new cache)."""
+        if self.config.grid is not None:
+            ids = self._patches(ids)
         past = cache.length if cache is not None else 0
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        real = ids.new_ones(ids.shape[:2], dtype=torch.bool) if mask is None else mask
         seen = real if cache is None else torch.cat([cache.mask, real], 1)
         padded = not bool(seen.all())
         spec = Mask(causal=self.config.causal, keys=seen if padded else None, offset=past)
@@ -292,7 +335,7 @@ class NativeNet(nn.Module):
             (seen.cumsum(1) - 1).clamp(min=0)[:, past:] if padded else torch.arange(past, past + ids.shape[1])[None]
         )
         positions = positions.to(ids.device)
-        x = self.hook_embed(self.W_E[ids])
+        x = self.hook_embed(self.W_E[ids] if self.config.grid is None else ids @ self.W_E)
         if self.W_pos is not None:
             x = x + self.hook_pos_embed(self.W_pos[positions].expand_as(x))
         rotary = _angles(positions, self.config, x.dtype) if self.config.positions == "rotary" else None
@@ -303,7 +346,23 @@ class NativeNet(nn.Module):
         x = self.ln_final(x)
         if hidden:
             return x, NativeCache(tuple(new), seen)
-        return x @ self.unembed
+        return self.logits(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the normalised last hidden state ``[B, T, D]``: ``[B, T, V]``, or ``[B, V]`` for images."""
+        return (hidden if self.config.grid is None else hidden.mean(1)) @ self.unembed
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """Images ``[B, channels, rows * patch, columns * patch]`` to patches ``[B, rows * columns, channels * patch^2]``."""
+        c = self.config
+        assert c.grid is not None
+        wanted = (c.channels, c.grid[0] * c.patch, c.grid[1] * c.patch)
+        if not pixels.is_floating_point() or pixels.ndim != 4 or tuple(pixels.shape[1:]) != wanted:
+            raise WorkbenchError(
+                f"this model reads images, floating point {['B', *wanted]}; got {pixels.dtype} {list(pixels.shape)}"
+            )
+        parts = pixels.to(self.W_E.dtype).unflatten(3, (-1, c.patch)).unflatten(2, (-1, c.patch))
+        return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _replaces(new: Tensor, old: Tensor) -> bool:

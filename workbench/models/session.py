@@ -17,7 +17,9 @@ from workbench.maps import AttentionMap
 from workbench.models.layers import AttentionLayer
 from workbench.models.masking import Masks, behind
 from workbench.models.protocol import Edit
+from workbench.models.recorders.gates import gate_of
 from workbench.models.requests import MAP_KINDS, apply_edits, kept, site_from_map
+from workbench.patterns.per_channel import ChannelGatedMap
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.sites import Site
 
@@ -171,13 +173,24 @@ class Session:
         if layer.key in self.maps:
             raise Refused(f"layer {layer.key} of {self.family}: {layer.name} ran twice in one run; its maps would mix")
         with torch.no_grad():
-            held = found
+            held = found = self._gated(layer, found)
             if layer.key in self._wanted and self.request is not None:
                 held = kept(found, self.request, layer.key)
             for site in self._from_maps:
                 if (site.stack, site.layer) == (layer.stack, layer.index):
                     self.acts[site] = site_from_map(found, site, self.request)
             self.maps[layer.key] = held if layer.key in self._wanted else found
+
+    def _gated(self, layer: AttentionLayer, found: AttentionMap) -> AttentionMap:
+        """The map that acts: gated where the layer multiplies its output by a gate that ``gating`` reads."""
+        if layer.route != "attention interface" or gate_of(layer.module) is None:
+            return found
+        gate = self.gates.pop(id(layer.module), None)
+        if gate is None or tuple(gate.transpose(1, 2).shape[:3]) != tuple(found.shape[:3]):
+            raise WorkbenchError(
+                f"layer {layer.key} of {self.family}: {layer.name} did not make its output gate as expected"
+            )
+        return ChannelGatedMap(found, gate.transpose(1, 2))
 
     def on_values(self, layer: AttentionLayer, values: Tensor) -> Tensor:
         """Values ``[B, T, G, E]`` on their way into a recorded mixer, after edits."""

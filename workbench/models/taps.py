@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from workbench.models.current import current
 from workbench.models.families import Wiring, join_heads, split_heads, submodule, wiring_of
 from workbench.models.layers import AttentionLayer
+from workbench.models.recorders.gates import gate_of
 from workbench.models.recorders.registry import is_recorded, recorder_of
 from workbench.models.requests import MAP_KINDS, apply_edits
 from workbench.models.session import Session
@@ -74,6 +75,9 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
             continue
         if layer.route == "recorder":
             modules |= {"z"}
+        if gate_of(layer.module) is not None:  # what the attention function returns is not what goes into W_O
+            modules |= {"z"} if wiring is not None else set()
+            function -= {"z"}
         function -= modules
         found.append(
             Place(layer, block, wiring, heads, kv_heads, width, frozenset(function | {"pattern"}), frozenset(modules))

@@ -52,7 +52,7 @@ class SumMap(_Joined):
         told = {"row_sum": self.row_sum, "value_space": self.value_space, "domain": self.domain}
         return SumMap(*(m.heads(indices) for m in self.maps), **told)
 
-    def native(self) -> tuple[AttentionMap, ...]:
+    def native(self) -> Any:
         """The parts."""
         return self.maps
 
@@ -108,7 +108,7 @@ class ProductMap(_Joined):
     def heads(self, indices: Sequence[int]) -> ProductMap:
         return ProductMap(self.left.heads(indices), self.right.heads(indices), row_sum=self.row_sum)
 
-    def native(self) -> tuple[AttentionMap, AttentionMap]:
+    def native(self) -> Any:
         """The two factors."""
         return self.left, self.right
 
@@ -154,7 +154,7 @@ class HeadsMap(_Joined):
         chosen = [places[i] for i in head_index(indices, self.shape[1])]
         return HeadsMap(*(self.maps[part].heads([head]) for part, head in chosen))
 
-    def native(self) -> tuple[AttentionMap, ...]:
+    def native(self) -> Any:
         """The parts."""
         return self.maps
 
@@ -201,7 +201,7 @@ class KeysMap(_Joined):
     def heads(self, indices: Sequence[int]) -> KeysMap:
         return KeysMap(*(m.heads(indices) for m in self.maps), row_sum=self.row_sum)
 
-    def native(self) -> tuple[AttentionMap, ...]:
+    def native(self) -> Any:
         """The parts."""
         return self.maps
 
@@ -240,7 +240,7 @@ class QueriesMap(_Joined):
             start += height
         return torch.cat(parts, 2) if parts else self.maps[0].rows(0, 0)
 
-    def native(self) -> tuple[AttentionMap, ...]:
+    def native(self) -> Any:
         """The parts."""
         return self.maps
 
