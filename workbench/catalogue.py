@@ -56,6 +56,8 @@ MODULES: tuple[str, ...] = (
     "crate",
     "cascaded",
     "selection",
+    "probes",
+    "linear",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

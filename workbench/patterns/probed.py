@@ -87,6 +87,15 @@ class ProbedMap(AttentionMap):
         ]
         return torch.cat(parts, 3)
 
+    def adjoint_by_head(self, y: Tensor) -> Tensor:
+        """Mᵀ y of every head by itself for y ``[B, H, Q, C]``: ``[B, H, K, C]``. Heads that share values take channels of their
+        own."""
+        b, h, q, c = y.shape
+        g = self.kv_heads
+        apart = torch.eye(h // g, dtype=y.dtype, device=y.device)
+        spread = torch.einsum("bgmqc,mn->bgmqcn", y.reshape(b, g, h // g, q, c), apart).reshape(b, h, q, -1)
+        return self._adjoint(spread).unflatten(3, (c, h // g)).permute(0, 1, 4, 2, 3).reshape(b, h, -1, c)
+
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         return self._tile(lo, hi, 0, self.shape[3])
@@ -108,7 +117,7 @@ class ProbedMap(AttentionMap):
 
     def _received(self) -> Tensor:
         if self.differentiable:
-            return self._by_head(self._like.new_ones(*self.shape[:3], 1))[..., 0]
+            return self.adjoint_by_head(self._like.new_ones(*self.shape[:3], 1))[..., 0]
         return torch.cat([self.columns(a, b).sum(2) for a, b in self._groups(0, self.shape[3])], 2)
 
     def _mass(self, mod: Mod | Tensor) -> Tensor:
@@ -138,7 +147,7 @@ class ProbedMap(AttentionMap):
             return torch.cat(parts, 3)
         wanted = torch.arange(q_lo, q_hi, device=self._like.device)
         chosen = torch.arange(self.shape[2], device=self._like.device)[:, None] == wanted
-        found = self._by_head(chosen.to(self._like.dtype).expand(*self.shape[:3], -1))
+        found = self.adjoint_by_head(chosen.to(self._like.dtype).expand(*self.shape[:3], -1))
         return found.transpose(2, 3)[..., k_lo:k_hi]
 
     # ------------------------------------------------------------------- running
@@ -173,14 +182,6 @@ class ProbedMap(AttentionMap):
             runs.append(found[..., : hi - lo].to(self._work))
         return torch.cat(runs, 3)
 
-    def _by_head(self, y: Tensor) -> Tensor:
-        """Mᵀ y of every head by itself, ``[B, H, K, C]``: heads that share values take channels of their own."""
-        b, h, q, c = y.shape
-        g = self.kv_heads
-        apart = torch.eye(h // g, dtype=y.dtype, device=y.device)
-        spread = torch.einsum("bgmqc,mn->bgmqcn", y.reshape(b, g, h // g, q, c), apart).reshape(b, h, q, -1)
-        return self._adjoint(spread).unflatten(3, (c, h // g)).permute(0, 1, 4, 2, 3).reshape(b, h, -1, c)
-
     def _check(self, values: Tensor) -> tuple[tuple[int, int], bool]:
         """Heads and queries of the output, and whether it has a gradient; raises unless the operator is linear."""
         extra = -(-self.width // values.shape[3])
@@ -210,3 +211,43 @@ class ProbedMap(AttentionMap):
 
 def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return bool(((got - wanted).abs() <= tolerance).all())
+
+
+class ProbedSoftmaxMap(ProbedMap):
+    """The probed map of plain softmax attention over known queries and keys.
+
+    q ``[B, H, Q, E]`` and k ``[B, G, K, E]`` are what the operator makes its scores of, ``lse`` ``[B, H, Q]`` the natural
+    logarithms of its denominators. Values may be as wide as ``width``, by default as the keys. The entropy takes the runs of one
+    value instead of all rows: H_i = lse_i - scale q_i . (P k)_i.
+    """
+
+    def __init__(
+        self,
+        operator: Callable[[Tensor], Tensor],
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        *,
+        scale: float | None = None,
+        width: int | None = None,
+        offset: int = 0,
+        row_sum: str = "1",
+    ) -> None:
+        super().__init__(operator, k, width=width, offset=offset, sign="nonnegative", row_sum=row_sum)
+        if tuple(lse.shape) != self.shape[:3] or tuple(q.shape[:3]) != self.shape[:3]:
+            raise WorkbenchError(
+                f"q is [B, H, Q, E] and lse [B, H, Q] = {list(self.shape[:3])}; got {list(q.shape)} and {list(lse.shape)}"
+            )
+        self.q, self.k, self.lse = q.detach(), k.detach(), lse.detach()
+        self.scale = q.shape[3] ** -0.5 if scale is None else scale
+
+    def _entropy(self) -> Tensor:
+        mean_key = self._forward(self.k)
+        found = self.lse - self.scale * (self.q.to(mean_key.dtype) * mean_key).sum(-1)
+        return found.masked_fill(self.lse.isneginf(), 0.0).to(self._work)
+
+    def position(self) -> Tensor:
+        """Mean attended position sum_j P_ij j, ``[B, H, Q]``. Positions run as two bytes, which every type holds exactly."""
+        keys = torch.arange(self.shape[3], device=self._like.device)
+        found = self._forward(torch.stack([keys // 256, keys % 256], 1).expand(*self._like.shape, -1))
+        return 256 * found[..., 0] + found[..., 1]
