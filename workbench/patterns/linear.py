@@ -75,7 +75,7 @@ class LinearMap(AttentionMap):
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
-        return self._tile(lo, hi, 0, self.shape[3])
+        return self._weights(lo, hi, 0, self.shape[3])
 
     def heads(self, indices: Sequence[int]) -> LinearMap:
         chosen = head_index(indices, self.shape[1])
@@ -142,6 +142,9 @@ class LinearMap(AttentionMap):
         return x.repeat_interleave(self.shape[1] // x.shape[1], 1)
 
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
+        return self._weights(q_lo, q_hi, k_lo, k_hi)
+
+    def _weights(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         b, h, _, _ = self.shape
         g, k = self.k.shape[1], self.k[:, :, k_lo:k_hi].to(self._work)
         q = self._queries(q_lo, q_hi)
@@ -239,7 +242,7 @@ class ChannelDecayMap(AttentionMap):
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
-        return self._tile(lo, hi, 0, self.shape[3])
+        return self._weights(lo, hi, 0, self.shape[3])
 
     def heads(self, indices: Sequence[int]) -> ChannelDecayMap:
         chosen = head_index(indices, self.shape[1])
@@ -282,6 +285,9 @@ class ChannelDecayMap(AttentionMap):
         )
 
     def _tile(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
+        return self._weights(q_lo, q_hi, k_lo, k_hi)
+
+    def _weights(self, q_lo: int, q_hi: int, k_lo: int, k_hi: int) -> Tensor:
         q, k, a = self._parts(self._work)
         if self.diagonal is None:
             return channel_tile(q, k, a, q_lo, q_hi, k_lo, k_hi) * self.scale
