@@ -175,6 +175,51 @@ WIRINGS: dict[str, Wiring] = {
     ),
 }
 
+_HYBRID = replace(_LLAMA, mid="pre_ff_layernorm", mlp_out="feed_forward", pre="feed_forward.gate_proj",
+                  post="feed_forward.down_proj")  # fmt: skip
+WIRINGS |= {
+    "Qwen3NextDecoderLayer": replace(_LLAMA, q=""),
+    "Qwen3_5DecoderLayer": replace(_LLAMA, q=""),
+    "Qwen3_5MoeDecoderLayer": replace(_LLAMA, q=""),
+    "OlmoHybridAttentionDecoderLayer": WIRINGS["Olmo2DecoderLayer"],
+    "OlmoHybridLinearAttentionDecoderLayer": _LLAMA,
+    "KimiLinearDecoderLayer": replace(_LLAMA, q="", k="", v="", rotary=False),
+    "JambaAttentionDecoderLayer": replace(_HYBRID, rotary=False),
+    "JambaMambaDecoderLayer": _HYBRID,
+    "BambaDecoderLayer": _HYBRID,
+    "NemotronHBlock": Wiring(
+        out="mixer.o_proj", attn_out="mixer.o_proj", q="mixer.q_proj", k="mixer.k_proj", v="mixer.v_proj"
+    ),
+    "MambaBlock": Wiring(out="", attn_out="mixer"),
+    "FalconMambaBlock": Wiring(out="", attn_out="mixer"),
+    "Mamba2Block": Wiring(out="", attn_out="mixer"),
+    "RecurrentGemmaDecoderLayer": Wiring(
+        out="temporal_block.o_proj",
+        attn_out="temporal_block.o_proj",
+        mid="channel_pre_norm",
+        mlp_out="mlp_block",
+        pre="mlp_block.gate_proj",
+        post="mlp_block.down_proj",
+        q="temporal_block.q_proj",
+        k="temporal_block.k_proj",
+        v="temporal_block.v_proj",
+        rotary=True,
+    ),
+    "RwkvBlock": Wiring(
+        out="",
+        attn_out="attention.output",
+        mid="ln2",
+        mlp_out="feed_forward",
+        pre="feed_forward.key",
+        post="feed_forward.value",
+    ),
+    "Lfm2DecoderLayer": replace(
+        _OPT, mid="ffn_norm", mlp_out="feed_forward", pre="feed_forward.w1", post="feed_forward.w2", rotary=True
+    ),
+}
+_IN_PLACE_OF_ATTENTION = ("linear_attn", "mamba", "conv", "mixer", "temporal_block.linear_out")
+"""Modules of hybrid blocks whose output is added to the stream where other blocks of the same model have attention."""
+
 for _name in ("Gemma", "Olmo", "SmolLM3", "Arcee", "Ernie4_5", "SeedOss", "Mixtral", "Qwen2Moe", "Qwen3Moe"):
     WIRINGS[f"{_name}DecoderLayer"] = _LLAMA
 WIRINGS["Olmo3DecoderLayer"] = WIRINGS["Olmo2DecoderLayer"]
@@ -197,6 +242,11 @@ def wiring_of(block: nn.Module, cross: bool = False) -> Wiring | None:
     wiring = WIRINGS.get(name)
     if wiring is None:
         return None
+    if submodule(block, wiring.attn_out) is None:
+        found = next((path for path in _IN_PLACE_OF_ATTENTION if submodule(block, path) is not None), "")
+        return replace(wiring, out="", attn_out=found, q="", k="", v="") if found else wiring
+    if name == "RwkvBlock" and getattr(block, "layer_id", None) == 0:
+        return replace(wiring, attn_out="", mid="")  # the first block's stream starts behind a norm of its own
     config = getattr(block, "config", None)
     if name == "GPTNeoXLayer" and getattr(block, "use_parallel_residual", False):
         return replace(wiring, mid="")

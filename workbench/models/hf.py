@@ -134,7 +134,7 @@ class HFModel:
         if (reads or edits or states) and _is_compiled(self.model):
             raise Refused(
                 f"{self.name} is compiled, and hooks do not reach inside compiled code: read and edit sites of the model "
-                "before it is compiled; maps alone can be captured here"
+                "before it is compiled; maps alone of layers on the attention interface can be captured here"
             )
         if cached and _keeps_state_alone(self.model):
             raise Refused(

@@ -19,7 +19,8 @@ from workbench.models.requests import MAP_KINDS, apply_edits
 from workbench.models.session import Session
 from workbench.sites import Site
 
-_FINAL_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "layernorm", "layer_norm")
+_FINAL_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "layernorm", "layer_norm", "final_norm",
+                "ln_out", "embedding_norm")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
