@@ -58,6 +58,8 @@ MODULES: tuple[str, ...] = (
     "selection",
     "probes",
     "linear",
+    "deconstructed",
+    "indexer",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
@@ -99,6 +101,11 @@ class Recipe:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    ignores: tuple[str, ...] = ()
+    """Those of ``q``, ``k`` and ``v`` that the operator has no use for: the model has no weights and no hook points for them."""
+    steps: bool = True
+    """Whether tokens can be added one by one: False where the length of the whole text enters what earlier tokens see, so that
+    no cache can be kept."""
 
 
 @dataclass(frozen=True, eq=False)
