@@ -26,6 +26,7 @@ FAMILIES = (
     "softmax",
     "latent",
     "flash",
+    "windows",
     "weighted softmax",
     "routing",
     "linear",
@@ -44,6 +45,7 @@ MODULES: tuple[str, ...] = (
     "softmax",
     "latent",
     "flash",
+    "windows",
     "relative",
     "gated",
     "sinks",
@@ -60,6 +62,11 @@ MODULES: tuple[str, ...] = (
     "linear",
     "deconstructed",
     "indexer",
+    "convit",
+    "head_mixture",
+    "landmark",
+    "karat",
+    "mamba",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
