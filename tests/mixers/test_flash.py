@@ -16,7 +16,14 @@ from workbench.catalogue import example_tensors
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Relative
-from workbench.mixers.flash import flash_attention, merge_partial, partial_attention, ring_attention, union_attention
+from workbench.mixers.flash import (
+    flash_attention,
+    merge_partial,
+    partial_attention,
+    ring_attention,
+    union_attention,
+    with_rows,
+)
 
 Operator = Callable[..., tuple[Tensor, AttentionMap]]
 
@@ -86,7 +93,7 @@ def union() -> tuple[list[Mask], Tensor]:
 def test_a_union_of_masks_is_the_dense_mask() -> None:
     given = {name: part.requires_grad_() for name, part in drawn().items()}
     masks, allowed = union()
-    out, found = union_attention(**given, masks=masks)
+    out, found = union_attention([(given["q"], given["k"], mask) for mask in masks], given["v"])
     want = weights(given, allowed)
     torch.testing.assert_close(found.dense(), want.detach())
     torch.testing.assert_close(out, want @ given["v"].repeat_interleave(2, 1))
@@ -105,7 +112,7 @@ def test_a_union_of_masks_is_the_dense_mask() -> None:
 def test_a_union_answers_from_its_tiles(request_all: bool) -> None:
     given = drawn()
     masks, allowed = union()
-    _, found = union_attention(**given, masks=masks)
+    _, found = union_attention([(given["q"], given["k"], mask) for mask in masks], given["v"])
     found.rows = None  # type: ignore[method-assign, assignment]
     if request_all:
         stats = ("received", "entropy", "distance", "distance2")
@@ -175,3 +182,16 @@ def test_misfits_are_named() -> None:
         flash_attention(given["q"], given["k"], given["v"][:, :, 1:])
     with pytest.raises(WorkbenchError, match="mask"):
         flash_attention(**given, mask=Mask(keys=torch.ones(1, 4, dtype=torch.bool)))
+
+
+def test_chosen_rows_hide_whole_blocks_of_others() -> None:
+    rows = torch.zeros(1, 200, dtype=torch.bool)
+    rows[:, 70:75] = True
+    mask = with_rows(Mask(causal=True), rows, 150)
+    assert mask.blocks is not None
+    assert mask.blocks[0, 0, :, 0].tolist() == [False, True, False, False]
+    allowed = mask.tile(slice(0, 200), slice(0, 150))
+    assert allowed is not None
+    assert torch.equal(allowed[0, 0], rows[0][:, None] & torch.ones(200, 150, dtype=torch.bool).tril())
+    with pytest.raises(WorkbenchError, match="without blocks"):
+        with_rows(mask, rows, 150)

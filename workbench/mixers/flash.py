@@ -81,19 +81,38 @@ def merge_partial(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Te
 
 
 def union_attention(
-    q: Tensor, k: Tensor, v: Tensor, masks: Sequence[Mask], *, scale: float | None = None
+    tiles: Sequence[tuple[Tensor, Tensor, Mask]], v: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, UnionMap]:
-    """Softmax attention over the union of ``masks``, which allow no pair twice, with the memory of each of them."""
-    parts = [partial_attention(q, k, v, mask=mask, scale=scale) for mask in masks]
+    """Softmax attention over the union of tiles (q, k, mask) that allow no pair twice, with the memory of each of them.
+
+    Shapes as in ``flash_attention``; tiles may share their queries and keys or have some of their own."""
+    parts = [partial_attention(q, k, v, mask=mask, scale=scale) for q, k, mask in tiles]
     out, lse = merge_partial([out for out, _ in parts], [lse for _, lse in parts])
     lse = lse.detach()
-    return out, UnionMap(*(SoftmaxMap(q, k, lse, mask=mask, scale=scale) for mask in masks))
+    return out, UnionMap(*(SoftmaxMap(q, k, lse, mask=mask, scale=scale) for q, k, mask in tiles))
+
+
+def with_keys(mask: Mask, keys: Tensor) -> Mask:
+    """The mask with only the keys that ``keys`` ``[B or 1, K]`` allows as well."""
+    return replace(mask, keys=keys if mask.keys is None else keys & mask.keys.to(keys.device))
+
+
+def with_rows(mask: Mask, rows: Tensor, keys: int, side: int = 64) -> Mask:
+    """The mask with only the rows that ``rows`` ``[B or 1, Q]`` allows as well.
+
+    Blocks of rows without any are hidden as blocks, which kernels skip."""
+    if mask.blocks is not None:
+        raise WorkbenchError("rows of a mask with blocks are not chosen here; give a mask without blocks")
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % side)).unflatten(1, (-1, side)).any(2)
+    blocks = padded[:, None, :, None].expand(-1, -1, -1, -(-keys // side))
+    rows = rows if mask.queries is None else rows & mask.queries.to(rows.device)
+    return replace(mask, queries=rows, blocks=blocks, side=side)
 
 
 class RingMap(UnionMap):
     """The map of ring attention: a tile per rank that holds keys. ``native()`` is the mass of every row on each rank."""
 
-    def native(self) -> Tensor:  # type: ignore[override]
+    def native(self) -> Tensor:
         """``[B, H, Q, ranks]``: the weights by which partial outputs are merged."""
         return self.masses()
 
@@ -110,19 +129,13 @@ def ring_attention(
     check_qkv(q, k, v)
     if isinstance(ranks, bool) or not isinstance(ranks, int) or not 1 <= ranks <= k.shape[2]:
         raise WorkbenchError(f"ranks is a number of devices from 1 to the {k.shape[2]} keys; got {ranks!r}")
-    shares = torch.arange(k.shape[2], device=q.device).tensor_split(ranks)
-    masks = [_keys_within(mask, share, k.shape[2]) for share in shares]
+    positions = torch.arange(k.shape[2], device=q.device)
+    masks = [with_keys(mask, torch.isin(positions, share)[None]) for share in positions.tensor_split(ranks)]
     out, lse = partial_attention(q, k, v, mask=masks[0], scale=scale)
     for part in masks[1:]:
         passing, share_lse = partial_attention(q, k, v, mask=part, scale=scale)
         out, lse = merge_partial([out, passing], [lse, share_lse])
     return out, RingMap(*(SoftmaxMap(q, k, lse.detach(), mask=part, scale=scale) for part in masks))
-
-
-def _keys_within(mask: Mask, share: Tensor, keys: int) -> Mask:
-    held = torch.zeros(1, keys, dtype=torch.bool, device=share.device)
-    held[:, share] = True
-    return replace(mask, keys=held if mask.keys is None else held & mask.keys.to(share.device))
 
 
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
