@@ -58,7 +58,7 @@ def test_folders_that_are_no_model(tmp_path) -> None:
             ({"layers": "2"}, "layers is a whole number"),
             ({"kv_heads": 3}, "multiple of kv_heads"),
             ({"head_width": 5}, "even head width"),
-            ({"mixer": "mamba"}, "known: softmax"),
+            ({"mixer": "mamda"}, "known: softmax"),
             ({"colour": 1}, "colour"),
             ({"width": 32}, "size mismatch"),
         )

@@ -185,6 +185,11 @@ class NativeModel:
         if cache is not None and cache is not False and (not self.shape.causal or pixels is not None):
             why = "its tokens see those after them" if not self.shape.causal else "an image is seen whole"
             raise WorkbenchError(f"{self.name} keeps no key-value cache: {why}")
+        if cache is not None and cache is not False and not self.net.steps:
+            raise WorkbenchError(
+                f"{self.name} keeps no key-value cache: with {self.net.config.mixer}, what a token sees depends on the length of "
+                "the whole text; run the text whole"
+            )
         if pixels is None:
             check_length((past.length if past else 0) + given.ids.shape[1], self.shape)
             check_ids(given.ids, self.shape)

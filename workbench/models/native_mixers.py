@@ -21,7 +21,7 @@ from workbench.patterns.explicit import ExplicitMap
 from workbench.patterns.softmax import SoftmaxMap
 
 if TYPE_CHECKING:
-    from workbench.models.native_net import NativeConfig
+    from workbench.models.native_config import NativeConfig
 
 _MASK_LIMIT = 2**26
 
@@ -35,6 +35,10 @@ class SoftmaxMixer(nn.Module):
 
     keeps_inputs = False
     """Whether a cache has to hold the inputs and queries of earlier tokens too."""
+    ignores: tuple[str, ...] = ()
+    """Those of q, k and v that it has no use for."""
+    steps = True
+    """Whether tokens can be added one by one."""
 
     def __init__(self, config: NativeConfig) -> None:
         super().__init__()

@@ -8,116 +8,21 @@ output is computed through them only if a hook changes them or gradients are on;
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from workbench.errors import UnknownName, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
-from workbench.models.native_mixers import MIXERS, make_mixer
+from workbench.models.native_config import NativeCache, NativeConfig
+from workbench.models.native_mixers import make_mixer
+
+__all__ = ["Attention", "NativeCache", "NativeConfig", "NativeNet"]
 
 OnMap = Callable[[int, AttentionMap], None]
-
-
-@dataclass(frozen=True)
-class NativeConfig:
-    """Sizes and choices of a ``NativeNet``; axis letters as everywhere (H heads, G kv heads, D width, E head width).
-
-    ``mixer`` is ``softmax``, ``gated-softmax``, or any variant of ``workbench.variants()`` that is ``in models``.
-    """
-
-    layers: int
-    heads: int
-    width: int
-    head_width: int
-    vocab: int
-    kv_heads: int | None = None
-    mlp_width: int = 0
-    mixer: str = "softmax"
-    positions: str = "rotary"
-    norm: str = "rms"
-    activation: str = "gelu"
-    context: int = 32768
-    causal: bool = True
-    scale: float | None = None
-    theta: float = 10000.0
-    tied: bool = False
-    bias: bool = False
-    """Biases ``b_Q b_K b_V`` on queries, keys and values: with rotary positions a head that looks at a distance needs them."""
-    trained: int | None = None
-    """Tokens of the longest row in training."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of patches: the model reads images ``[B, channels, rows * patch, columns * patch]`` and gives the logits
-    ``[B, vocab]`` of the mean patch."""
-    patch: int = 4
-    channels: int = 3
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("layers", 1), ("heads", 1), ("width", 1), ("head_width", 1), ("context", 1), ("vocab", 0), ("mlp_width", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise WorkbenchError(f"{name} is a whole number of at least {least}; got {value!r}")
-        if self.kv_heads is not None and (not isinstance(self.kv_heads, int) or self.kv_heads < 1):
-            raise WorkbenchError(
-                f"kv_heads is a whole number of at least 1, or None for as many as heads; got {self.kv_heads!r}"
-            )
-        if self.grid is not None:
-            grid = tuple(self.grid)
-            if (
-                len(grid) != 2
-                or any(not isinstance(n, int) or n < 1 for n in grid)
-                or self.patch < 1
-                or self.channels < 1
-            ):
-                raise WorkbenchError(
-                    f"an image is a grid of rows and columns of patches with channels; got grid={self.grid!r}, "
-                    f"patch={self.patch!r}, channels={self.channels!r}"
-                )
-            object.__setattr__(self, "grid", grid)
-            if self.tied or self.positions == "rotary":
-                raise WorkbenchError("a model of images has learned or no positions, and is not tied")
-        if self.mixer not in MIXERS:
-            from workbench.models.native_variants import variant_of
-
-            variant_of(self)
-        for name, known in (
-            ("positions", ("rotary", "learned", "none")),
-            ("norm", ("rms", "none")),
-            ("activation", ("gelu", "relu")),
-        ):
-            if getattr(self, name) not in known:
-                raise UnknownName(name, getattr(self, name), known)
-        if self.heads % (self.kv_heads or self.heads):
-            raise WorkbenchError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise WorkbenchError(f"rotary positions need an even head width; got {self.head_width}")
-
-    @property
-    def positions_known(self) -> int:
-        """Positions that a table of learned positions has."""
-        return self.context if self.grid is None else self.grid[0] * self.grid[1]
-
-    def dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class NativeCache:
-    """Rotated keys and values per layer, ``[B, G, K, E]``, and which of them are real, ``[B, K]``. For mixers that need them,
-    queries ``[B, H, K, E]`` and the inputs of queries and of keys follow."""
-
-    layers: tuple[tuple[Tensor, ...], ...]
-    mask: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.mask.shape[1]
 
 
 class RMSNorm(nn.Module):
@@ -148,16 +53,9 @@ def _norm(config: NativeConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Projections and rotary positions around a mixer. ``W_Q [H, D, E]``, ``W_K W_V [G, D, E]``, ``W_O [H, E, D]``."""
+    """Projections and rotary positions around a mixer. ``W_Q [H, D, E]``, ``W_K W_V [G, D, E]``, ``W_O [H, E, D]``; what the
+    mixer has no use for is absent, weight and hook point."""
 
-    b_Q: Tensor | None
-    b_K: Tensor | None
-    b_V: Tensor | None
-    hook_q: HookPoint
-    hook_k: HookPoint
-    hook_v: HookPoint
-    hook_rot_q: HookPoint
-    hook_rot_k: HookPoint
     hook_z: HookPoint
     hook_result: HookPoint
 
@@ -165,16 +63,17 @@ class Attention(nn.Module):
         super().__init__()
         h, g, d, e = config.heads, config.kv_heads or config.heads, config.width, config.head_width
         self.config, self.layer = config, layer
-        self.W_Q = nn.Parameter(torch.randn(h, d, e) * d**-0.5)
-        self.W_K = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
-        self.W_V = nn.Parameter(torch.randn(g, d, e) * d**-0.5)
+        mixer: Any = make_mixer(config)
+        self.mixer = mixer
+        used = [name for name in ("q", "k", "v") if name not in mixer.ignores]
+        for name, heads in {"q": h, "k": g, "v": g}.items():
+            weight = nn.Parameter(torch.randn(heads, d, e) * d**-0.5) if name in used else None
+            self.register_parameter(f"W_{name.upper()}", weight)
+            has_bias = config.bias and weight is not None
+            self.register_parameter(f"b_{name.upper()}", nn.Parameter(torch.zeros(heads, e)) if has_bias else None)
         self.W_O = nn.Parameter(torch.randn(h, e, d) * (h * e * 2 * config.layers) ** -0.5)
-        sizes = {"b_Q": h, "b_K": g, "b_V": g}
-        for name, heads in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(heads, e)) if config.bias else None)
-        self.mixer = make_mixer(config)
-        rotated = ("rot_q", "rot_k") if config.positions == "rotary" else ()
-        for name in ("q", "k", "v", *rotated, "z", "result"):
+        rotated = [f"rot_{name}" for name in used if name != "v" and config.positions == "rotary"]
+        for name in (*used, *rotated, "z", "result"):
             setattr(self, f"hook_{name}", HookPoint())
 
     def forward(
@@ -188,11 +87,9 @@ class Attention(nn.Module):
         on_map: OnMap | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """``x*``: ``[B, T, D]``, or ``[B, T, H or G, D]`` where each head has an input of its own."""
-        q = self.hook_q(_project(xq, self.W_Q, self.b_Q))
-        k = self.hook_k(_project(xk, self.W_K, self.b_K))
-        v = self.hook_v(_project(xv, self.W_V, self.b_V))
+        q, k, v = self._made("q", xq), self._made("k", xk), self._made("v", xv)
         if rotary is not None:
-            q, k = self.hook_rot_q(_rotate(q, *rotary)), self.hook_rot_k(_rotate(k, *rotary))
+            q, k = self._turned("q", q, rotary), self._turned("k", k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -213,6 +110,19 @@ class Attention(nn.Module):
             new = self.hook_result(result)
             out = new.sum(2) if _replaces(new, result) else out
         return out, kept
+
+    def _made(self, name: str, x: Tensor) -> Tensor:
+        """The projection of x ``[B, T, H or G, E]``; zeros without memory where the mixer has no use for it."""
+        weight = getattr(self, f"W_{name.upper()}")
+        if weight is None:
+            heads = self.config.heads if name == "q" else self.config.kv_heads or self.config.heads
+            return x.new_zeros(1).expand(*x.shape[:2], heads, self.config.head_width)
+        return getattr(self, f"hook_{name}")(_project(x, weight, getattr(self, f"b_{name.upper()}")))
+
+    def _turned(self, name: str, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return (
+            x if getattr(self, f"W_{name.upper()}") is None else getattr(self, f"hook_rot_{name}")(_rotate(x, *rotary))
+        )
 
 
 class MLP(nn.Module):
@@ -307,6 +217,12 @@ class NativeNet(nn.Module):
             if isinstance(module, HookPoint):
                 module.name = name
                 self.hook_dict[name] = module
+
+    @property
+    def steps(self) -> bool:
+        """Whether tokens can be added one by one, with a cache."""
+        blocks: Any = self.blocks
+        return all(block.attn.mixer.steps for block in blocks)
 
     @property
     def unembed(self) -> Tensor:

@@ -16,7 +16,7 @@ from workbench.maps import AttentionMap
 from workbench.patterns.arranged import BatchMap, LastRowsMap
 
 if TYPE_CHECKING:
-    from workbench.models.native_net import NativeConfig
+    from workbench.models.native_config import NativeConfig
 
 
 def runnable(causal: bool) -> list[str]:
@@ -57,6 +57,7 @@ class VariantMixer(nn.Module):
         recipe = variant.recipe
         assert recipe is not None
         self.variant, self.recipe, self.causal, self.grid = variant, recipe, config.causal, config.grid
+        self.ignores, self.steps = recipe.ignores, recipe.steps
         self.sizes = {"H": config.heads, "G": config.kv_heads or config.heads, "E": config.head_width}
         for name, learned in recipe.learned.items():
             axes = self._axes(learned.axes)
