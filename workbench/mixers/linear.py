@@ -111,7 +111,7 @@ def unnormalised_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bo
     return linear_product(q, k, v, causal=causal), LinearMap(q, k, causal=causal, sign="nonnegative")
 
 
-def pavlovian_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> tuple[Tensor, LinearMap]:
+def pavlovian_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> tuple[Tensor, LinearMap]:
     """Attention as an associative memory: keys (conditional stimuli) and values (unconditional ones) are bound by a Hebbian rule,
     S = sum_j k_j v_j^T, and a query (test stimulus) reads S^T q_i.
 
@@ -223,11 +223,10 @@ def causal_option(mask: Mask) -> bool:
 
 
 def arguments(*names: str, **options: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A ``Recipe.prepare`` that takes q, k, v and ``names`` as they are and adds ``options``; for causal mixers."""
+    """A ``Recipe.prepare`` of mixers that are causal or not by themselves: q, k, v and ``names`` as they are, and ``options``."""
 
     def prepare(made: dict[str, Any]) -> dict[str, Any]:
-        if not causal_option(made["mask"]):
-            raise WorkbenchError("this mixer is causal; got a mask that is not")
+        causal_option(made["mask"])
         return {name: made[name] for name in ("q", "k", "v", *names)} | options
 
     return prepare
@@ -246,10 +245,6 @@ def _l2vit(made: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dual_gated(made: dict[str, Any]) -> dict[str, Any]:
-    return {name: made[name] for name in ("q", "k", "v", "gate", "grid")}
-
-
 def _delta(shape: tuple[int, ...]) -> Tensor:
     """Kernels that leave an image as it is."""
     kernel = torch.zeros(shape)
@@ -265,10 +260,6 @@ def _check_grid(grid: tuple[int, int], tokens: int) -> None:
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     shapes = {"q": (2, 4, tokens, 6), "k": (2, 2, tokens, 6), "v": (2, 2, tokens, 5)}
     return {**example_tensors(seed, dtype, **shapes), "causal": True}
-
-
-def _memory_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {**_example(seed, tokens, dtype), "causal": False}
 
 
 def _l2vit_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -317,7 +308,8 @@ VARIANTS = (
         family="linear",
         priority="B",
         operator=pavlovian_attention,
-        example=_memory_example,
+        example=_example,
+        causal=True,
         reference="the abstract: linear attention as a Hebbian memory",
         note="The paper's error and capacity bounds are statements about this map, not part of it.",
         recipe=Recipe(prepare=_either),
@@ -346,6 +338,6 @@ VARIANTS = (
         example=_dual_gated_example,
         reference="xq141839/HER-Seg SAM/LGViT.py",
         note="The depthwise convolution of v that is added before the second gate is left out.",
-        recipe=Recipe(learned={"gate": Learned("HE", functional.silu)}, prepare=_dual_gated),
+        recipe=Recipe(learned={"gate": Learned("HE", functional.silu)}, prepare=arguments("gate", "grid")),
     ),
 )
