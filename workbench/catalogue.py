@@ -67,6 +67,9 @@ MODULES: tuple[str, ...] = (
     "landmark",
     "karat",
     "mamba",
+    "gates",
+    "transnext",
+    "triple",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

@@ -92,7 +92,6 @@ def correlation_map(
     left: Tensor | None = None,
     right: Tensor | None = None,
     batch: int = 1,
-    **metadata: str,
 ) -> ToeplitzMap:
     """The map of ``correlate``, gated on either side by ``[B, C, N]``."""
     kernel = dilated(weight.detach(), dilation)
@@ -104,7 +103,6 @@ def correlation_map(
         first=[-(length // 2) for length in kernel.shape[1:]],
         left=left,
         right=right,
-        **metadata,
     )
 
 
