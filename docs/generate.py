@@ -1,6 +1,6 @@
 """Write the generated pages of the documentation, and the copy of the sources that the API reference is read from.
 
-    python docs/generate.py            write docs/families.md, docs/bundled.md, docs/cli.md and build/api/
+    python docs/generate.py            write the pages of PAGES, the figures of the variants, and build/api/
     python docs/generate.py --check    write nothing; exit 1 if a page is not what would be written
 
 The tables come from the code: the families from the builders of the conformance suite, so a family is listed if and only if it
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -103,6 +104,83 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+FAMILY_LINES = {
+    "softmax": "Softmax over what a mask lets through. Rows sum to 1 over the visible keys.",
+    "weighted softmax": "Softmax with changed scores (biases, caps, sinks) or changed weights (gates, sigmoids, signs).",
+    "routing": "A router or a score chooses which keys or blocks a query sees; attention runs inside of the choice.",
+    "linear": "Feature maps and decay in the place of softmax: maps of low rank, signed unless the features are not negative.",
+    "delta": "A state that is written to, decays, and is corrected: signed maps whose rows are made by carrying a query back.",
+    "two-stage": "Products of two maps: through agents, pooled keys, blocks.",
+    "channel": "Channels attend to channels, or are gated: the map's axes are channels where `domain` says so.",
+    "convolution": "Kernels, static or made from the input, along tokens or in their spectrum; one map per channel.",
+    "nonlinear": "Operators that are not linear in their values: the map is the derivative at the input.",
+    "probe": "The map of any operator, a fused kernel included, by running it on values of one's own.",
+}
+
+
+def variants() -> str:
+    import torch
+
+    import workbench as wb
+
+    known = wb.variants()
+    parts = [
+        "# Attention variants\n",
+        f"{len(known)} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records, `workbench variants\n"
+        "NAME` shows one with its map. A record is called with its own example, or with your tensors:\n",
+        "```python\nimport torch\nimport workbench as wb\n\n"
+        'variant = wb.variants()["gated-delta-net"]\n'
+        "arguments = variant.example(seed=0, tokens=64, dtype=torch.float64)\n"
+        "output, amap = variant(**arguments)\n"
+        "assert torch.allclose(output, amap.matvec(arguments[variant.value_input]))\n"
+        "print(amap, amap.blocks(16).shape)\n```\n",
+        "Where *in models* says yes, a native model takes the variant as its mixer, with hooks, patching, sinks and circuits:\n",
+        "```python\nimport torch\nfrom workbench.models.native import NativeModel\n"
+        "from workbench.models.native_net import NativeConfig, NativeNet\n\n"
+        'config = NativeConfig(layers=2, heads=4, width=32, head_width=8, vocab=50, mixer="gated-delta-net", positions="none")\n'
+        "model = NativeModel(NativeNet(config).eval())\n"
+        "run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))\n"
+        "print(run.maps[0])\n```\n",
+        "Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns), causal=False)`.\n"
+        "The pictures show the first head of each variant for one input: 36 tokens (an image of 6 x 6 patches) whose second half\n"
+        "repeats the first, with one projection for queries and keys. Blue is positive, red negative. Those with a star take other\n"
+        "inputs and show their own example.\n",
+    ]
+    for family, line in FAMILY_LINES.items():
+        chosen = [v for v in known if v.family == family]
+        if not chosen:
+            continue
+        slug = family.replace(" ", "-")
+        parts.append(f"## {family}\n\n{line}\n\n![maps of the family](figures/variants-{slug}.png)\n")
+        rows = []
+        for v in chosen:
+            amap = v(**v.example(0, 13, torch.float64))[1]
+            told = f"{amap.sign}, {amap.row_sum}" + ("" if amap.domain == "token" else f", {amap.domain}")
+            told += "" if amap.exactness == "exact" else f", {amap.exactness}"
+            what = first_sentence(v.operator.__doc__ or "") + (f" {v.note}" if v.note else "")
+            rows.append((f"`{v.name}`", v.paper, what, told, "yes" if v.recipe is not None else ""))
+        parts.append(table(("variant", "paper", "what it computes", "weights, row sum", "in models"), rows))
+    return "\n".join(parts)
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring, on one line."""
+    joined = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s(?=[A-Z])", joined)[0].replace("``", "`")
+
+
+def draw_variants() -> None:
+    """The figures of the page of variants."""
+    from workbench.apps.gallery import figure
+    from workbench.catalogue import FAMILIES
+    from workbench.catalogue import variants as known
+
+    for family in FAMILIES:
+        if any(v.family == family for v in known()):
+            path = ROOT / "docs" / "figures" / f"variants-{family.replace(' ', '-')}.png"
+            figure(family).savefig(path, dpi=90, metadata={"Software": None})
+
+
 def default(parameter: object) -> str:
     said, value = getattr(parameter, "show_default", None), getattr(parameter, "default", None)
     if isinstance(said, str):
@@ -129,7 +207,7 @@ def mirror() -> None:
                 (path / "__init__.py").touch()
 
 
-PAGES = {"families.md": families, "bundled.md": bundled, "cli.md": command_line}
+PAGES = {"families.md": families, "bundled.md": bundled, "cli.md": command_line, "variants.md": variants}
 
 
 def main() -> int:
@@ -148,6 +226,7 @@ def main() -> int:
         for name in stale:
             print(f"docs/{name} is not current: run `make docs`")
         return bool(stale)
+    draw_variants()
     mirror()
     return 0
 
