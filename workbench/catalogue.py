@@ -27,6 +27,7 @@ FAMILIES = (
     "latent",
     "flash",
     "windows",
+    "block_masks",
     "weighted softmax",
     "routing",
     "linear",
@@ -46,6 +47,7 @@ MODULES: tuple[str, ...] = (
     "latent",
     "flash",
     "windows",
+    "block_masks",
     "relative",
     "gated",
     "sinks",
@@ -67,9 +69,11 @@ MODULES: tuple[str, ...] = (
     "landmark",
     "karat",
     "mamba",
+    "mamba2",
     "gates",
     "transnext",
     "triple",
+    "seer",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
