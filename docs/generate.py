@@ -104,6 +104,41 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+VARIANTS_HEAD = """# Attention variants
+
+{count} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records; `workbench variants NAME` shows one
+with its map. A record is called with its own example, or with your tensors:
+
+```python
+import torch
+import workbench as wb
+
+variant = wb.variants()["gated-delta-net"]
+arguments = variant.example(seed=0, tokens=64, dtype=torch.float64)
+output, amap = variant(**arguments)
+assert torch.allclose(output, amap.matvec(arguments[variant.value_input]))
+print(amap, amap.blocks(16).shape)
+```
+
+Where *in models* says yes, a native model takes the variant as its mixer, with hooks, patching, sinks and circuits:
+
+```python
+from workbench.models.native import NativeModel
+from workbench.models.native_net import NativeConfig, NativeNet
+
+config = NativeConfig(
+    layers=2, heads=4, width=32, head_width=8, vocab=50, mixer="gated-delta-net", positions="none"
+)
+model = NativeModel(NativeNet(config).eval())
+run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))
+print(run.maps[0])
+```
+
+Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns), causal=False, ...)`.
+The pictures show the first head of each variant for one input: 36 tokens, or an image of 6 x 6 patches, whose second half repeats
+the first, with one projection for queries and keys. Blue is positive, red negative. Those with a star take other inputs and show
+their own example.
+"""
 FAMILY_LINES = {
     "softmax": "Softmax over what a mask lets through. Rows sum to 1 over the visible keys.",
     "weighted softmax": "Softmax with changed scores (biases, caps, sinks) or changed weights (gates, sigmoids, signs).",
@@ -124,28 +159,7 @@ def variants() -> str:
     import workbench as wb
 
     known = wb.variants()
-    parts = [
-        "# Attention variants\n",
-        f"{len(known)} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records, `workbench variants\n"
-        "NAME` shows one with its map. A record is called with its own example, or with your tensors:\n",
-        "```python\nimport torch\nimport workbench as wb\n\n"
-        'variant = wb.variants()["gated-delta-net"]\n'
-        "arguments = variant.example(seed=0, tokens=64, dtype=torch.float64)\n"
-        "output, amap = variant(**arguments)\n"
-        "assert torch.allclose(output, amap.matvec(arguments[variant.value_input]))\n"
-        "print(amap, amap.blocks(16).shape)\n```\n",
-        "Where *in models* says yes, a native model takes the variant as its mixer, with hooks, patching, sinks and circuits:\n",
-        "```python\nimport torch\nfrom workbench.models.native import NativeModel\n"
-        "from workbench.models.native_net import NativeConfig, NativeNet\n\n"
-        'config = NativeConfig(layers=2, heads=4, width=32, head_width=8, vocab=50, mixer="gated-delta-net", positions="none")\n'
-        "model = NativeModel(NativeNet(config).eval())\n"
-        "run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))\n"
-        "print(run.maps[0])\n```\n",
-        "Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns), causal=False)`.\n"
-        "The pictures show the first head of each variant for one input: 36 tokens (an image of 6 x 6 patches) whose second half\n"
-        "repeats the first, with one projection for queries and keys. Blue is positive, red negative. Those with a star take other\n"
-        "inputs and show their own example.\n",
-    ]
+    parts = [VARIANTS_HEAD.format(count=len(known))]
     for family, line in FAMILY_LINES.items():
         chosen = [v for v in known if v.family == family]
         if not chosen:
