@@ -24,14 +24,9 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "softmax",
-    "latent",
-    "flash",
-    "windows",
-    "block_masks",
     "weighted softmax",
     "routing",
     "linear",
-    "decay",
     "delta",
     "two-stage",
     "channel",
