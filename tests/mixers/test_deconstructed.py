@@ -41,7 +41,7 @@ def heads_of(v: Tensor) -> Tensor:
 
 def random_vectors_make_the_pattern(op: Operator) -> None:
     given = example("random-embedding-queries-and-keys")
-    x = torch.randn(1, 9, 7, generator=torch.Generator().manual_seed(given["seed"]), dtype=torch.float64)
+    x = torch.randn(1, 16, 7, generator=torch.Generator().manual_seed(given["seed"]), dtype=torch.float64)[:, :9]
     out, found = op(**given)
     wanted = pattern_of(x, given)
     torch.testing.assert_close(found.dense(), wanted.expand(2, -1, -1, -1))
@@ -126,6 +126,14 @@ def test_one_pattern_is_held_whatever_the_batch() -> None:
     _, found = random_embedding_attention(**{**given, "v": given["v"][:1].expand(50, -1, -1, -1)})
     assert found.shape == (50, 4, 9, 9)
     assert found.scores.q.untyped_storage().nbytes() == 4 * 9 * 6 * 8
+
+
+def test_a_longer_input_begins_with_the_pattern_of_a_shorter_one() -> None:
+    given = example("random-embedding-queries-and-keys", 40)
+    _, whole = random_embedding_attention(**given)
+    for length in (1, 9, 16, 33):
+        _, part = random_embedding_attention(**{**given, "v": given["v"][:, :, :length]})
+        torch.testing.assert_close(part.dense(), whole.dense()[:, :, :length, :length], rtol=0, atol=1e-14)
 
 
 def test_both_directions_of_the_taylor_form_are_low_rank() -> None:

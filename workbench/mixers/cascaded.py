@@ -31,6 +31,7 @@ class CascadedMap(SoftmaxMap):
     ``value_weights`` ``[H, E, E]`` project what a head gets to its values, ``values`` ``[B, H, N, E]`` are these values.
     """
 
+    value_space = "each head's own V"
     value_weights: Tensor
     values: Tensor
 
@@ -166,6 +167,7 @@ VARIANTS = (
                 "query_kernel": Parameter("HE9", _delta_taps),
             },
             prepare=_prepare,
+            ignores=("q", "k"),
         ),
     ),
 )
