@@ -181,10 +181,8 @@ def seer_decode_attention(
     at = positions(mask, n, q.device)
     block = torch.arange(gate.shape[3], device=q.device)
     own, past = block == at // side, (block <= at // side).expand_as(gate)
-    if threshold is not None:
-        kept = past & ((gate.detach() >= threshold) | own)
-    else:
-        kept = best(gate, top or 0, past, own)
+    open_gate = None if threshold is None else gate.detach() >= threshold
+    kept = best(gate, top or 0, past, own) if open_gate is None else past & (open_gate | own)
     out, executed = chosen_softmax(q, k, v, in_blocks(kept, side, m, h // groups), mask=mask, scale=scale)
     seen = AttentionMap.from_dense(gate.detach(), offset=mask.offset, domain="block")
     full = SoftmaxMap(q, k, mask=mask, scale=scale)
