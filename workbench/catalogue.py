@@ -44,6 +44,7 @@ MODULES: tuple[str, ...] = (
     "flash",
     "windows",
     "block_masks",
+    "neighborhood",
     "relative",
     "gated",
     "sinks",
@@ -67,10 +68,12 @@ MODULES: tuple[str, ...] = (
     "karat",
     "mamba",
     "mamba2",
+    "delta",
     "gates",
     "transnext",
     "triple",
     "seer",
+    "outlook",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
