@@ -74,6 +74,7 @@ MODULES: tuple[str, ...] = (
     "triple",
     "seer",
     "outlook",
+    "contmix",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
