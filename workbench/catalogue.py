@@ -28,6 +28,7 @@ FAMILIES = (
     "routing",
     "linear",
     "delta",
+    "natsl",
     "two-stage",
     "channel",
     "convolution",
@@ -69,12 +70,15 @@ MODULES: tuple[str, ...] = (
     "mamba",
     "mamba2",
     "delta",
+    "natsl",
     "gates",
     "transnext",
     "triple",
     "seer",
     "outlook",
     "contmix",
+    "spatial_gates",
+    "polarized",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from workbench.errors import WorkbenchError
+from workbench.mixers import channels
 
 Grid = tuple[int, int]
 
@@ -68,13 +69,13 @@ def gathered(x: Tensor, at: Tensor) -> Tensor:
 
 
 def as_planes(x: Tensor, grid: Grid) -> Tensor:
-    """Tokens ``[B, H, N, E]`` as one plane per channel of every head, ``[B, H*E, rows, columns]``."""
-    return x.transpose(2, 3).reshape(x.shape[0], -1, *grid)
+    """Tokens ``[B, H, N, E]`` as one picture per channel of every head, ``[B, H*E, rows, columns]``."""
+    return channels.planes(x).unflatten(2, grid)
 
 
-def as_tokens(planes: Tensor, heads: int) -> Tensor:
-    """Planes ``[B, H*E, rows, columns]`` as tokens ``[B, H, N, E]``."""
-    return planes.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+def as_tokens(pictures: Tensor, heads: int) -> Tensor:
+    """Pictures ``[B, H*E, rows, columns]`` as tokens ``[B, H, N, E]``."""
+    return channels.tokens(pictures.flatten(2), heads)
 
 
 def depthwise(x: Tensor, kernel: Tensor, grid: Grid) -> Tensor:
@@ -88,9 +89,7 @@ def depthwise(x: Tensor, kernel: Tensor, grid: Grid) -> Tensor:
             f"kernel is [H, E, size, size] = {[x.shape[1], x.shape[3], 'size', 'size']} with an odd size; "
             f"got {list(kernel.shape)}"
         )
-    planes = as_planes(x, grid)
-    weights = kernel.to(x.dtype).flatten(0, 1)[:, None]
-    return as_tokens(functional.conv2d(planes, weights, padding=size // 2, groups=planes.shape[1]), x.shape[1])
+    return channels.tokens(channels.correlate(channels.planes(x), kernel.flatten(0, 1), grid), x.shape[1])
 
 
 def pooled(x: Tensor, grid: Grid, out: Grid) -> Tensor:
