@@ -43,8 +43,9 @@ def s2_attention(
 ) -> tuple[Tensor, SoftmaxMap]:
     """S2-Attention: every head sees the last ``local_blocks`` blocks and its own shard of the rest, one block in ``stride``.
 
-    q ``[B, H, Q, E]``, k ``[B, G, K, E]``, v ``[B, G, K, V]``; blocks have ``side`` tokens. With a
-    stride of at most H the heads' shards together hold all blocks. Source: Lin et al., arXiv:2407.17678; the rule is that of vLLM's block-sparse attention.
+    q ``[B, H, Q, E]``, k ``[B, G, K, E]``, v ``[B, G, K, V]``; blocks have ``side`` tokens. With a stride of at most H the
+    heads' shards together hold all blocks. Source: Lin et al., arXiv:2407.17678; the rule is that of vLLM's block-sparse
+    attention.
     """
     check_qkv(q, k, v)
     at_least_one("side", side)
