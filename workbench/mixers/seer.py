@@ -226,31 +226,22 @@ def _key_weights(given: dict[str, Any]) -> Tensor:
     return given["key"].unflatten(2, (3, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def _native(given: dict[str, Any], gate: Tensor, side: int) -> dict[str, Any]:
-    top = max(2, gate.shape[3] // 2)
+def _native(given: dict[str, Any], gate: Tensor, top: int, side: int) -> dict[str, Any]:
     return {**{name: given[name] for name in ("q", "k", "v", "mask")}, "gate": gate, "top": top, "side": side}
 
 
-def _side(given: dict[str, Any]) -> int:
-    return max(1, min(64, round(given["k"].shape[2] ** 0.5)))
-
-
 def prepare_seer(given: dict[str, Any]) -> dict[str, Any]:
-    """A gate over blocks of about the root of the length, at most 64, which reads half of them."""
-    side = _side(given)
-    gate = seer_gate(
-        given["gate_q"], given["gate_k"], given["query"], _key_weights(given), side=side, mask=given["mask"]
-    )
-    return _native(given, gate, side)
+    """A gate over blocks of one token, so that nothing later enters a choice; 8 of them are read."""
+    key = _key_weights(given)
+    gate = seer_gate(given["gate_q"], given["gate_k"], given["query"], key, side=1, mask=given["mask"])
+    return _native(given, gate, 8, 1)
 
 
 def prepare_seer_decode(given: dict[str, Any]) -> dict[str, Any]:
-    """A gate row per token, over blocks of about the root of the length, at most 64, which reads half of them."""
-    side, groups = _side(given), given["k"].shape[1]
-    query = given["query"].unflatten(0, (groups, -1)).flatten(1, 2)
-    offset = given["mask"].offset
-    gate = token_gate(given["gate_q"], given["gate_k"], query, _key_weights(given), side=side, offset=offset)
-    return _native(given, gate, side)
+    """A gate row per token over blocks of 4 tokens, of which 3 are read."""
+    query = given["query"].unflatten(0, (given["k"].shape[1], -1)).flatten(1, 2)
+    gate = token_gate(given["gate_q"], given["gate_k"], query, _key_weights(given), side=4, offset=given["mask"].offset)
+    return _native(given, gate, 3, 4)
 
 
 LEARNED = {"gate_q": Learned("HE"), "gate_k": Learned("GE")}

@@ -271,42 +271,33 @@ def _block_mean_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str,
     return {**_tensors(seed, tokens, dtype), "top": 3, "side": 2, "mask": Mask(causal=True)}
 
 
-def _sizes(tokens: int, most: int) -> int:
-    """Side of a block in a native model: about the root of the number of tokens."""
-    return max(1, min(most, round(tokens**0.5)))
-
-
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in ("q", "k", "v", "mask")}
 
 
 def prepare_moba(given: dict[str, Any]) -> dict[str, Any]:
-    """The paper's top 3, with blocks of about the root of the length, at most 512."""
-    return {**_plain(given), "top": 3, "side": _sizes(given["k"].shape[2], 512)}
+    """The paper's top 3, of blocks of 8 tokens: texts of a native model are short."""
+    return {**_plain(given), "top": 3, "side": 8}
 
 
 def prepare_nsa(given: dict[str, Any]) -> dict[str, Any]:
-    """Blocks of about the root of the length, at most 64; a window of two blocks; half of the blocks, at most 16."""
-    q, k, mask = given["q"], given["k"], given["mask"]
-    side = _sizes(k.shape[2], 64)
-    top = max(3, min(16, k.shape[2] // side // 2))
-    named = {"top": top, "side": side, "window": 2 * side, "offset": mask.offset}
-    return {"q": q, "k": k, "v": given["v"], "gates": given["gates"], **named}
+    """Blocks of 4 tokens, 4 of them selected, and a window of 8."""
+    named = {"top": 4, "side": 4, "window": 8, "offset": given["mask"].offset}
+    return {**{name: given[name] for name in ("q", "k", "v", "gates")}, **named}
 
 
 def prepare_dhsa(given: dict[str, Any]) -> dict[str, Any]:
-    """A chunk starts where the heads' mean of ``starts`` is positive; half of the keys are kept."""
-    keys = given["k"].shape[2]
-    side = _sizes(keys, 64)
-    chunks = (given["starts"].detach().mean(1) > 0).long().cumsum(1)
-    return {**_plain(given), "chunks": chunks, "budget": -(-keys // 2), "side": side, "local": side}
+    """A chunk starts where the heads' mean of ``starts`` is positive, and every 4 tokens; 12 keys are kept, the last 4 always.
+
+    A block is one query and the chunk that it stands in is kept whole, so that nothing later enters a choice."""
+    starts = given["starts"].detach().mean(1) > 0
+    starts = starts | (torch.arange(starts.shape[1], device=starts.device) % 4 == 0)
+    return {**_plain(given), "chunks": starts.long().cumsum(1) - 1, "budget": 12, "side": 1, "local": 4}
 
 
 def prepare_block_means(given: dict[str, Any]) -> dict[str, Any]:
-    """Half of the blocks, of about the root of the length, at most 128."""
-    keys = given["k"].shape[2]
-    side = _sizes(keys, 128)
-    return {**_plain(given), "top": max(2, keys // side // 2), "side": side}
+    """Blocks of one token, so that nothing later enters a choice; 8 of them are read."""
+    return {**_plain(given), "top": 8, "side": 1}
 
 
 DHSA = "#113 Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs (2025)"
