@@ -61,6 +61,8 @@ MODULES: tuple[str, ...] = (
     "probes",
     "linear",
     "decay",
+    "rwkv",
+    "aaren",
     "deconstructed",
     "indexer",
     "convit",
@@ -79,6 +81,7 @@ MODULES: tuple[str, ...] = (
     "contmix",
     "spatial_gates",
     "polarized",
+    "routing",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

@@ -73,10 +73,10 @@ def block_means(x: Tensor, side: int, real: Tensor | None = None) -> Tensor:
     return total / F.pad(counted, pad).unflatten(2, (-1, side)).sum(3).clamp(min=1)
 
 
-def best(scores: Tensor, top: int, allowed: Tensor, forced: Tensor | None = None) -> Tensor:
+def best(scores: Tensor, top: int, allowed: Tensor, forced: Tensor | None = None, name: str = "top") -> Tensor:
     """The ``top`` largest allowed entries of each row as bool; forced ones come first and are counted; ties go to the first."""
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise WorkbenchError(f"top is a positive number of choices; got {top!r}")
+        raise WorkbenchError(f"{name} is a positive number of choices; got {top!r}")
     ranked = scores.detach().masked_fill(~allowed, float("-inf"))
     if forced is not None:
         ranked = ranked.masked_fill(forced & allowed, float("inf"))

@@ -199,7 +199,7 @@ def dynamic_hierarchical_attention(
     place = torch.arange(m, device=q.device)
     seen = (place <= last) & real[:, None].bool()
     token = scores.gather(2, numbers[:, None].expand(-1, len(ends), -1))
-    kept = best(token, budget, seen, place > last - local)[:, None]
+    kept = best(token, budget, seen, place > last - local, name="budget")[:, None]
 
     def rows(lo: int, hi: int) -> Tensor:
         return kept[:, :, torch.arange(lo, hi, device=q.device) // side]
