@@ -46,6 +46,8 @@ MODULES: tuple[str, ...] = (
     "windows",
     "block_masks",
     "neighborhood",
+    "vision_windows",
+    "volume_windows",
     "relative",
     "gated",
     "sinks",
@@ -82,6 +84,8 @@ MODULES: tuple[str, ...] = (
     "spatial_gates",
     "polarized",
     "routing",
+    "agent",
+    "hilo",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

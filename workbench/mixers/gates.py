@@ -39,7 +39,7 @@ def efficient_channel_attention(x: Tensor, v: Tensor, kernel: Tensor) -> tuple[T
     """g = sigmoid(conv1d(mean over tokens)), the convolution running over channels without bias (Wang et al.,
     arXiv:1910.03151, section 3).
 
-    x, v ``[B, G, C, N]``; ``kernel`` ``[taps]``, an odd number (see ``eca_kernel_size``), zeros beyond the first and last channel.
+    x, v ``[B, G, C, N]``; ``kernel`` ``[taps]``, odd (see ``eca_kernel_size``), zeros beyond the first and last channel.
     """
     _features(x, v)
     check_odd("kernel", kernel[None] if isinstance(kernel, Tensor) else kernel, 1, 1)
@@ -186,7 +186,7 @@ def _small(shape: tuple[int, ...]) -> Tensor:
 VARIANTS = (
     Variant(
         name="efficient-channel-attention",
-        paper="#6 ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks (2020)",
+        paper="#6 ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks (2019)",
         family="channel",
         priority="C",
         operator=efficient_channel_attention,
