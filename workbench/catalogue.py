@@ -65,6 +65,9 @@ MODULES: tuple[str, ...] = (
     "decay",
     "rwkv",
     "aaren",
+    "spiking",
+    "mossformer",
+    "kernelised",
     "deconstructed",
     "indexer",
     "convit",
@@ -86,6 +89,9 @@ MODULES: tuple[str, ...] = (
     "routing",
     "agent",
     "hilo",
+    "channel_attention",
+    "gated_convolution",
+    "spans",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
