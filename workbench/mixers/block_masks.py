@@ -76,7 +76,7 @@ def power_attention(
 ) -> tuple[Tensor, SoftmaxMap]:
     """PowerAttention: local blocks, first blocks, and blocks a power of two away, so that m layers reach 2^m blocks.
 
-    Shapes as in ``s2_attention``. Source: Chen et al., PowerAttention (2025).
+    Shapes as in ``s2_attention``. Source: PowerAttention (2025).
     """
     check_qkv(q, k, v)
     at_least_one("side", side)
