@@ -92,6 +92,7 @@ def correlation_map(
     left: Tensor | None = None,
     right: Tensor | None = None,
     batch: int = 1,
+    kv_heads: int | None = None,
 ) -> ToeplitzMap:
     """The map of ``correlate``, gated on either side by ``[B, C, N]``."""
     kernel = dilated(weight.detach(), dilation)
@@ -103,6 +104,7 @@ def correlation_map(
         first=[-(length // 2) for length in kernel.shape[1:]],
         left=left,
         right=right,
+        kv_heads=kv_heads,
     )
 
 
