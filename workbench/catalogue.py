@@ -98,6 +98,9 @@ MODULES: tuple[str, ...] = (
     "channel_attention",
     "gated_convolution",
     "spans",
+    "long_convolution",
+    "frequency_spatial",
+    "pyramid",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
