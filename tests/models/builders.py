@@ -12,31 +12,13 @@ from typing import Any
 
 import torch
 import transformers as hf
+from random_nets import DECODER, VISION, D, F, G, H, L, V, decoder, ids, net, noise, plain
+from state_nets import STATE_NETS
 
 from workbench.models.hf import HFModel
 from workbench.models.protocol import Model
 
-V, D, H, G, L, F = 61, 32, 4, 2, 2, 48
-DECODER = {
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": F,
-    "num_hidden_layers": L,
-    "num_attention_heads": H,
-    "num_key_value_heads": G,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-VISION = {
-    "hidden_size": D,
-    "intermediate_size": F,
-    "num_hidden_layers": L,
-    "num_attention_heads": H,
-    "image_size": 16,
-    "patch_size": 4,
-}
+__all__ = ["DECODER", "VISION", "D", "F", "G", "H", "L", "V", "ids", "net"]
 
 
 @dataclass(frozen=True)
@@ -49,45 +31,10 @@ class Case:
     net: Any = None
     text: bool = True
     """Whether ``inputs`` are token ids alone."""
-
-
-def ids(batch: int = 2, length: int = 11, low: int = 3) -> torch.Tensor:
-    return torch.randint(low, V, (batch, length), generator=torch.Generator().manual_seed(7))
-
-
-def _noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(8))
-
-
-def net(cls: Any, config: Any, *, implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
-    """A random model: weights far from their small initial values, so that patterns are not flat."""
-    torch.manual_seed(0)
-    made = cls._from_config(config, attn_implementation=implementation) if implementation else cls(config)
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 0.2)
-            elif "sink" in name or name.endswith("bias"):
-                weight.normal_(0, 0.5)
-    if getattr(made.config, "_experts_implementation", None) is not None:
-        made.set_experts_implementation("eager")
-    return made.to(dtype).eval()
-
-
-def _decoder(cls: str, config: str, **options: Any) -> Callable[..., Any]:
-    def make(implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
-        return net(
-            getattr(hf, cls), getattr(hf, config)(**{**DECODER, **options}), implementation=implementation, dtype=dtype
-        )
-
-    return make
-
-
-def _plain(cls: str, config: str, **options: Any) -> Callable[..., Any]:
-    def make(implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
-        return net(getattr(hf, cls), getattr(hf, config)(**options), implementation=implementation, dtype=dtype)
-
-    return make
+    state: bool = False
+    """Whether some layers carry a state: maps may be signed, a run with a cache is not captured, and not every site is there."""
+    heeds_padding: bool = True
+    """Whether padding before a text leaves the text alone."""
 
 
 _BERT = {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}
@@ -103,17 +50,17 @@ _GPT2 = {
 _CLIP_TEXT = {k: v for k, v in _BERT.items() if k != "pad_token_id"}
 
 NETS: dict[str, Callable[..., Any]] = {
-    "llama": _decoder("LlamaForCausalLM", "LlamaConfig"),
-    "qwen2": _decoder("Qwen2ForCausalLM", "Qwen2Config"),
-    "qwen3": _decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=8),
-    "gemma2": _decoder("Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
-    "gemma3": _decoder("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, sliding_window=4, sliding_window_pattern=2),
-    "mistral": _decoder("MistralForCausalLM", "MistralConfig", sliding_window=4),
-    "gpt2": _plain("GPT2LMHeadModel", "GPT2Config", **_GPT2),
-    "gpt_neox": _decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", use_parallel_residual=False),
-    "phi3": _decoder("Phi3ForCausalLM", "Phi3Config"),
-    "olmo2": _decoder("Olmo2ForCausalLM", "Olmo2Config"),
-    "opt": _plain(
+    "llama": decoder("LlamaForCausalLM", "LlamaConfig"),
+    "qwen2": decoder("Qwen2ForCausalLM", "Qwen2Config"),
+    "qwen3": decoder("Qwen3ForCausalLM", "Qwen3Config", head_dim=8),
+    "gemma2": decoder("Gemma2ForCausalLM", "Gemma2Config", head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
+    "gemma3": decoder("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=8, sliding_window=4, sliding_window_pattern=2),
+    "mistral": decoder("MistralForCausalLM", "MistralConfig", sliding_window=4),
+    "gpt2": plain("GPT2LMHeadModel", "GPT2Config", **_GPT2),
+    "gpt_neox": decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", use_parallel_residual=False),
+    "phi3": decoder("Phi3ForCausalLM", "Phi3Config"),
+    "olmo2": decoder("Olmo2ForCausalLM", "Olmo2Config"),
+    "opt": plain(
         "OPTForCausalLM",
         "OPTConfig",
         vocab_size=V,
@@ -124,7 +71,7 @@ NETS: dict[str, Callable[..., Any]] = {
         max_position_embeddings=64,
         word_embed_proj_dim=D,
     ),
-    "gpt_oss": _decoder(
+    "gpt_oss": decoder(
         "GptOssForCausalLM",
         "GptOssConfig",
         head_dim=8,
@@ -132,7 +79,7 @@ NETS: dict[str, Callable[..., Any]] = {
         num_experts_per_tok=1,
         sliding_window=4,
     ),
-    "deepseek_v3": _decoder(
+    "deepseek_v3": decoder(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         num_key_value_heads=H,
@@ -148,9 +95,9 @@ NETS: dict[str, Callable[..., Any]] = {
         num_experts_per_tok=2,
         first_k_dense_replace=1,
     ),
-    "bert": _plain("BertForMaskedLM", "BertConfig", **_BERT),
-    "roberta": _plain("RobertaForMaskedLM", "RobertaConfig", **_BERT),
-    "t5": _plain(
+    "bert": plain("BertForMaskedLM", "BertConfig", **_BERT),
+    "roberta": plain("RobertaForMaskedLM", "RobertaConfig", **_BERT),
+    "t5": plain(
         "T5ForConditionalGeneration",
         "T5Config",
         vocab_size=V,
@@ -161,10 +108,10 @@ NETS: dict[str, Callable[..., Any]] = {
         num_heads=H,
         decoder_start_token_id=0,
     ),
-    "vit": _plain("ViTForImageClassification", "ViTConfig", **VISION),
-    "dinov2": _plain("Dinov2Model", "Dinov2Config", **{k: v for k, v in VISION.items() if k != "intermediate_size"}),
-    "clip": _plain("CLIPModel", "CLIPConfig", text_config=_CLIP_TEXT, vision_config=VISION, projection_dim=16),
-    "swin": _plain(
+    "vit": plain("ViTForImageClassification", "ViTConfig", **VISION),
+    "dinov2": plain("Dinov2Model", "Dinov2Config", **{k: v for k, v in VISION.items() if k != "intermediate_size"}),
+    "clip": plain("CLIPModel", "CLIPConfig", text_config=_CLIP_TEXT, vision_config=VISION, projection_dim=16),
+    "swin": plain(
         "SwinModel",
         "SwinConfig",
         image_size=32,
@@ -174,7 +121,7 @@ NETS: dict[str, Callable[..., Any]] = {
         num_heads=[2, 4],
         window_size=4,
     ),
-    "whisper": _plain(
+    "whisper": plain(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
         vocab_size=V,
@@ -193,7 +140,7 @@ NETS: dict[str, Callable[..., Any]] = {
         eos_token_id=2,
         decoder_start_token_id=3,
     ),
-    "falcon": _plain(
+    "falcon": plain(
         "FalconForCausalLM",
         "FalconConfig",
         vocab_size=V,
@@ -205,7 +152,7 @@ NETS: dict[str, Callable[..., Any]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "falcon-alibi": _plain(
+    "falcon-alibi": plain(
         "FalconForCausalLM",
         "FalconConfig",
         vocab_size=V,
@@ -218,7 +165,7 @@ NETS: dict[str, Callable[..., Any]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "bloom": _plain(
+    "bloom": plain(
         "BloomForCausalLM",
         "BloomConfig",
         vocab_size=V,
@@ -228,7 +175,7 @@ NETS: dict[str, Callable[..., Any]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "mpt": _plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
+    "mpt": plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
 }
 RECORDED = ("falcon", "falcon-alibi", "bloom", "mpt")
 EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
@@ -238,15 +185,15 @@ EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
 def inputs(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """What a model of this name is run on."""
     if name in ("vit", "dinov2"):
-        return {"pixel_values": _noise(2, 3, 16, 16).to(dtype)}
+        return {"pixel_values": noise(2, 3, 16, 16).to(dtype)}
     if name == "swin":
-        return {"pixel_values": _noise(2, 3, 32, 32).to(dtype)}
+        return {"pixel_values": noise(2, 3, 32, 32).to(dtype)}
     if name == "clip":
-        return {"input_ids": ids(2, 9), "pixel_values": _noise(2, 3, 16, 16).to(dtype)}
+        return {"input_ids": ids(2, 9), "pixel_values": noise(2, 3, 16, 16).to(dtype)}
     if name == "t5":
         return {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5)}
     if name == "whisper":
-        return {"input_features": _noise(2, 8, 20).to(dtype), "decoder_input_ids": ids(2, 5)}
+        return {"input_features": noise(2, 8, 20).to(dtype), "decoder_input_ids": ids(2, 5)}
     return ids()
 
 
@@ -258,7 +205,7 @@ def keys(name: str) -> tuple[int | str, ...]:
     }
     if name in stacks:
         return tuple(f"{stack}.{i}" for stack in stacks[name] for i in range(L))
-    return tuple(range(4 if name == "swin" else L))
+    return (0, 2) if name == "nemotron_h" else tuple(range(4 if name == "swin" else L))
 
 
 DTYPES = {"gemma2": torch.float32, "bloom": torch.float32, "mpt": torch.float32}
@@ -267,9 +214,17 @@ DTYPES = {"gemma2": torch.float32, "bloom": torch.float32, "mpt": torch.float32}
 
 @cache
 def hugging_face(name: str, implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Case:
-    made = NETS[name](implementation, dtype)
+    made = {**NETS, **STATE_NETS}[name](implementation, dtype)
     given = inputs(name, dtype)
-    return Case(HFModel(made, name=name), given, keys(name), made, isinstance(given, torch.Tensor))
+    return Case(
+        HFModel(made, name=name),
+        given,
+        keys(name),
+        made,
+        text=isinstance(given, torch.Tensor),
+        state=name in STATE_NETS,
+        heeds_padding=name not in ("recurrent_gemma", "rwkv"),
+    )
 
 
 def native(**options: Any) -> Case:
@@ -317,7 +272,10 @@ def tokenizer() -> Any:
 
 
 BUILDERS: dict[str, Callable[[], Case]] = {
-    **{f"hf-{name}": (lambda name=name: hugging_face(name, dtype=DTYPES.get(name, torch.float64))) for name in NETS},
+    **{
+        f"hf-{name}": (lambda name=name: hugging_face(name, dtype=DTYPES.get(name, torch.float64)))
+        for name in (*NETS, *STATE_NETS)
+    },
     "native-softmax": native,
     "native-gated": lambda: native(mixer="gated-softmax"),
     "native-plain": lambda: native(positions="learned", norm="none", kv_heads=None, tied=True),

@@ -15,6 +15,7 @@ from workbench.models.hf import HFModel
 from workbench.models.interface import Key, configs
 from workbench.models.load import load
 from workbench.models.protocol import Tokens
+from workbench.models.recorders.registry import RECORDERS
 from workbench.sites import Site
 
 
@@ -120,7 +121,8 @@ def test_a_layer_that_does_not_run_is_an_error(monkeypatch):
         case.model.run(case.inputs, edit={"blocks.1.attn.hook_z": torch.zeros_like})
 
 
-def test_mixers_without_a_route_are_named_before_and_at_capture():
+def test_mixers_without_a_route_are_named_before_and_at_capture(monkeypatch):
+    monkeypatch.delitem(RECORDERS, "MambaMixer")
     torch.manual_seed(0)
     config = hf.MambaConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=2, state_size=4, expand=1, time_step_rank=2
@@ -134,7 +136,8 @@ def test_mixers_without_a_route_are_named_before_and_at_capture():
     assert model.run(torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, 20)
 
 
-def test_hybrids_capture_their_attention_layers():
+def test_hybrids_capture_their_attention_layers(monkeypatch):
+    monkeypatch.delitem(RECORDERS, "Qwen3NextGatedDeltaNet")
     torch.manual_seed(0)
     config = hf.Qwen3NextConfig(
         vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

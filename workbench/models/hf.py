@@ -28,6 +28,9 @@ from workbench.models.inputs import (
 from workbench.models.interface import Key, capturing, configs
 from workbench.models.layers import AttentionLayer, attention_layers, describe, why_not
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
+from workbench.models.recorders.base import recording
+from workbench.models.recorders.gates import gating
+from workbench.models.recorders.registry import recorder_of
 from workbench.models.requests import check_layers, check_logits
 from workbench.models.session import Session
 from workbench.models.taps import Globals, Place, Taps, places, w_o
@@ -143,6 +146,9 @@ class HFModel:
             )
         session = self._session(reads, edits, maps, wanted, cache_length(past) if cached else None, given)
         arguments = forward_arguments(self.model, given, self.shape, past, device, cached=cached)
+        if session.past and self._counts_from_zero(given):
+            positions = torch.arange(real.shape[1], device=device) + session.past
+            arguments.setdefault("position_ids", positions.expand(len(real), -1))
         taps = Taps(self._places, self._globals, session)
         switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
         self._check_memory(real, past, width, device)
@@ -209,11 +215,15 @@ class HFModel:
             real={stack: real for stack, real in stacks.items() if not bool(real.all())},
         )
 
+    def _counts_from_zero(self, given: Tokens) -> bool:
+        """Whether a text model with states may need to be told where a continued text stands: some ask the cache's first layer,
+        which is a state."""
+        recorded = (layer for layer in self._layers if layer.route == "recorder" and layer.stack == "")
+        hybrid = any(recorder_of(layer.module).sites is not None for layer in recorded)
+        return hybrid and not given.inputs and "position_ids" in (forward_names(self.model) or set())
+
     @contextmanager
     def _recording(self, session: Session) -> Iterator[None]:
-        from workbench.models.recorders.base import recording
-        from workbench.models.recorders.gates import gating
-
         layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
         with recording(layers, session), gating([x for x in self._layers if session.wants_map(x)], session):
             yield

@@ -17,8 +17,10 @@ from workbench.models.inputs import forward_arguments, two_stacks
 from workbench.models.interface import allowed_options, capturing
 from workbench.models.layers import kernel_before, why_not
 from workbench.models.protocol import Tokens
+from workbench.models.recorders.gates import gate_of, gating
 from workbench.models.requests import check_layers, kept
 from workbench.models.steps import LayerSteps, Steps
+from workbench.patterns.per_channel import ChannelGatedMap
 from workbench.run import Generation, Maps
 
 _OURS = (
@@ -57,7 +59,8 @@ def hf_generate(
     arguments.pop("position_ids", None)  # generate makes its own for every step
     arguments.setdefault("attention_mask", torch.ones_like(arguments["input_ids"]))
     greedy = {} if {"do_sample", "generation_config"} & set(options) else {"do_sample": False}
-    with torch.no_grad(), capturing(model.model, run, switch=request is not None):
+    looked_at = [held.layer for held in run.layers.values() if held.wanted]
+    with torch.no_grad(), gating(looked_at, run), capturing(model.model, run, switch=request is not None):
         try:
             found = model.model.generate(
                 **{**arguments, **greedy, **options, "max_new_tokens": steps},
@@ -79,9 +82,11 @@ def hf_generate(
             def read(call: Any, layer: Any = layer) -> dict[str, Any]:
                 return allowed_options(model.family, layer, call.args, dict(call.options))
 
-            amap = run.map(held, real, model._implementation(layer), read)
+            amap: AttentionMap = run.map(held, real, model._implementation(layer), read)
+            if gate_of(layer.module) is not None:
+                amap = ChannelGatedMap(amap, torch.cat(held.gates, 1).transpose(1, 2))
             maps[layer.key] = kept(amap, request, layer.key)
-            held.queries, held.keys = [], []
+            held.queries, held.keys, held.gates = [], [], []
     labelled = Tokens.of(found.sequences.cpu(), model.tokenizer)
     return Generation(
         tokens=Tokens(labelled.ids, real, labelled.labels),

@@ -205,7 +205,13 @@ def cache_length(past: Any) -> int:
         raise WorkbenchError(
             f"cache is True, the Run.cache of an earlier run, or a transformers cache; got {type(past).__name__}"
         )
-    return int(past.get_seq_length())
+    length = int(past.get_seq_length())
+    if not length and any(getattr(layer, "get_seq_length", int)() for layer in getattr(past, "layers", ())):
+        raise Refused(
+            f"this {type(past).__name__} counts no tokens while its layers hold some, so that positions would start again; run "
+            "the whole text without cache"
+        )
+    return length
 
 
 def full_mask(real: Tensor, past: Any) -> Tensor:

@@ -154,7 +154,7 @@ def attend(
     if isinstance(run, Steps) and (held := run.layers.get(id(module))) is not None:
         result = held.kernel(module, query, key, value, attention_mask, *args, **kwargs)
         if held.wanted:
-            held.add(query, key, attention_mask, args, kwargs)
+            held.add(query, key, attention_mask, args, kwargs, run.gates.pop(id(module), None))
         return result
     session = run if isinstance(run, Session) else None
     base = _base(getattr(getattr(module, "config", None), "_attn_implementation_internal", None))

@@ -129,7 +129,8 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
     elif layer.route == "recorder" or implementation != "eager":
         missing = "editing pattern (load with attn_implementation='eager' where the family allows it)"
     mixer = ""
-    if hides_gate(type(layer.module)):
+    cls: Any = type(layer.module)
+    if hides_gate(cls):
         missing = "; ".join(filter(None, ("output gate (the map is before it)", missing)))
     if layer.route == "recorder":
         recorder = recorder_of(layer.module)

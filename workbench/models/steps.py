@@ -40,11 +40,27 @@ class LayerSteps:
         self.seen, self._prompt = 0, prompt
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
+        self.gates: list[Tensor] = []
+        """Output gates ``[B, 1, H, E]`` of the queries, where the layer has one."""
         self.first: Call | None = None
         self._last: tuple[Any, ...] = ()
 
-    def add(self, query: Tensor, key: Tensor, mask: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        """Keep the new keys, and the query of the newest position once the prompt is through."""
+    def add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+        args: tuple[Any, ...],
+        options: Mapping[str, Any],
+        gate: Tensor | None = None,
+    ) -> None:
+        """Keep the new keys, and the query (and its output gate) of the newest position once the prompt is through."""
+        rows = len(self.queries)
+        self._add(query, key, mask, args, options)
+        if gate is not None and len(self.queries) > rows:
+            self.gates.append(gate[:, -1:].clone())
+
+    def _add(self, query: Tensor, key: Tensor, mask: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         if self.first is not None:
             if query.shape[2] != 1:
                 raise Refused(
@@ -86,6 +102,8 @@ class Steps:
     def __init__(self, family: str, prompt: int) -> None:
         self.family, self.prompt = family, prompt
         self.layers: dict[int, LayerSteps] = {}
+        self.gates: dict[int, Tensor] = {}
+        """Output gates of the step that is running, by the id of their module."""
         self.built: deque[tuple[Any, Mapping[str, Any]]] = deque(maxlen=8)
         """The newest masks, each with the arguments it was built from: those of the last step when all is over."""
 

@@ -26,7 +26,7 @@ class ShortConv(StateWatch):
         return width, width, 1
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        if func in (torch.chunk, Tensor.chunk) and not self.met and len(result) == 3:
+        if func in (torch.chunk, Tensor.chunk) and not self.met and kwargs.get("dim") == -2:
             enters, leaves, x = result
             self.leaves = leaves
             self.build(lambda: self._map(enters, leaves))

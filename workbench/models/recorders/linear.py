@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from workbench.attention_map import AttentionMap
-from workbench.errors import Refused
+from workbench.maps import GatedMap
 from workbench.models.recorders.state import CONV, StateRecorder, StateWatch, masked, work
 from workbench.patterns.linear import ChannelDecayMap, LinearMap
+from workbench.patterns.prefix import PrefixSoftmaxMap
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__)
-_SPREAD = 600.0
-"""Keys of RWKV are exponents; float64 holds ratios of exp(700)."""
 
 
 class Lightning(StateWatch):
@@ -29,7 +28,7 @@ class Lightning(StateWatch):
         return module.num_attention_heads, module.num_attention_heads, module.head_dim
 
     def seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        if func in (torch.split, Tensor.split) and not self.met and len(result) == 3 and result[0].ndim == 4:
+        if func in (torch.split, Tensor.split) and not self.met and kwargs.get("dim") == 3:
             q, k, v = result
             self.build(lambda: self._map(q, k))
             return q, k, self.session.on_values(self.layer, v)
@@ -40,7 +39,7 @@ class Lightning(StateWatch):
     def _map(self, q: Tensor, k: Tensor) -> AttentionMap:
         shown = self.shown(q.shape[1], q)
         q, k, slope = work(q.transpose(1, 2), k.transpose(1, 2), self.module.slope_rate)
-        return LinearMap(masked(q, shown), masked(k, shown), -slope.flatten(), causal=True)
+        return LinearMap(masked(q, shown), masked(k, shown), -slope.flatten(), causal=True, value_space="SiLU V")
 
 
 class RgLru(StateWatch):
@@ -98,7 +97,7 @@ class Rwkv(StateRecorder):
     heeds_padding = False
     functions = ("rwkv_linear_attention",)
     values = "value"
-    statistics = StateRecorder.statistics | {"entropy"}
+    statistics = StateRecorder.statistics | {"entropy", "lse"}
 
     @classmethod
     def heads(cls, module: Any) -> tuple[int, int, int]:
@@ -111,25 +110,7 @@ class Rwkv(StateRecorder):
         return x[..., 0]
 
     def map(self, given: Mapping[str, Any]) -> AttentionMap:
-        key = given["key"].detach().double().transpose(1, 2)
-        bonus, decay = given["time_first"].detach().double(), -given["time_decay"].detach().double().exp()
-        top = key.amax(-1, keepdim=True)
-        if float((top - key.amin(-1, keepdim=True)).max()) > _SPREAD:
-            raise Refused(
-                f"layer {self.layer.key} of {self.session.family}: keys of a channel differ by more than {_SPREAD:g}, so that "
-                "the map would lose the small ones"
-            )
-        shown = self.shown(key.shape[2], key)
-        weight, own = masked((key - top).exp(), shown), masked((key - top + bonus[:, None]).exp(), shown)
-        read = masked(torch.ones_like(weight), shown)
-        log_decay = decay[:, None].expand_as(weight)
-        total = ChannelDecayMap(read[..., None], weight[..., None], log_decay[..., None], diagonal=own).row_sums()
-        share = torch.where(total > 0, 1 / total, 0.0)
-        return ChannelDecayMap(
-            (read * share)[..., None],
-            weight[..., None],
-            log_decay[..., None],
-            diagonal=own * share,
-            sign="nonnegative",
-            row_sum="1" if shown is None else "<=1",
-        )
+        key, decay, bonus = work(given["key"].transpose(1, 2), given["time_decay"], given["time_first"])
+        found = PrefixSoftmaxMap(key, decay.exp(), bonus)
+        shown = self.shown(key.shape[2], key)  # padding comes after the text: no real token sees it
+        return found if shown is None else GatedMap(found, shown[:, None].expand_as(key))

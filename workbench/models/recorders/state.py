@@ -60,31 +60,31 @@ class _State(Recorder):
 
 
 class StateRecorder(_State):
-    """A mixer that is one function call. ``functions`` names it; ``values`` its argument that the map multiplies.
-
-    ``tokens_first`` tells the layout of values and output: ``[B, N, H, E]``, or ``[B, C, N]`` with a head per channel.
-    """
+    """A mixer that is one function call. ``functions`` names it; ``values`` its argument that the map multiplies."""
 
     values: ClassVar[str] = ""
 
     def called(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        session, layer = self.session, self.layer
         bound = inspect.signature(function).bind(*args, **kwargs)
         given = bound.arguments
-        v = given[self.values]
-        new = self.unfold(v)
-        if (edited := self.session.on_values(self.layer, new)) is not new:
-            given[self.values] = self.fold(edited)
+        if self.values not in given:
+            raise Refused(
+                f"layer {layer.key} of {session.family}: {layer.name} calls {name} without {self.values!r}: it is not the "
+                "function that is known here, and nothing of it can be captured"
+            )
+        if session.touches(layer, "v"):
+            given[self.values] = self.fold(session.on_values(layer, self.unfold(given[self.values])))
             args, kwargs = bound.args, bound.kwargs
         output = function(*args, **kwargs)
-        if self.session.wants_map(self.layer):
+        if session.wants_map(layer):
             with torch.no_grad():
-                self.session.on_built(self.layer, self.map({**_defaults(function), **given}))
-        first = output[0] if isinstance(output, tuple) else output
-        z = self.unfold(first)
-        if (changed := self.session.on_output(self.layer, z)) is z:
+                session.on_built(layer, self.map({**_defaults(function), **given}))
+        if not session.touches(layer, "z"):
             return output
-        folded = self.fold(changed)
-        return (folded, *output[1:]) if isinstance(output, tuple) else folded
+        several = isinstance(output, tuple | list)
+        z = self.fold(session.on_output(layer, self.unfold(output[0] if several else output)))
+        return (z, *output[1:]) if several else z
 
     def unfold(self, x: Tensor) -> Tensor:
         """Values or output of the function as ``[B, N, H, E]``."""
