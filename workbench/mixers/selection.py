@@ -90,7 +90,7 @@ class NativeSparseMap(SumMap):
         super().__init__(*(GatedMap(m, gate) for m, gate in zip(branches, gates, strict=True)))
         self.compressed, self.selected, self.window, self.kept = compressed, selected, window, selected.kept
 
-    def native(self) -> SoftmaxMap:  # type: ignore[override]
+    def native(self) -> SoftmaxMap:
         """The map over compressed blocks."""
         return self.compressed
 
