@@ -44,9 +44,10 @@ def families() -> str:
     return (
         "# Model families\n\n"
         "Each of these runs through the whole conformance suite as a small random model: maps against the model's own eager\n"
-        "attention in float64, logits bit for bit equal with capture on and off, reads and edits, padding, caches, and nothing\n"
-        "left behind. Other families of transformers work if their attention goes through its attention interface; otherwise\n"
-        "capture is refused with the name of the layer. `model.manifest()` tells beforehand.\n\n"
+        "attention in float64 (where something else than softmax mixes the tokens: against the values and the output of the layer\n"
+        "itself), logits bit for bit equal with capture on and off, reads and edits, padding, caches, and nothing left behind.\n"
+        "Other families of transformers work if their attention goes through its attention interface; otherwise capture is\n"
+        "refused with the name of the layer. `model.manifest()` tells beforehand.\n\n"
         + table(("model", "mixer", "route", "exactness", "layers are called"), rows)
     )
 
@@ -106,8 +107,8 @@ def command_line() -> str:
 
 VARIANTS_HEAD = """# Attention variants
 
-{count} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records; `workbench variants NAME` shows one
-with its map. A record is called with its own example, or with your tensors:
+{count} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records; `workbench variants NAME` shows
+one with its map. A record is called with its own example, or with your tensors:
 
 ```python
 import torch
