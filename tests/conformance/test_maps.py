@@ -25,6 +25,7 @@ from workbench.patterns.algebra import HeadsMap, KeysMap, ProductMap, QueriesMap
 from workbench.patterns.arranged import BatchMap, LastRowsMap, PermutedMap, SomeHeadsMap
 from workbench.patterns.diagonal import DiagonalMap
 from workbench.patterns.lazy import LazyMap
+from workbench.patterns.linear import ChannelDecayMap, LinearMap
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
 
@@ -148,6 +149,25 @@ def batch() -> Case:
     return made(BatchMap([of(part, kv_heads=G) for part in parts], places, N), wanted)
 
 
+def decayed(causal: bool) -> Case:
+    q, k = rand(3, B, H, N, E), rand(4, B, G, N, E)
+    steps = -rand(5, B, H, N).abs() if causal else None
+    weights = q @ k.repeat_interleave(H // G, 1).transpose(-1, -2)
+    for i in range(N if causal else 0):
+        for j in range(N):
+            weights[:, :, i, j] *= steps[:, :, j + 1 : i + 1].sum(-1).exp() if j <= i else 0.0
+    return made(LinearMap(q, k, steps, causal=causal), weights)
+
+
+def channel_decayed() -> Case:
+    q, k, steps = rand(3, B, H, N, E), rand(4, B, H, N, E), -rand(5, B, H, N, E).abs()
+    weights = torch.zeros(B, H, N, N, dtype=torch.float64)
+    for i in range(N):
+        for j in range(i + 1):
+            weights[:, :, i, j] = (q[:, :, i] * k[:, :, j] * steps[:, :, j + 1 : i + 1].sum(2).exp()).sum(-1)
+    return made(ChannelDecayMap(q, k, steps), weights)
+
+
 def product() -> Case:
     left, right = rand(3, B, H, N, 4).softmax(-1), rand(4, B, H, 4, N).softmax(-1)
     return made(ProductMap(of(left), of(right, kv_heads=G)), left @ right)
@@ -238,6 +258,9 @@ MAPS: dict[str, Callable[[], Case]] = {
     "permuted": permuted,
     "last rows": lambda: made(LastRowsMap(of(P, kv_heads=G), 5), P[:, :, 5:]),
     "batch": batch,
+    "linear causal with decay": lambda: decayed(True),
+    "linear both ways": lambda: decayed(False),
+    "linear with a decay per channel": channel_decayed,
     "some heads": lambda: made(
         SomeHeadsMap(of(torch.cat([P.flip(-1), P], 1), kv_heads=2), [4, 7, 5, 6]), P[:, [0, 3, 1, 2]]
     ),
