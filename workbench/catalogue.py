@@ -49,6 +49,10 @@ MODULES: tuple[str, ...] = (
     "volume_windows",
     "halo",
     "group_masks",
+    "block_transformer",
+    "causal_vit",
+    "longlora",
+    "flash_block",
     "relative",
     "gated",
     "sinks",
@@ -99,6 +103,7 @@ MODULES: tuple[str, ...] = (
     "long_convolution",
     "frequency_spatial",
     "pyramid",
+    "selective",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
