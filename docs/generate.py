@@ -114,7 +114,7 @@ one with its map. A record is called with its own example, or with your tensors:
 import torch
 import workbench as wb
 
-variant = wb.variants()["gated-delta-net"]
+variant = wb.variants()["gated-deltanet"]
 arguments = variant.example(seed=0, tokens=64, dtype=torch.float64)
 output, amap = variant(**arguments)
 assert torch.allclose(output, amap.matvec(arguments[variant.value_input]))
@@ -128,7 +128,7 @@ from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
 
 config = NativeConfig(
-    layers=2, heads=4, width=32, head_width=8, vocab=50, mixer="gated-delta-net", positions="none"
+    layers=2, heads=4, width=32, head_width=8, vocab=50, mixer="gated-deltanet", positions="none"
 )
 model = NativeModel(NativeNet(config).eval())
 run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))

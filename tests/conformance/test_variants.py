@@ -23,7 +23,7 @@ from workbench import attention_map
 from workbench.attention_map import AttentionMap
 from workbench.captures import capture
 from workbench.catalogue import FAMILIES, MODULES, Variant, variants
-from workbench.errors import Refused, UnknownName
+from workbench.errors import Refused, UnknownName, WorkbenchError
 
 Operator = Callable[..., tuple[Tensor, AttentionMap]]
 RECORDS = list(variants())
@@ -184,6 +184,31 @@ def test_the_map_is_the_derivative_of_the_output(variant: Variant) -> None:
                 close(dense[:, head, row], found.mean(-1))
             else:
                 close(dense[:, head, row][..., None].expand_as(found), found)
+
+
+def test_grouped_heads_share_their_keys_and_values(variant: Variant) -> None:
+    """Fewer key heads than query heads are the same as keys, values and what belongs to them repeated."""
+    arguments = example(variant, 7)
+    q, k = arguments.get("q"), arguments.get("k")
+    if variant.name == "multi-query-attention" or not all(isinstance(x, Tensor) and x.ndim == 4 for x in (q, k)):
+        return
+    heads, groups = q.shape[1], k.shape[1]
+    if heads == groups:
+        return
+    out, amap = variant(**arguments)
+
+    def repeated(value: Any) -> Any:
+        axis = 1 if isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] == k.shape[0] else 0
+        fits = isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == groups
+        return value.repeat_interleave(heads // groups, axis) if fits else value
+
+    names = {"k", variant.value_input} - {None}
+    try:
+        same, wide = variant(**{**arguments, **{name: repeated(arguments[name]) for name in names}})
+    except WorkbenchError:
+        same, wide = variant(**{name: value if name == "q" else repeated(value) for name, value in arguments.items()})
+    close(same, out)
+    close(wide.dense(), amap.dense())
 
 
 def test_gradients_flow_through_the_operator(variant: Variant) -> None:
