@@ -198,9 +198,10 @@ def test_grouped_heads_share_their_keys_and_values(variant: Variant) -> None:
     out, amap = variant(**arguments)
 
     def repeated(value: Any) -> Any:
-        axis = 1 if isinstance(value, Tensor) and value.ndim > 2 and value.shape[0] == k.shape[0] else 0
-        fits = isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == groups
-        return value.repeat_interleave(heads // groups, axis) if fits else value
+        if not isinstance(value, Tensor):
+            return value
+        axis = next((axis for axis in (1, 0) if value.ndim > axis + 1 and value.shape[axis] == groups), None)
+        return value if axis is None else value.repeat_interleave(heads // groups, axis)
 
     names = {"k", variant.value_input} - {None}
     try:
