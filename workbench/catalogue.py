@@ -104,6 +104,7 @@ MODULES: tuple[str, ...] = (
     "frequency_spatial",
     "pyramid",
     "selective",
+    "pruning",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

@@ -77,8 +77,8 @@ def pyramid_attention(
     """Attention of q ``[B, H, Q, E]`` over k ``[B, G, K, E]`` and v ``[B, G, K, V]`` at the resolution of ``levels``.
 
     ``levels`` ``[B or 1, H or 1, Q/query_side, K/key_side]`` (rounded up, int64) says for every block of queries and keys how
-    many tokens a pool has: 1, 2, 4 or 8, or 0 to skip it. Pools at the end of the keys hold what is there. ``mask`` may be causal;
-    blocks that not all of their queries see in full are then read at level 1 at most.
+    many tokens a pool has: 1, 2, 4 or 8, or 0 to skip it. Pools at the end of the keys hold what is there. ``mask`` may be
+    causal; blocks that not all of their queries see in full are then read at level 1 at most.
     """
     b, h, n, m = checked(q, k, v, mask)
     check_side("query_side", query_side)
