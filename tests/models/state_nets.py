@@ -177,5 +177,15 @@ STATE_NETS: dict[str, Callable[..., Any]] = {
         conv_L_cache=3,
         block_auto_adjust_ff_dim=False,
     ),
+    "lfm2_moe": decoder(
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        layer_types=["conv", "full_attention"],
+        conv_L_cache=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        num_dense_layers=1,
+    ),
 }
 """Families in which something else than softmax attention mixes the tokens, in some or in all layers."""

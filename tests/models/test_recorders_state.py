@@ -92,7 +92,7 @@ def looking(name, case):
         module, handles, parts = recorded(case)[0].module, [], {}
         if name == "recurrent_gemma":
             handles.append(module.register_forward_hook(lambda m, i, o: parts.update(v=i[0], z=o)))
-        elif name == "lfm2":
+        elif name.startswith("lfm2"):
             handles.append(module.in_proj.register_forward_hook(lambda m, i, o: parts.update(v=o.chunk(3, -1)[2])))
             handles.append(module.out_proj.register_forward_pre_hook(lambda m, i: parts.update(z=i[0])))
         else:
@@ -252,6 +252,16 @@ def test_runs_in_threads_share_the_replaced_function():
         thread.join()
     assert all(torch.equal(x, found[0][0]) for key in range(3) for x in found[key])
     assert file.torch_chunk_gated_delta_rule is plain
+
+
+def test_layers_with_states_build_no_scores(monkeypatch):
+    """Memory of eager attention is not asked for where there is none."""
+    monkeypatch.setattr("workbench.models.inputs.free_memory", lambda device: 0)
+    case = B.hugging_face("mamba2")
+    with torch.no_grad():
+        assert case.model.run(case.inputs, maps=capture()).provenance.attention == "none"
+        with pytest.raises(Refused, match="eager attention"):
+            B.hugging_face("jamba", "eager").model.run(case.inputs)
 
 
 def test_what_cannot_be_captured_is_refused_with_a_reason():

@@ -217,6 +217,7 @@ WIRINGS |= {
         _OPT, mid="ffn_norm", mlp_out="feed_forward", pre="feed_forward.w1", post="feed_forward.w2", rotary=True
     ),
 }
+WIRINGS["Lfm2MoeDecoderLayer"] = WIRINGS["Lfm2DecoderLayer"]
 _IN_PLACE_OF_ATTENTION = ("linear_attn", "mamba", "conv", "mixer", "temporal_block.linear_out")
 """Modules of hybrid blocks whose output is added to the stream where other blocks of the same model have attention."""
 

@@ -22,15 +22,15 @@ from workbench.models.inputs import (
     forward_names,
     full_mask,
     given_tokens,
+    keeps_state_alone,
     real_positions,
     two_stacks,
 )
 from workbench.models.interface import Key, capturing, configs
-from workbench.models.layers import AttentionLayer, attention_layers, describe, why_not
+from workbench.models.layers import AttentionLayer, attention_layers, describe, has_state, why_not
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
 from workbench.models.recorders.base import recording
 from workbench.models.recorders.gates import gating
-from workbench.models.recorders.registry import recorder_of
 from workbench.models.requests import check_layers, check_logits
 from workbench.models.session import Session
 from workbench.models.taps import Globals, Place, Taps, places, w_o
@@ -66,7 +66,9 @@ class HFModel:
 
     @property
     def attention(self) -> str:
-        """The attention implementation that computes the output."""
+        """The attention implementation that computes the output; ``none`` where no layer has attention."""
+        if self._layers and all(has_state(layer) for layer in self._layers):
+            return "none"
         found = dict.fromkeys(_name(config._attn_implementation_internal) for config in configs(self.model))
         return " + ".join(found)
 
@@ -139,7 +141,7 @@ class HFModel:
                 f"{self.name} is compiled, and hooks do not reach inside compiled code: read and edit sites of the model "
                 "before it is compiled; maps alone of layers on the attention interface can be captured here"
             )
-        if cached and _keeps_state_alone(self.model):
+        if cached and keeps_state_alone(self.model):
             raise Refused(
                 f"{self.family} keeps no key-value cache but a state, which does not say how many tokens it holds; run the "
                 "whole text without cache"
@@ -218,8 +220,7 @@ class HFModel:
     def _counts_from_zero(self, given: Tokens) -> bool:
         """Whether a text model with states may need to be told where a continued text stands: some ask the cache's first layer,
         which is a state."""
-        recorded = (layer for layer in self._layers if layer.route == "recorder" and layer.stack == "")
-        hybrid = any(recorder_of(layer.module).sites is not None for layer in recorded)
+        hybrid = any(has_state(layer) and layer.stack == "" for layer in self._layers)
         return hybrid and not given.inputs and "position_ids" in (forward_names(self.model) or set())
 
     @contextmanager
@@ -265,10 +266,14 @@ class HFModel:
         found = self._globals.modules
         return found.get(("final_norm", "decoder")) or found.get(("final_norm", ""))
 
+    def _builds_scores(self, layer: AttentionLayer) -> bool:
+        return self._implementation(layer) == "eager" and not has_state(layer)
+
     def _check_memory(self, real: Tensor, past: Any, width: int, device: torch.device) -> None:
         batch, length = real.shape
-        if any(self._implementation(layer) == "eager" for layer in self._layers) and length:
-            check_eager(batch, self.shape.heads, length, length + cache_length(past), width, device)
+        eager = [place.heads for place in self._places if self._builds_scores(place.layer)]
+        if eager and length:
+            check_eager(batch, max(eager), length, length + cache_length(past), width, device)
 
     def _provenance(self, maps: Mapping[int | str, AttentionMap]) -> Provenance:
         kernels = dict.fromkeys(str(getattr(found, "impl", "") or "") for found in maps.values())
@@ -290,12 +295,6 @@ class HFModel:
 def _is_compiled(model: nn.Module) -> bool:
     made = (getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules())
     return any(made)
-
-
-def _keeps_state_alone(model: Any) -> bool:
-    """Whether there is no key-value cache to be had: in no argument of the forward, or in the modules themselves."""
-    names = forward_names(model) or set()
-    return "past_key_values" not in names or hasattr(model, "_setup_cache")
 
 
 def _row_ends(real: Tensor) -> Tensor | None:

@@ -214,6 +214,12 @@ def cache_length(past: Any) -> int:
     return length
 
 
+def keeps_state_alone(model: Any) -> bool:
+    """Whether a model has no key-value cache to give out: its forward takes none, or its state stays inside of its modules."""
+    names = forward_names(model) or set()
+    return "past_key_values" not in names or hasattr(model, "_setup_cache")
+
+
 def full_mask(real: Tensor, past: Any) -> Tensor:
     """Mask of the cached and the new positions, ``[B, cached + T]``; a cache that did not come from us has no padding."""
     before = getattr(past, "_workbench_mask", None)

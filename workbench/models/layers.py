@@ -118,6 +118,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return layers
 
 
+def has_state(layer: AttentionLayer) -> bool:
+    """Whether a recorder knows the layer as something else than softmax attention."""
+    return layer.route == "recorder" and recorder_of(layer.module).sites is not None
+
+
 def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
     """The manifest's line about one layer."""
     if layer.route == "none":

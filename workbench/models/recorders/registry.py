@@ -31,6 +31,7 @@ RECORDERS: dict[str, type[Recorder]] = {
     "RecurrentGemmaRglru": RgLru,
     "RwkvSelfAttention": Rwkv,
     "Lfm2ShortConv": ShortConv,
+    "Lfm2MoeShortConv": ShortConv,
 }
 
 
