@@ -26,6 +26,7 @@ from torch.nn import functional
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
+from workbench.kernels.scores import working_dtype
 from workbench.mixers.channels import channel_map, check_values, correlate, correlation_map, planes, token_gate, tokens
 from workbench.mixers.image import Grid, check_grid, grid_of, spread
 from workbench.mixers.scored import check_tensor
@@ -148,14 +149,15 @@ def triple_feature_fusion_attention(
     check_tensor("shifts", shifts, (h * e, 2))
     if taps < 1 or taps % 2 == 0:
         raise WorkbenchError(f"taps is odd; got {taps}")
-    values, shares = planes(v), logits.softmax(1)
-    spectral = torch.fft.irfft2(torch.fft.rfft2(values.unflatten(2, sides)) * spectrum, s=sides).flatten(2)
-    kernel = _wavelets(scales, shifts, taps)
-    parts = torch.stack([values * weight[:, None], spectral, correlate(values, kernel, sides)], 1)
+    work = working_dtype(v.dtype)
+    values, shares, scaling = planes(v).to(work), logits.to(work).softmax(1), spectrum.to(work)
+    spectral = torch.fft.irfft2(torch.fft.rfft2(values.unflatten(2, sides)) * scaling, s=sides).flatten(2)
+    kernel = _wavelets(scales.to(work), shifts.to(work), taps)
+    parts = torch.stack([values * weight.to(work)[:, None], spectral, correlate(values, kernel, sides)], 1)
     out = (parts * shares[:, :, None]).sum(1)
     held = shares.detach()[:, :, None].expand(-1, -1, h * e, -1)
     circulant = ToeplitzMap(
-        torch.fft.irfft2(spectrum.detach(), s=sides)[None].expand(b, -1, -1, -1),
+        torch.fft.irfft2(scaling.detach(), s=sides)[None].expand(b, -1, -1, -1),
         queries=sides,
         keys=sides,
         circular=True,

@@ -37,7 +37,7 @@ class HistogramMap(SparseMap):
     """The map of (channel, pixel) pairs ``[B, H, C*N, C*N]``; ``native()`` is ``bins``, the map of (channel, bin) pairs."""
 
     def __init__(self, indices: Tensor, weights: Tensor, bins: AttentionMap) -> None:
-        super().__init__(indices, weights, weights.shape[2], sign="nonnegative", row_sum="<=1")
+        super().__init__(indices, weights, weights.shape[2], domain="channel", sign="nonnegative", row_sum="<=1")
         self.bins = bins
 
     def native(self) -> AttentionMap:
@@ -172,6 +172,7 @@ def _example_of_both(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, An
     }
 
 
+_NOTE = "Not in native models: rows and columns of the map are pairs of a channel and a pixel."
 _PAPER = "#131 Restoring Images in Adverse Weather Conditions via Histogram Transformer (2024)"
 _REFERENCE = "sunshangquan/Histoformer basicsr/models/archs/histoformer_arch.py"
 
@@ -184,6 +185,7 @@ VARIANTS = (
         operator=histogram_bin_attention,
         example=_example,
         reference=_REFERENCE,
+        note=_NOTE,
     ),
     Variant(
         name="histogram-frequency-attention",
@@ -193,6 +195,7 @@ VARIANTS = (
         operator=histogram_frequency_attention,
         example=_example,
         reference=_REFERENCE,
+        note=_NOTE,
     ),
     Variant(
         name="histogram-self-attention",
@@ -202,6 +205,6 @@ VARIANTS = (
         operator=histogram_self_attention,
         example=_example_of_both,
         reference=_REFERENCE,
-        note="The second branch is held fixed as a gate; the product of both is quadratic in the values.",
+        note=f"The second branch is held fixed as a gate; the product of both is quadratic in the values. {_NOTE}",
     ),
 )
