@@ -49,6 +49,8 @@ def parts_are_softmax_and_delta_rule(op: Operator) -> None:
     out, amap = op(**given)
     torch.testing.assert_close(amap.dense(), p + m)
     torch.testing.assert_close(out, (p + m) @ given["v"].repeat_interleave(2, 1))
+    given["scores"] = torch.eye(2, dtype=torch.float64)[torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 1, 0]])]
+    torch.testing.assert_close(op(**given)[1].dense(), sum(literal(given)))
     for column in (0, 1):  # all chunks linear: the gated delta rule; all soft: causal softmax attention
         given["scores"] = torch.eye(2, dtype=torch.float64)[column].expand(2, 5, 2)
         p, m = literal(given)
