@@ -10,6 +10,7 @@ channels by Wv_{g+1} ... Wv_h, which ``CascadedMap.path`` and ``CascadedMap.chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class CascadedMap(SoftmaxMap):
     value_space = "each head's own V"
     value_weights: Tensor
     values: Tensor
+
+    def heads(self, indices: Sequence[int]) -> SoftmaxMap:
+        found = super().heads(indices)
+        found.value_space = self.value_space
+        return found
 
     def path(self, source: int, target: int) -> AttentionMap:
         """How tokens of head ``source``'s values reach tokens of head ``target``'s output, ``[B, 1, N, N]``."""

@@ -13,6 +13,7 @@ take part in the softmax. PAM, beside CAM, is unscaled softmax attention of toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +32,20 @@ from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
 
 
+class ChannelSoftmaxMap(SoftmaxMap):
+    """Softmax attention whose rows and columns are channels."""
+
+    domain = "channel"
+
+    def heads(self, indices: Sequence[int]) -> SoftmaxMap:
+        found = super().heads(indices)
+        found.domain = self.domain
+        return found
+
+
 def davit_channel_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
-) -> tuple[Tensor, SoftmaxMap]:
+) -> tuple[Tensor, ChannelSoftmaxMap]:
     """Channel attention of the first DaViT release: q, k, v ``[B, H, C, N]``, the map of k and v is applied to q.
 
     ``scale=None`` is ``C ** -0.5``. Source: Ding et al., DaViT, arXiv:2204.03645, and its code.
@@ -44,7 +56,7 @@ def davit_channel_attention(
 
 def davit_channel_attention_v2(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
-) -> tuple[Tensor, SoftmaxMap]:
+) -> tuple[Tensor, ChannelSoftmaxMap]:
     """Channel attention of DaViT's second version, as in Florence-2: q, k, v ``[B, H, C, N]``, the map of q and k is applied
     to v. ``scale=None`` is ``N ** -0.5``."""
     _check(q, k, v)
@@ -64,7 +76,7 @@ def davit_window_attention(
     return grouped_softmax(q, k, v, table, table, scale=scale, zero_padding=True)
 
 
-def channel_similarity_attention(x: Tensor, v: Tensor) -> tuple[Tensor, SoftmaxMap]:
+def channel_similarity_attention(x: Tensor, v: Tensor) -> tuple[Tensor, ChannelSoftmaxMap]:
     """CAM: channels attend to the channels least like them, x and v ``[B, H, C, N]``, in the network the same tensor.
 
     The released code takes the softmax of the row's maximum minus the products; the paper writes that of the products. Residual
@@ -102,10 +114,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor("v", v, tuple(q.shape))
 
 
-def _between_channels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, SoftmaxMap]:
+def _between_channels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ChannelSoftmaxMap]:
     out, found = softmax_attention(q, k, v, mask=Mask(), scale=scale)
-    found.domain = "channel"
-    return out, found
+    return out, ChannelSoftmaxMap(q, k, found.lse, mask=Mask(), scale=scale)
 
 
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
