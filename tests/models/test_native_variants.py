@@ -19,6 +19,7 @@ from workbench.models.native_variants import runnable
 BASE = NativeConfig(layers=2, heads=4, width=16, head_width=8, vocab=23, mlp_width=24, context=64, positions="none")
 IDS = torch.tensor([[3, 9, 4, 4, 17, 22, 1, 6, 5], [5, 2, 2, 8, 11, 0, 19, 7, 3]])
 CAUSAL = runnable(causal=True)
+STEPS = {record.name: record.recipe is not None and record.recipe.steps for record in variants()}
 IMAGES = [name for name in runnable(causal=False) if name not in CAUSAL]
 
 
@@ -71,7 +72,14 @@ def test_a_causal_mixer_runs_in_a_model(mixer: str) -> None:
     assert not torch.allclose(other.logits[:, 6:], plain.logits[:, 6:])
 
 
-@pytest.mark.parametrize("mixer", CAUSAL)
+@pytest.mark.parametrize("mixer", [name for name in CAUSAL if not STEPS[name]])
+def test_a_cache_is_refused_where_the_length_of_the_text_counts(mixer: str) -> None:
+    m = model(mixer)
+    with pytest.raises(WorkbenchError, match="depends on the length of the whole text"):
+        m.run(IDS, cache=True)
+
+
+@pytest.mark.parametrize("mixer", [name for name in CAUSAL if STEPS[name]])
 def test_a_step_with_a_cache_and_a_padded_batch_give_the_same(mixer: str) -> None:
     m = model(mixer)
     whole = m.run(IDS, maps=wb.capture())
