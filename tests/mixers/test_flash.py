@@ -61,7 +61,7 @@ def a_split_over_ranks_changes_nothing(op: Operator) -> None:
     given = drawn()
     allowed = torch.ones(9, 9, dtype=torch.bool).tril()
     want = weights(given, allowed)
-    for ranks in (1, 2, 4, 9):
+    for ranks in (1, 2, 4, 9, 11):
         out, found = op(**given, ranks=ranks, mask=Mask(causal=True))
         torch.testing.assert_close(found.dense(), want)
         torch.testing.assert_close(out, want @ given["v"].repeat_interleave(2, 1))
@@ -170,9 +170,9 @@ def test_a_learned_bias_gets_a_gradient() -> None:
     torch.testing.assert_close(got, true)
 
 
-@pytest.mark.parametrize("ranks", [0, 10, True, 2.0])
+@pytest.mark.parametrize("ranks", [0, True, 2.0])
 def test_wrong_ranks_are_named(ranks: Any) -> None:
-    with pytest.raises(WorkbenchError, match="ranks is a number of devices from 1 to the 9 keys"):
+    with pytest.raises(WorkbenchError, match="ranks is a number of devices, at least 1"):
         ring_attention(**drawn(), ranks=ranks)
 
 

@@ -251,6 +251,6 @@ VARIANTS = (
         causal=True,
         reference="nilesh2797/BlockRank blockrank_std_attention",
         note="Segments are padded to one length in the released code; here they have their own.",
-        recipe=Recipe(prepare=_blockrank_recipe),
+        recipe=Recipe(prepare=_blockrank_recipe, steps=False),
     ),
 )

@@ -62,9 +62,8 @@ VARIANTS = (
         priority="C",
         operator=soft_causal_attention,
         example=_example,
-        causal=True,
         reference="techmonsterwang/iLLaMA models/illama.py",
-        note="Zero weight on the future, but not its influence: keys of the future are in the denominators, as released.",
+        note="Even at soft = 0, where the future has no weight, its keys are in the denominators, as released: not causal.",
         recipe=Recipe(prepare=chosen("q", "k", "v", soft=0.0)),
     ),
 )

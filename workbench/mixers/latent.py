@@ -42,7 +42,9 @@ def latent_attention(
     _check(q, q_rope, latent, k_rope, up_key)
     k = torch.einsum("bkl,hel->bhke", latent[:, 0], up_key)
     keys = torch.cat([k, k_rope.expand(-1, q.shape[1], -1, -1)], -1)
-    return softmax_attention(torch.cat([q, q_rope], -1), keys, v, mask=mask, scale=scale)
+    out, found = softmax_attention(torch.cat([q, q_rope], -1), keys, v, mask=mask, scale=scale)
+    found.value_space = "expanded V"
+    return out, found
 
 
 def absorbed_latent_attention(
@@ -98,13 +100,13 @@ def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _prepare(given: dict[str, Any]) -> dict[str, Any]:
-    """The layer's first key head plays the shared rotary key, its latents are projections of x."""
-    latent = given["latent"][:, :1]
+    """The layer's values, added up over its heads, are the latents; its keys, likewise, the shared rotary key."""
+    latent, k_rope = (given[name].sum(1, keepdim=True) * given[name].shape[1] ** -0.5 for name in ("v", "k"))
     return {
         "q": given["content"],
         "q_rope": given["q"],
         "latent": latent,
-        "k_rope": given["k"][:, :1],
+        "k_rope": k_rope,
         "up_key": given["up_key"],
         "v": expand_values(latent, given["up_value"]),
         "mask": given["mask"],
@@ -127,8 +129,8 @@ VARIANTS = (
         reference="transformers DeepseekV3Attention",
         note="The normalisation of the latent and the low rank of the queries lie before this operator.",
         recipe=Recipe(
-            learned={"content": Learned("HE"), "latent": Learned("H8")},
-            parameters={"up_key": Parameter("HE8", _small), "up_value": Parameter("HE8", _small)},
+            learned={"content": Learned("HE")},
+            parameters={"up_key": Parameter("HEE", _small), "up_value": Parameter("HEE", _small)},
             prepare=_prepare,
         ),
     ),

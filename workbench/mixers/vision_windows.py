@@ -24,6 +24,7 @@ from workbench.errors import WorkbenchError
 from workbench.mixers.grid_groups import attention_in_groups, check_sizes, group_table, places, window_groups
 from workbench.mixers.local import chosen
 from workbench.mixers.neighborhood import check_grid
+from workbench.mixers.windows import at_least_one
 from workbench.patterns.sparse import SparseMap
 
 
@@ -114,14 +115,16 @@ def lamamba_local_attention(
 ) -> tuple[Tensor, SparseMap]:
     """Local branch of a LaMamba block: square windows, moved by half a window in every second block.
 
-    An image no larger than the window is one window and is not shifted; ``table`` ``[H or 1, (2 w - 1)^2]`` is that of the
-    window (or of the image). Other arguments as in ``swin_attention``. Source: Fu et al., arXiv:2408.02615.
+    An image no larger than the window is one window and is not shifted. ``table`` ``[H or 1, (2 w - 1)^2]``, other arguments as
+    in ``swin_attention``. Source: Fu et al., arXiv:2408.02615.
     """
     check_grid(q, k, v, grid)
-    whole = max(grid) <= window
-    sizes = tuple(grid) if whole else (window,) * len(grid)
-    shift = (0 if whole or not shifted else window // 2,) * len(grid)
-    return attention_in_groups(q, k, v, grid, sizes, window_groups(grid, sizes, shift=shift), table, scale)
+    at_least_one("window", window)
+    sizes = (window,) * len(grid)
+    move = window // 2 if shifted and max(grid) > window else 0
+    return attention_in_groups(
+        q, k, v, grid, sizes, window_groups(grid, sizes, shift=(move,) * len(grid)), table, scale
+    )
 
 
 def hidiffusion_attention(
@@ -152,13 +155,6 @@ def _example(bias: int = 0, **options: Any) -> Any:
         return {**drawn, "grid": grid, **options}
 
     return example
-
-
-def _lamamba_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    given = _example()(seed, tokens, dtype)
-    rows, columns = given["grid"]
-    cells = (2 * rows - 1) * (2 * columns - 1) if max(rows, columns) <= 2 else 9
-    return {**given, **example_tensors(seed + 1, dtype, table=(4, cells)), "window": 2, "shifted": True}
 
 
 def _moat_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -220,7 +216,7 @@ VARIANTS = (
         family="softmax",
         priority="C",
         operator=lamamba_local_attention,
-        example=_lamamba_example,
+        example=_example(bias=9, window=2, shifted=True),
         reference="yunxiangfu2001/LaMamba-Diff model/lamamba.py",
         note="The local branch alone; its windows have 8 tokens a side.",
         recipe=Recipe(parameters={"table": Parameter("H9")}, prepare=chosen(*BIASED, window=2, shifted=True)),
