@@ -105,6 +105,9 @@ MODULES: tuple[str, ...] = (
     "pyramid",
     "selective",
     "pruning",
+    "spectral",
+    "hyper_zzw",
+    "probing",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
