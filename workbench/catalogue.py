@@ -108,6 +108,8 @@ MODULES: tuple[str, ...] = (
     "spectral",
     "hyper_zzw",
     "probing",
+    "token_mlp",
+    "rectangular",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
