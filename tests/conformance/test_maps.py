@@ -23,11 +23,13 @@ from workbench.maps import AttentionMap, DenseMap, GatedMap, SummaryMap
 from workbench.mixers.softmax import gated_softmax_attention, softmax_attention
 from workbench.patterns.algebra import HeadsMap, KeysMap, ProductMap, QueriesMap, SumMap
 from workbench.patterns.arranged import BatchMap, LastRowsMap, PermutedMap, SomeHeadsMap
+from workbench.patterns.delta import DeltaMap
 from workbench.patterns.diagonal import DiagonalMap
 from workbench.patterns.lazy import LazyMap
 from workbench.patterns.linear import ChannelDecayMap, LinearMap
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
+from workbench.patterns.state import StateMap, dplr
 
 B, H, G, N, E = 2, 4, 2, 13, 6
 
@@ -168,6 +170,38 @@ def channel_decayed() -> Case:
     return made(ChannelDecayMap(q, k, steps), weights)
 
 
+def carried(read: Tensor, write: Tensor, step: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """M_ij = read_i^T A_i ... A_{j+1} write_j, one row at a time; ``step(r, t)`` is r A_t."""
+    weights = torch.zeros(B, H, N, N, dtype=torch.float64)
+    for i in range(N):
+        row = read[:, :, i]
+        for j in range(i, -1, -1):
+            weights[:, :, i, j] = (row * write[:, :, j]).sum(-1)
+            row = step(row, j)
+    return weights
+
+
+def delta_rule() -> Case:
+    q, k, beta, decay = rand(3, B, H, N, E), rand(4, B, H, N, E), rand(5, B, H, N).sigmoid(), -rand(6, B, H, N).abs()
+    k = k / k.norm(dim=-1, keepdim=True)
+
+    def step(row: Tensor, t: int) -> Tensor:
+        erased = row - (row * k[:, :, t]).sum(-1, keepdim=True) * beta[:, :, t, None] * k[:, :, t]
+        return erased * decay[:, :, t, None].exp()
+
+    return made(DeltaMap(q, k, beta, decay, scale=0.5), carried(0.5 * q, beta[..., None] * k, step))
+
+
+def state() -> Case:
+    read, write, keep, x, y = (rand(seed, B, H, N, E) for seed in (3, 4, 5, 6, 7))
+    keep, x, y = keep.sigmoid(), 0.3 * x, 0.3 * y
+
+    def step(row: Tensor, t: int) -> Tensor:
+        return row * keep[:, :, t] + (row * x[:, :, t]).sum(-1, keepdim=True) * y[:, :, t]
+
+    return made(StateMap(read, write, dplr(keep, x, y)), carried(read, write, step))
+
+
 def product() -> Case:
     left, right = rand(3, B, H, N, 4).softmax(-1), rand(4, B, H, 4, N).softmax(-1)
     return made(ProductMap(of(left), of(right, kv_heads=G)), left @ right)
@@ -261,6 +295,8 @@ MAPS: dict[str, Callable[[], Case]] = {
     "linear causal with decay": lambda: decayed(True),
     "linear both ways": lambda: decayed(False),
     "linear with a decay per channel": channel_decayed,
+    "delta rule": delta_rule,
+    "state": state,
     "some heads": lambda: made(
         SomeHeadsMap(of(torch.cat([P.flip(-1), P], 1), kv_heads=2), [4, 7, 5, 6]), P[:, [0, 3, 1, 2]]
     ),

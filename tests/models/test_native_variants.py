@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import workbench as wb
 from workbench.attention_map import AttentionMap
-from workbench.catalogue import variants
+from workbench.catalogue import Variant, variants
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
@@ -42,29 +43,39 @@ def pictures(grid: tuple[int, int] = (3, 4)) -> Tensor:
     return torch.randn(2, 3, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def outputs(amap: AttentionMap, v: Tensor) -> Tensor | None:
-    """The map times the layer's own values ``[B, N, H, E]`` as ``[B, N, H, E]``; None where the values are others."""
-    values = v.transpose(1, 2)
-    if amap.value_space != "raw V" or amap.exactness == "jacobian" or amap.domain != "token":
-        return None
-    if amap.kv_heads == values.shape[1]:
-        return amap.matvec(values).transpose(1, 2)
-    if amap.kv_heads == values.shape[1] * values.shape[3]:
-        flat = values.transpose(2, 3).flatten(1, 2)[..., None]
-        return amap.matvec(flat).squeeze(-1).unflatten(1, values.shape[1::2]).permute(0, 3, 1, 2)
-    return None
+class Watched:
+    """A variant that remembers what it was called with and what it returned."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.name = variant, variant.name
+
+    def __call__(self, **arguments: Any) -> tuple[Tensor, AttentionMap]:
+        self.arguments, self.result = arguments, self.variant(**arguments)
+        return self.result
+
+
+def multiplies(m: NativeModel, inputs: Any) -> None:
+    """The first layer's z is its map times the values that its operator was given."""
+    mixer = m.net.blocks[0].attn.mixer
+    mixer.variant = watched = Watched(mixer.variant)
+    run = m.run(inputs, read=["blocks.0.attn.hook_z"], maps=wb.capture())
+    mixer.variant = watched.variant
+    out, _ = watched.result
+    z = out if mixer.recipe.finish is None else mixer.recipe.finish(out)
+    torch.testing.assert_close(z.transpose(1, 2), run.acts["blocks.0.attn.hook_z"], rtol=0, atol=0)
+    if watched.variant.value_input is not None:
+        values = watched.arguments[watched.variant.value_input]
+        torch.testing.assert_close(run.maps[0].matvec(values), out, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mixer", CAUSAL)
 def test_a_causal_mixer_runs_in_a_model(mixer: str) -> None:
     m = model(mixer)
     plain = m.run(IDS)
-    run = m.run(IDS, read=["blocks.0.attn.hook_z", "blocks.0.attn.hook_v"], maps=wb.capture(blocks=4))
+    run = m.run(IDS, read=["blocks.0.attn.hook_z"], maps=wb.capture(blocks=4))
     assert torch.equal(plain.logits, run.logits), "capture changed the output"
     assert set(run.maps) == {0, 1}
-    made = outputs(run.maps[0], run.acts["blocks.0.attn.hook_v"])
-    if made is not None:
-        torch.testing.assert_close(made, run.acts["blocks.0.attn.hook_z"], rtol=1e-9, atol=1e-9)
+    multiplies(m, IDS)
     changed = IDS.clone()
     changed[:, 6:] = (changed[:, 6:] + 5) % 23
     other = m.run(changed)
@@ -123,15 +134,11 @@ def test_patching_and_gradients_reach_through(mixer: str) -> None:
 def test_a_vision_mixer_runs_in_a_model_of_images(mixer: str) -> None:
     m = vision(mixer)
     plain = m.run(pictures())
-    run = m.run(
-        {"pixel_values": pictures()}, read=["blocks.0.attn.hook_z", "blocks.0.attn.hook_v"], maps=wb.capture(blocks=4)
-    )
+    run = m.run({"pixel_values": pictures()}, read=["blocks.0.attn.hook_z"], maps=wb.capture(blocks=4))
     assert plain.logits.shape == (2, 5)
     assert torch.equal(plain.logits, run.logits)
     assert plain.output.shape == (2, 12, 16)
-    made = outputs(run.maps[0], run.acts["blocks.0.attn.hook_v"])
-    if made is not None:
-        torch.testing.assert_close(made, run.acts["blocks.0.attn.hook_z"], rtol=1e-9, atol=1e-9)
+    multiplies(m, pictures())
     values = "blocks.0.attn.hook_v"
     assert not torch.allclose(m.run(pictures(), edit={values: lambda v: 1.5 * v}).logits, plain.logits)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.attention_map import AttentionMap
+from workbench.attention_map import METADATA, AttentionMap
 from workbench.errors import WorkbenchError
 from workbench.maps import head_index, state_metadata
 from workbench.mods import Mod
@@ -34,6 +34,10 @@ class _Joined(AttentionMap):
         self.row_sum = "free"
         state_metadata(self, metadata)
 
+    def _told(self) -> dict[str, str]:
+        """What some heads of this map have in common with all of them."""
+        return {name: getattr(self, name) for name in METADATA}
+
 
 class SumMap(_Joined):
     """The sum of maps of one shape: mixtures, once each part is a ``GatedMap``, and skip connections.
@@ -49,8 +53,7 @@ class SumMap(_Joined):
         return sum_of(m.rows(lo, hi) for m in self.maps)
 
     def heads(self, indices: Sequence[int]) -> SumMap:
-        told = {"row_sum": self.row_sum, "value_space": self.value_space, "domain": self.domain}
-        return SumMap(*(m.heads(indices) for m in self.maps), **told)
+        return SumMap(*(m.heads(indices) for m in self.maps), **self._told())
 
     def native(self) -> Any:
         """The parts."""
@@ -106,7 +109,7 @@ class ProductMap(_Joined):
         return self._through(self.left.rows(lo, hi))
 
     def heads(self, indices: Sequence[int]) -> ProductMap:
-        return ProductMap(self.left.heads(indices), self.right.heads(indices), row_sum=self.row_sum)
+        return ProductMap(self.left.heads(indices), self.right.heads(indices), **self._told())
 
     def native(self) -> Any:
         """The two factors."""
@@ -152,7 +155,7 @@ class HeadsMap(_Joined):
     def heads(self, indices: Sequence[int]) -> HeadsMap:
         places = [(part, head) for part, m in enumerate(self.maps) for head in range(m.shape[1])]
         chosen = [places[i] for i in head_index(indices, self.shape[1])]
-        return HeadsMap(*(self.maps[part].heads([head]) for part, head in chosen))
+        return HeadsMap(*(self.maps[part].heads([head]) for part, head in chosen), **self._told())
 
     def native(self) -> Any:
         """The parts."""
@@ -199,7 +202,7 @@ class KeysMap(_Joined):
         return torch.cat([m.rows(lo, hi) for m in self.maps], 3)
 
     def heads(self, indices: Sequence[int]) -> KeysMap:
-        return KeysMap(*(m.heads(indices) for m in self.maps), row_sum=self.row_sum)
+        return KeysMap(*(m.heads(indices) for m in self.maps), **self._told())
 
     def native(self) -> Any:
         """The parts."""
