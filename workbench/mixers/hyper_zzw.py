@@ -108,13 +108,6 @@ def _spread(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape) * 2
 
 
-_RECIPE = Recipe(
-    learned={"source": Learned("HE", bias=1.0), "value": SOURCES["value"]},
-    parameters={
-        "enter": Parameter("48", _spread), "hidden": Parameter("256", small), "leave": Parameter("HE16", small)
-    },
-    prepare=_parts,
-)  # fmt: skip
 _PAPER = "#158 HyperZcdotZcdotW Operator Connects Slow-Fast Networks for Full Context Interaction (2024)"
 
 VARIANTS = (
@@ -126,7 +119,15 @@ VARIANTS = (
         operator=hyper_zzw_convolution,
         example=_example(square=False),
         note="Follows the abstract, which convolves; the form of the coordinate network is assumed.",
-        recipe=_RECIPE,
+        recipe=Recipe(
+            learned={"source": Learned("HE", bias=1.0), "value": SOURCES["value"]},
+            parameters={
+                "enter": Parameter("48", _spread),
+                "hidden": Parameter("256", small),
+                "leave": Parameter("HE16", small),
+            },
+            prepare=_parts,
+        ),
     ),
     Variant(
         name="hyper-zzw-product",
