@@ -61,7 +61,7 @@ def block_transformer_attention(
     near, near_lse = partial_attention(q, k, v, mask=local, scale=scale)
     before = number - 1
     heads_of_prefix = prefix_k[:, :, before.clamp(min=0)].repeat_interleave(h // g, 1)
-    logits = ((q * scale).to(near_lse) * heads_of_prefix.to(near_lse)).sum(-1)
+    logits = (q.to(near_lse) * heads_of_prefix.to(near_lse)).sum(-1) * scale
     logits = logits.masked_fill(before < 0, float("-inf"))
     out, lse = merge_partial([near, context[:, :, before.clamp(min=0)]], [near_lse, logits])
     tile = SoftmaxMap(q, k, lse.detach(), mask=local, scale=scale)
