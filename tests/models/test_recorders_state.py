@@ -15,6 +15,7 @@ import workbench as wb
 from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.hf import HFModel
+from workbench.models.recorders.delta import GatedDelta
 from workbench.models.recorders.registry import recorder_of
 from workbench.patterns.per_channel import ChannelGatedMap
 from workbench.probes.sinks import sinks
@@ -209,7 +210,12 @@ def test_manifest_numbers_the_layers_by_their_blocks(name):
 def test_nothing_is_left_behind(name):
     case = B.hugging_face(name)
     files = {sys.modules[type(layer.module).__module__] for layer in recorded(case)}
-    functions = [(file, f, getattr(file, f)) for file in files for f in recorder_of(recorded(case)[0].module).functions]
+    functions = [
+        (file, f, getattr(file, f))
+        for file in files
+        for f in recorder_of(recorded(case)[0].module).functions
+        if hasattr(file, f)
+    ]
     before = [dict(module.__dict__) for module in case.net.modules()]
 
     def fails(x):
@@ -234,6 +240,31 @@ def test_a_wanted_layer_that_does_not_report_raises(monkeypatch):
     monkeypatch.setattr(module, "forward", lambda hidden_states, **_: hidden_states)
     with torch.no_grad(), pytest.raises(WorkbenchError, match="layer 0 of Qwen3NextForCausalLM.*did not run"):
         case.model.run(case.inputs, maps=capture())
+
+
+def test_a_function_kept_by_the_module_itself_is_recorded(monkeypatch):
+    """As in older versions of transformers, where the file's function is not what the forward calls."""
+    case = B.hugging_face("qwen3_next")
+    module = recorded(case)[0].module
+    file = sys.modules[type(module).__module__]
+    with torch.no_grad():
+        expected = case.model.run(case.inputs, maps=capture()).maps[0].dense()
+    plain = file.torch_chunk_gated_delta_rule
+    monkeypatch.setitem(module.__dict__, "chunk_gated_delta_rule", plain)
+    monkeypatch.setattr(file, "torch_chunk_gated_delta_rule", lambda *a, **k: module.chunk_gated_delta_rule(*a, **k))
+    monkeypatch.setattr(GatedDelta, "functions", ("chunk_gated_delta_rule",))
+    with torch.no_grad():
+        assert torch.equal(case.model.run(case.inputs, maps=capture()).maps[0].dense(), expected)
+    assert module.chunk_gated_delta_rule is plain
+
+
+def test_a_version_without_the_function_has_no_route(monkeypatch):
+    case = B.hugging_face("mamba2")
+    monkeypatch.delattr(sys.modules[type(recorded(case)[0].module).__module__], "mamba2_chunk_scan")
+    monkeypatch.delattr(sys.modules[type(recorded(case)[0].module).__module__], "mamba2_selective_state_update")
+    records = HFModel(case.net).manifest().layers
+    assert [record.route for record in records] == ["none", "none"]
+    assert "in this version of transformers" in records[0].missing
 
 
 def test_runs_in_threads_share_the_replaced_function():

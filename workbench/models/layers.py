@@ -15,7 +15,7 @@ from torch import nn
 
 from workbench.models.protocol import LayerRecord
 from workbench.models.recorders.gates import gate_of, hides_gate
-from workbench.models.recorders.registry import is_recorded, recorder_of
+from workbench.models.recorders.registry import is_listed, is_recorded, recorder_of
 
 _LOOKS_LIKE_MIXER = re.compile(
     r"Attention|Attn|Mixer|DeltaNet|Mamba|SSM|Retention|TimeMix|RecurrentBlock|Hyena|ShortConv|FourierTransform"
@@ -76,6 +76,8 @@ def why_not(module: nn.Module) -> str:
     """Why a layer without a route cannot be captured."""
     if interface_function(type(module)) is not None:
         return "calls its attention function twice and combines what comes out, so no one map is its own"
+    if is_listed(module):
+        return "mixes inside of its own forward in this version of transformers; newer ones have a function that can be recorded"
     return "does not go through transformers' attention interface and no recorder knows it"
 
 
@@ -119,8 +121,29 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def has_state(layer: AttentionLayer) -> bool:
-    """Whether a recorder knows the layer as something else than softmax attention."""
-    return layer.route == "recorder" and recorder_of(layer.module).sites is not None
+    """Whether a recorder knows the layer as one without scores of pairs."""
+    return layer.route == "recorder" and recorder_of(layer.module).state
+
+
+def is_causal(layer: AttentionLayer) -> bool:
+    if layer.route == "recorder":
+        return recorder_of(layer.module).causal(layer.module)
+    return bool(getattr(layer.module, "is_causal", False))
+
+
+def on_interface(layer: AttentionLayer) -> bool:
+    """Whether a layer calls the attention interface."""
+    return layer.route == "attention interface" or (layer.route == "recorder" and recorder_of(layer.module).interface)
+
+
+def pads(layer: AttentionLayer) -> bool:
+    """Whether the layer's model lengthens its input by itself."""
+    return layer.route == "recorder" and recorder_of(layer.module).pads(layer.module)
+
+
+def builds_scores(layer: AttentionLayer, implementation: str) -> bool:
+    """Whether the scores of all pairs are built in full."""
+    return implementation == "eager" and not (layer.route == "recorder" and not recorder_of(layer.module).quadratic)
 
 
 def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:

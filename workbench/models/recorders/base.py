@@ -43,16 +43,39 @@ class Recorder:
     statistics: ClassVar[frozenset[str]] = frozenset({"pattern", "received", "block_mass", "block_max"})
     """Kinds of sites that are read off the recorded map, where ``sites`` is not None."""
     functions: ClassVar[tuple[str, ...]] = ()
-    """Functions of the module's source file that report to ``called`` while the module's forward runs."""
+    """Functions of the module's source file, or attributes of the module, that report to ``called`` while its forward runs.
+    Not every version of transformers has them all."""
+    interface: ClassVar[bool] = False
+    """Whether the module calls transformers' attention interface; its calls go through ``attended``."""
+    state: ClassVar[bool] = False
+    """Whether the mixer has no scores of pairs: it carries a state, or is a fixed transform."""
+    quadratic: ClassVar[bool] = True
+    """Whether it builds the scores of all pairs where the model is eager."""
 
     def __init__(self, layer: AttentionLayer, session: Session, given: dict[str, Any]) -> None:
         self.layer, self.session, self.given = layer, session, given
         self.module: Any = layer.module
 
     @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether the module mixes in a function that is known, in the version of transformers that runs."""
+        found = (holder(module, name).get(name) for name in cls.functions)
+        return not cls.functions or any(callable(function) for function in found)
+
+    @classmethod
     def heads(cls, module: Any) -> tuple[int, int, int] | None:
         """Heads H, value heads G and width E of the map; None if the module's attributes are those of softmax attention."""
         return None
+
+    @classmethod
+    def causal(cls, module: Any) -> bool:
+        """Whether no token sees one behind it."""
+        return bool(getattr(module, "is_causal", True))
+
+    @classmethod
+    def pads(cls, module: Any) -> bool:
+        """Whether the model lengthens its input with padding of its own."""
+        return False
 
     @classmethod
     def check(cls, layer: AttentionLayer, session: Session) -> None:
@@ -68,6 +91,10 @@ class Recorder:
 
     def called(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of one of ``functions``; calls ``function``, which is the original, and returns its output."""
+        raise NotImplementedError
+
+    def attended(self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], base: str) -> Any:
+        """A call of the attention interface by the module: calls ``kernel``, the function of implementation ``base``."""
         raise NotImplementedError
 
 
@@ -99,9 +126,17 @@ class Watch(Recorder, TorchFunctionMode):
         self.met = True
         if not self.session.wants_map(self.layer):
             return
-        found, extra = self.session.masks.resolve(self.layer, mask, q, k, base, {"is_causal": True})
+        found, extra = self.session.masks.resolve(
+            self.layer, mask, q, k, base, {"is_causal": type(self).causal(self.module)}
+        )
         bias = extra if bias is None else bias if extra is None else bias + extra
         self.session.on_map(self.layer, q, k, found, scale=scale, bias=bias)
+
+
+def attending(module: nn.Module) -> Recorder | None:
+    """The recorder that a module's call of the attention interface belongs to."""
+    found = _RECORDING.get()
+    return found if found is not None and found.interface and found.module is module else None
 
 
 @contextmanager
@@ -115,13 +150,16 @@ def recording(layers: Sequence[AttentionLayer], session: Session) -> Iterator[No
         for layer in layers:
             recorder = recorder_of(layer.module)
             for name in recorder.functions:
-                undo.enter_context(_reporting(inspect.unwrap(type(layer.module).forward).__globals__, name))
-            undo.enter_context(_forward(layer.module, _recorded(layer, session, recorder, layer.module.forward)))
+                undo.enter_context(_reporting(holder(layer.module, name), name))
+            undo.enter_context(
+                replaced_forward(layer.module, _recorded(layer, session, recorder, layer.module.forward))
+            )
         yield
 
 
 @contextmanager
-def _forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Let ``replacement`` stand for the forward of one module."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = replacement
     try:
@@ -147,7 +185,7 @@ def _recorded(
     return recorded
 
 
-# ------------------------------------------------------------------ functions of a source file
+# ------------------------------------------------------------------ functions that do the mixing
 
 _RECORDING: ContextVar[Recorder | None] = ContextVar("workbench_recording", default=None)
 """The recorder whose module's forward is running here."""
@@ -156,11 +194,17 @@ _REPLACED: dict[tuple[int, str], list[Any]] = {}
 _LOCK = threading.Lock()
 
 
+def holder(module: nn.Module, name: str) -> dict[str, Any]:
+    """The namespace in which a module's forward finds a function: its own attributes, or its source file."""
+    own = vars(module)
+    return own if name in own else inspect.unwrap(type(module).forward).__globals__
+
+
 @contextmanager
 def _reporting(namespace: dict[str, Any], name: str) -> Iterator[None]:
-    """Let the function ``name`` of a source file report to the recorder it is called under. Runs in other threads share the
-    replacement; the function is as before when the last of them ends. Files without such a function are left alone."""
-    if name not in namespace:
+    """Let the function ``name`` report to the recorder it is called under. Runs in other threads share the replacement; the
+    function is as before when the last of them ends. Where there is no such function, nothing happens."""
+    if not callable(namespace.get(name)):
         yield
         return
     key = (id(namespace), name)

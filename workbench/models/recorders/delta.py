@@ -21,7 +21,12 @@ class GatedDelta(StateRecorder):
     """q and k after convolution and L2 norm, head-wise decay; several value heads share a query and key head."""
 
     mixer = "gated delta rule"
-    functions = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    functions = (
+        "torch_chunk_gated_delta_rule",
+        "torch_recurrent_gated_delta_rule",
+        "chunk_gated_delta_rule",
+        "recurrent_gated_delta_rule",
+    )
     values = "value"
 
     @classmethod

@@ -35,10 +35,15 @@ RECORDERS: dict[str, type[Recorder]] = {
 }
 
 
-def is_recorded(module: nn.Module) -> bool:
+def is_listed(module: nn.Module) -> bool:
     return any(cls.__name__ in RECORDERS for cls in type(module).__mro__)
 
 
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a module's class is listed, and mixes as its recorder knows it."""
+    return is_listed(module) and recorder_of(module).fits(module)
+
+
 def recorder_of(module: nn.Module) -> type[Recorder]:
-    """The recorder of a module for which ``is_recorded``."""
+    """The recorder of a module that ``is_listed``."""
     return RECORDERS[next(cls.__name__ for cls in type(module).__mro__ if cls.__name__ in RECORDERS)]
