@@ -110,6 +110,7 @@ MODULES: tuple[str, ...] = (
     "probing",
     "token_mlp",
     "rectangular",
+    "objects",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
