@@ -22,6 +22,7 @@ from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Relative
 from workbench.maps import METADATA, AttentionMap, DenseMap, GatedMap, SummaryMap, TopK
 from workbench.patterns.explicit import ExplicitMap
+from workbench.patterns.per_channel import ChannelGatedMap
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.run import Maps
 
@@ -176,8 +177,8 @@ def _record(amap: AttentionMap, at: str, tensors: dict[str, Tensor], where: str)
         if s.bias is not None:
             tensors[f"{at}bias"] = s.bias.table if isinstance(s.bias, Relative) else s.bias
             told["first"] = s.bias.first if isinstance(s.bias, Relative) else None
-    elif isinstance(amap, GatedMap):
-        tensors[f"{at}gate"] = amap.gate
+    elif isinstance(amap, GatedMap) and type(amap) in (GatedMap, ChannelGatedMap):
+        tensors[f"{at}gate"] = getattr(amap, "channel_gate", amap.gate)
         told["raw"] = _record(amap.raw, f"{at}raw.", tensors, where)
     elif isinstance(amap, DenseMap):
         tensors[f"{at}weights"] = amap.weights
@@ -218,8 +219,9 @@ def _map(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> Att
         options = {"mask": mask, "scale": told["scale"], "softcap": told["softcap"]}
         amap = SoftmaxMap(q, k, tensors[f"{at}lse"], sink=held("sink"), bias=bias, **options)
         amap.impl = told["impl"]
-    elif kind == "GatedMap":
-        amap = GatedMap(_map(told["raw"], f"{at}raw.", tensors), tensors[f"{at}gate"])
+    elif kind in ("GatedMap", "ChannelGatedMap"):
+        gated = ChannelGatedMap if kind == "ChannelGatedMap" else GatedMap
+        amap = gated(_map(told["raw"], f"{at}raw.", tensors), tensors[f"{at}gate"])
         ran: Any = amap._fast or amap.raw
         ran.impl = told["impl"]
     elif kind == "ExplicitMap":

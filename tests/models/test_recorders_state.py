@@ -355,6 +355,18 @@ def test_an_edited_pattern_is_gated_too():
     assert torch.allclose(z, run.acts[sites[0]], atol=1e-12)
 
 
+def test_gated_maps_are_stored_with_the_gate_of_every_channel(tmp_path):
+    case = B.hugging_face("qwen3_next")
+    with torch.no_grad():
+        kept = case.model.run(case.inputs, maps=capture(layers=[1])).maps[1]
+        case.model.run(case.inputs, maps=capture(layers=[1], blocks=4, store=tmp_path / "maps"))
+    found = wb.open_maps(tmp_path / "maps")[1]
+    v = torch.randn(2, B.G, 11, 8, dtype=torch.float64)
+    assert torch.equal(found.channel_gate, kept.channel_gate)
+    assert torch.equal(found.matvec(v), kept.matvec(v))
+    assert torch.equal(found.blocks(4), kept.blocks(4))
+
+
 def test_sinks_of_gated_layers_are_those_of_what_acts():
     case = B.hugging_face("qwen3_next")
     with torch.no_grad():
