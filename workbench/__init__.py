@@ -50,6 +50,8 @@ _NAMES: dict[str, str] = {
     "reach": "workbench.probes.reach:reach",
     "selection_curves": "workbench.probes.block_selection:selection_curves",
     "sharing": "workbench.probes.sharing:sharing",
+    "map_error": "workbench.probes.map_errors:map_error",
+    "held_key_errors": "workbench.probes.map_errors:held_key_errors",
     "token_importance": "workbench.probes.token_importance:token_importance",
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",

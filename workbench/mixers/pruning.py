@@ -99,9 +99,9 @@ def _most(importance: Tensor, keep: int | None, name: str, real: Tensor | None) 
 class HeldKeysMap(SoftmaxMap):
     """The map with keys held where they moved little, ``held`` ``[B, G, K, E]``; ``plain`` is the map of full attention."""
 
-    def __init__(self, plain: SoftmaxMap, held: Tensor, bias: Any, lse: Tensor) -> None:
+    def __init__(self, plain: SoftmaxMap, held: Tensor, bias: Any) -> None:
         s = plain.scores
-        super().__init__(s.q, s.k, lse, mask=s.mask, scale=s.scale, bias=bias)
+        super().__init__(s.q, s.k, mask=s.mask, scale=s.scale, bias=bias)
         self.plain, self.held = plain, held
 
     def error(self, lo: int, hi: int) -> Tensor:
@@ -139,26 +139,44 @@ def delta_attention(
     are softmax rows of these scores: ``map.error(lo, hi)`` is their distance from full attention.
     """
     _, _, n, m = checked(q, k, v, mask)
+    found = held_keys_map(q, k, threshold=threshold, window=window, mask=mask, scale=scale)
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    moved = (held_keys(k, threshold) - k).to(working_dtype(k.dtype))
+    far = _outside(window, mask.offset, 0, n, m, q.device)
+    scores = plain_scores(q, k, factor) + plain_scores(q, moved, factor) * far
+    weights, found._lse = masked_softmax(scores, visible(mask, n, m, q.device))
+    return weighted(weights, v), found
+
+
+def held_keys_map(
+    q: Tensor,
+    k: Tensor,
+    *,
+    threshold: float,
+    window: int,
+    mask: Mask = Mask(causal=True),
+    scale: float | None = None,
+) -> HeldKeysMap:
+    """The map of ``delta_attention`` alone, in memory linear in the tokens."""
     check_side("window", window)
     if not threshold >= 0:
         raise WorkbenchError(f"threshold is a distance of keys, not negative; got {threshold}")
-    held = held_keys(k, threshold)
+    queries, keys = q.detach(), k.detach()
+    held = held_keys(keys, threshold)
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    moved = (held - k).to(working_dtype(k.dtype))
-
-    def far(lo: int, hi: int) -> Tensor:
-        rows = torch.arange(lo, hi, device=q.device)[:, None] + mask.offset
-        return rows - torch.arange(m, device=q.device) >= window
-
-    scores = plain_scores(q, k, factor) + plain_scores(q, moved, factor) * far(0, n)
-    weights, lse = masked_softmax(scores, visible(mask, n, m, q.device))
-    queries, shift = q.detach(), moved.detach()
+    shift = (held - keys).to(working_dtype(k.dtype))
 
     def bias(lo: int, hi: int) -> Tensor:
-        return plain_scores(queries[:, :, lo:hi], shift, factor) * far(lo, hi)
+        far = _outside(window, mask.offset, lo, hi, k.shape[2], q.device)
+        return plain_scores(queries[:, :, lo:hi], shift, factor) * far
 
-    plain = SoftmaxMap(q, k, mask=mask, scale=factor)
-    return weighted(weights, v), HeldKeysMap(plain, held.detach(), bias, lse)
+    return HeldKeysMap(SoftmaxMap(q, k, mask=mask, scale=factor), held, bias)
+
+
+def _outside(window: int, offset: int, lo: int, hi: int, keys: int, device: torch.device) -> Tensor:
+    """Keys before the last ``window`` of each query, ``[hi - lo, K]``."""
+    rows = torch.arange(lo, hi, device=device)[:, None] + offset
+    return rows - torch.arange(keys, device=device) >= window
 
 
 class EchoMap(SoftmaxMap):
