@@ -227,7 +227,7 @@ def _reporter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def reporter(*args: Any, **kwargs: Any) -> Any:
         recorder = _RECORDING.get()
-        if recorder is None or name not in recorder.functions:
+        if recorder is None or current() is not recorder.session or name not in recorder.functions:
             return function(*args, **kwargs)
         return recorder.called(name, function, args, kwargs)
 
