@@ -111,6 +111,7 @@ MODULES: tuple[str, ...] = (
     "token_mlp",
     "rectangular",
     "objects",
+    "hybrids",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 
