@@ -112,6 +112,7 @@ MODULES: tuple[str, ...] = (
     "rectangular",
     "objects",
     "hybrids",
+    "space_time",
 )
 """Modules of ``workbench.mixers`` that hold records, in the order of the catalogue."""
 

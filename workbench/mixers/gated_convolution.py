@@ -42,7 +42,7 @@ def large_kernel_attention(
     gate: Tensor, v: Tensor, near: Tensor, far: Tensor, mix: Tensor, *, grid: Grid, dilation: int = 3
 ) -> tuple[Tensor, KeysMap]:
     """y = u * W(far(near(v))): 1x1, after depthwise 7x7 with dilation 3, after depthwise 5x5 (Guo et al.,
-    arXiv:2202.09741, equation 3).
+    arXiv:2202.09741).
 
     The 1x1 convolution joins channels, so that every output channel is a head and the keys are the tokens of all input
     channels, channel after channel: ``v`` ``[B, 1, C*N, 1]``, in a network the same numbers as ``gate`` u
@@ -72,7 +72,7 @@ def recursive_gated_convolution(
     p: Tensor, q: Tensor, v: Tensor, points: Sequence[Tensor], kernel: Tensor, *, grid: Grid, alpha: float = 1.0
 ) -> tuple[Tensor, AttentionMap]:
     """p_{k+1} = f_k(q_k) * g_k(p_k) / alpha, output p_n: HorNet's product of n + 1 features of an image (Rao et al.,
-    arXiv:2207.14284, equations 3-5).
+    arXiv:2207.14284).
 
     ``p`` ``[B, C_0, N]``; ``q`` ``[B, C_0 + ... + C_{n-2}, N]`` the factors q_0 .. q_{n-2} side by side and ``v``
     ``[B, H, N, E]`` the last one, with C_{n-1} = H*E channels and half as many at each step before; ``points`` are the
@@ -104,7 +104,7 @@ def efficient_modulation(
     x: Tensor, v: Tensor, enter: Tensor, kernel: Tensor, leave: Tensor, *, grid: Grid
 ) -> tuple[Tensor, AttentionMap]:
     """y = g(GELU(depthwise(f(x)))) * v: a convolutional context modulates a projection of the features (Ma et al.,
-    arXiv:2403.19963, equations 4-6).
+    arXiv:2403.19963).
 
     x ``[B, H, N, E]``, v ``[B, H, N, r E]`` with the features widened r times; ``enter`` f ``[D, C]``, ``kernel``
     ``[D, side, side]`` (7x7 in the paper), ``leave`` g ``[C, D]``. Every head's context is repeated r times. The
@@ -176,7 +176,7 @@ def ffnified_attention(
     v: Tensor, query_key: Tensor, attention_value: Tensor, *, grid: Grid
 ) -> tuple[Tensor, JacobianMap]:
     """y = depthwise(GELU(depthwise(v))): large kernels in the places of query-key and attention-value products, GELU in
-    that of softmax (Yun et al., arXiv:2406.02021, section 3.2).
+    that of softmax (Yun et al., arXiv:2406.02021).
 
     v ``[B, H, N, E]``; ``query_key`` and ``attention_value`` ``[C, 7, 7]``. Not linear in its values: the map is the
     derivative at v, A diag(GELU'(Q v)) Q for the two Toeplitz maps Q and A.

@@ -2,9 +2,9 @@
 
     y_c = g_c v_c,   g = sigmoid(f(pooled channels))        rows and columns of the map are channels, M = diag(g)
 
-Features are ``[B, G, C, N]``: G groups of C channels each, numbered through, over N tokens; ``x`` is what the gate is made of and
-``v`` what it scales, in a network the same tensor. In a convolutional GLU the gate is one per channel and token, and the map is
-diagonal over tokens.
+Features are ``[B, G, C, N]``: G groups of C channels each, numbered through, over N tokens; ``x`` is what the gate is
+made of and ``v`` what it scales, in a network the same tensor. In a convolutional GLU the gate is one per channel and
+token, and the map is diagonal over tokens.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ GROUPS, WIDTH = 2, 4
 
 
 def eca_kernel_size(channels: int, gamma: float = 2.0, offset: float = 1.0) -> int:
-    """Taps of ECA's convolution over channels: the odd number next above |log2(C) / gamma + offset / gamma| cut to an integer,
-    at least 3."""
+    """Taps of ECA's convolution over channels: the odd number next above |log2(C) / gamma + offset / gamma| cut to an
+    integer, at least 3."""
     size = int(abs((math.log2(channels) + offset) / gamma))
     return max(size if size % 2 else size + 1, 3)
 
 
 def efficient_channel_attention(x: Tensor, v: Tensor, kernel: Tensor) -> tuple[Tensor, DiagonalMap]:
     """g = sigmoid(conv1d(mean over tokens)), the convolution running over channels without bias (Wang et al.,
-    arXiv:1910.03151, section 3).
+    arXiv:1910.03151).
 
-    x, v ``[B, G, C, N]``; ``kernel`` ``[taps]``, odd (see ``eca_kernel_size``), zeros beyond the first and last channel.
+    x, v ``[B, G, C, N]``; ``kernel`` ``[taps]``, odd (see ``eca_kernel_size``), zeros beyond the first and last
+    channel.
     """
     _features(x, v)
     check_odd("kernel", kernel[None] if isinstance(kernel, Tensor) else kernel, 1, 1)
@@ -53,8 +54,8 @@ def resolution_aware_channel_attention(
 ) -> tuple[Tensor, DiagonalMap]:
     """g = sigmoid(W2_r relu(W1_r mean over tokens)): squeeze and excitation with weights for each spatial resolution r.
 
-    x, v ``[B, G, C, N]``; ``squeeze`` ``[R, hidden, G*C]``, ``expand`` ``[R, G*C, hidden]``; ``resolution`` chooses the sensor's
-    pair of matrices.
+    x, v ``[B, G, C, N]``; ``squeeze`` ``[R, hidden, G*C]``, ``expand`` ``[R, G*C, hidden]``; ``resolution`` chooses the
+    sensor's pair of matrices.
     """
     _features(x, v)
     channels = x.shape[1] * x.shape[2]
@@ -69,10 +70,10 @@ def contrast_aware_channel_attention(
     x: Tensor, v: Tensor, squeeze: Tensor, expand: Tensor, squeeze_bias: Tensor, expand_bias: Tensor
 ) -> tuple[Tensor, DiagonalMap]:
     """g = sigmoid(W2 relu(W1 (std + mean over tokens) + b1) + b2): contrast in the place of the average (Hui et al.,
-    arXiv:1909.11856, section 3.2).
+    arXiv:1909.11856).
 
-    x, v ``[B, G, C, N]``; ``squeeze`` ``[hidden, G*C]``, ``expand`` ``[G*C, hidden]``, biases ``[hidden]`` and ``[G*C]``. The
-    deviation divides by N.
+    x, v ``[B, G, C, N]``; ``squeeze`` ``[hidden, G*C]``, ``expand`` ``[G*C, hidden]``, biases ``[hidden]`` and
+    ``[G*C]``. The deviation divides by N.
     """
     _features(x, v)
     channels = x.shape[1] * x.shape[2]
@@ -92,8 +93,8 @@ def sentence_attention(
 ) -> tuple[Tensor, DiagonalMap]:
     """g = sigmoid(W2 relu(W1 [mean over tokens, sentence])): channels of an image chosen by a question about it.
 
-    x, v ``[B, G, C, N]``; ``sentence`` ``[B, S]`` an embedding of the text; ``squeeze`` ``[hidden, G*C + S]``, ``expand``
-    ``[G*C, hidden]``.
+    x, v ``[B, G, C, N]``; ``sentence`` ``[B, S]`` an embedding of the text; ``squeeze`` ``[hidden, G*C + S]``,
+    ``expand`` ``[G*C, hidden]``.
     """
     _features(x, v)
     channels = x.shape[1] * x.shape[2]
@@ -107,10 +108,11 @@ def sentence_attention(
 def class_semantics_attention(
     v: Tensor, semantics: Tensor, squeeze: Tensor, expand: Tensor
 ) -> tuple[Tensor, DiagonalMap]:
-    """g = sigmoid(W2 relu(W1 mean over time of class scores)): channels of a video chosen by the classes that occur in it.
+    """g = sigmoid(W2 relu(W1 mean over time of class scores)): channels of a video chosen by the classes that occur in
+    it.
 
-    v ``[B, G, C, N]`` over N moments; ``semantics`` ``[B, K, T]`` scores of K classes over time; ``squeeze`` ``[hidden, K]``,
-    ``expand`` ``[G*C, hidden]``.
+    v ``[B, G, C, N]`` over N moments; ``semantics`` ``[B, K, T]`` scores of K classes over time; ``squeeze``
+    ``[hidden, K]``, ``expand`` ``[G*C, hidden]``.
     """
     check_tensor("v", v, ("B", "G", "C", "N"))
     check_tensor("semantics", semantics, (v.shape[0], "K", "T"))
@@ -120,10 +122,10 @@ def class_semantics_attention(
 
 
 def convolutional_glu(x: Tensor, v: Tensor, kernel: Tensor, bias: Tensor, *, grid: Grid) -> tuple[Tensor, AttentionMap]:
-    """y = GELU(depthwise 3x3(x) + b) * v: a GLU whose gate sees the nearest neighbours (Shi, arXiv:2311.17132, section 3.4).
+    """y = GELU(depthwise 3x3(x) + b) * v: a GLU whose gate sees the nearest neighbours (Shi, arXiv:2311.17132).
 
-    x, v ``[B, H, N, E]`` are the two halves of one projection; ``kernel`` ``[H*E, 3, 3]``, ``bias`` ``[H*E]``. The map is
-    diagonal over tokens, one per channel. The neighbours enter through the gate alone.
+    x, v ``[B, H, N, E]`` are the two halves of one projection; ``kernel`` ``[H*E, 3, 3]``, ``bias`` ``[H*E]``. The map
+    is diagonal over tokens, one per channel. The neighbours enter through the gate alone.
     """
     _, h, n, e = check_values(v, x=x)
     sides = check_sides(grid, n, 2)

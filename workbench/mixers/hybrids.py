@@ -43,7 +43,7 @@ PADDINGS = ("valid", "same")
 
 def local_affinity(v: Tensor, table: Tensor, *, grid: tuple[int, ...]) -> tuple[Tensor, AttentionMap]:
     """y_ic = sum_j a_c(i - j) v_jc over the neighbours in a window: UniFormer's relation aggregator in shallow layers
-    (Li et al., arXiv:2201.09450, equation 4).
+    (Li et al., arXiv:2201.09450).
 
     v ``[B, H, N, E]`` over a ``grid`` of an image or a video; ``table`` ``[C, side, side]`` or
     ``[C, side, side, side]`` of odd sides, 5 in the paper: the affinity of every channel c = h*E + e by offset. It does

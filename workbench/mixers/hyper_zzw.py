@@ -5,7 +5,7 @@
     Y = (W * Z) V                               product of planes, as the released code has it: rows of a column mix
 
 z and v are the same features in the network; each map is that of v with z held fixed. Features are ``[B, H, N, E]``
-over a grid with channel c = h*E + e of C = H*E. Source: Zhang, arXiv:2401.17948, section 3.
+over a grid with channel c = h*E + e of C = H*E. Source: Zhang, arXiv:2401.17948.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ CONDITIONS = ("magnitude", "correlation")
 
 
 def base_convolution(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> tuple[Tensor, AttentionMap]:
-    """y = (W x + b) * (h conv v): the simplest gated convolution (Arora et al., arXiv:2312.04927, section 4.1).
+    """y = (W x + b) * (h conv v): the simplest gated convolution (Arora et al., arXiv:2312.04927).
 
     x, v ``[B, H, N, E]``, in a network the same features; ``weight`` ``[C, C]``, ``bias`` ``[C]``; ``kernel`` h
     ``[C, L]`` of any length, causal, read as far as the sequence goes. The bias of the convolution and the residual are
@@ -67,8 +67,7 @@ def h3(
     sine: Tensor,
     skip: Tensor,
 ) -> tuple[Tensor, AttentionMap]:
-    """y = q * (S + D)(u), u = (shift conv k + D_k k) * v, with a diagonal state space S (Fu et al., arXiv:2212.14052,
-    section 3).
+    """y = q * (S + D)(u), u = (shift conv k + D_k k) * v, with a diagonal state space S (Fu et al., arXiv:2212.14052).
 
     q, k, v ``[B, H, N, E]``, one-dimensional heads as in the released models; ``shift`` ``[C, taps]`` a short causal
     kernel over keys and ``shift_skip`` ``[C]``; ``decay``, ``frequency``, ``cosine``, ``sine`` ``[C, S]`` as in
@@ -155,7 +154,7 @@ def orchid(
     conditioning: str = "magnitude",
 ) -> tuple[Tensor, AttentionMap]:
     """y = g_2 * (h(x) conv (g_1 * v)), a circular convolution whose kernel the input makes (Karami and Ghodsi,
-    arXiv:2402.18508, section 3).
+    arXiv:2402.18508).
 
     The kernel does not move when x does, so that the operator shifts as x does. ``"magnitude"``: its spectrum is a
     convolution over frequencies of |F(conv_1 x)|; ``"correlation"``: that of conj(F(conv_1 x)) F(conv_2 x), the

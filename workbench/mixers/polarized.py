@@ -1,10 +1,12 @@
-"""Polarized self-attention: a gate over channels that sums over places last, and a gate over places that keeps all of them.
+"""Polarized self-attention: a gate over channels that sums over places last, and a gate over places that keeps all of
+them.
 
     channels   a = sigmoid(LayerNorm(W_z (W_v x) softmax over tokens(w_q x)))
     places     a = sigmoid(softmax over channels(mean over tokens of W_q x) (W_v x))
 
-Side by side both scale the same x and add up; in sequence the second reads what the first leaves. Features are ``[B, H, N, E]``
-with C = H*E channels; ``x`` is what the gates are made of and ``v`` what they scale. Source: Liu et al., arXiv:2107.00782.
+Side by side both scale the same x and add up; in sequence the second reads what the first leaves. Features are
+``[B, H, N, E]`` with C = H*E channels; ``x`` is what the gates are made of and ``v`` what they scale. Source: Liu et
+al., arXiv:2107.00782.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from workbench.patterns.diagonal import DiagonalMap
 def polarized_channel_attention(
     x: Tensor, v: Tensor, value: Tensor, query: Tensor, mix: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, DiagonalMap]:
-    """y_c = a_c v_c, a = sigmoid(LayerNorm(W_z (W_v x) softmax over tokens(w_q x))) (Liu et al., arXiv:2107.00782, section 3.1).
+    """y_c = a_c v_c, a = sigmoid(LayerNorm(W_z (W_v x) softmax over tokens(w_q x))) (Liu et al., arXiv:2107.00782).
 
-    x, v ``[B, G, C/G, N]``; ``value`` ``[C/2, C]``, ``query`` ``[C]``, ``mix`` ``[C, C/2]``; ``weight``, ``bias`` ``[C]`` of
-    the layer norm. Rows and columns of the map are channels.
+    x, v ``[B, G, C/G, N]``; ``value`` ``[C/2, C]``, ``query`` ``[C]``, ``mix`` ``[C, C/2]``; ``weight``, ``bias``
+    ``[C]`` of the layer norm. Rows and columns of the map are channels.
     """
     check_tensor("v", v, ("B", "G", "C", "N"))
     check_tensor("x", x, (*v.shape[:3], "N"))
@@ -40,7 +42,8 @@ def polarized_channel_attention(
 def polarized_spatial_attention(
     x: Tensor, v: Tensor, spatial_value: Tensor, spatial_query: Tensor
 ) -> tuple[Tensor, DiagonalMap]:
-    """y_i = a_i v_i, a = sigmoid(softmax over channels(mean over tokens of W_q x) (W_v x)) (Liu et al., arXiv:2107.00782).
+    """y_i = a_i v_i, a = sigmoid(softmax over channels(mean over tokens of W_q x) (W_v x)) (Liu et al.,
+    arXiv:2107.00782).
 
     x, v ``[B, H, N, E]``; ``spatial_value`` and ``spatial_query`` ``[C/2, C]``. One gate for all channels.
     """
@@ -60,8 +63,8 @@ def polarized_parallel_attention(
     spatial_value: Tensor,
     spatial_query: Tensor,
 ) -> tuple[Tensor, AttentionMap]:
-    """y = (a_c + a_i) v: the channel gate and the spatial gate of the same x, side by side. Arguments as in those two, x and v
-    ``[B, H, N, E]``."""
+    """y = (a_c + a_i) v: the channel gate and the spatial gate of the same x, side by side. Arguments as in those two,
+    x and v ``[B, H, N, E]``."""
     _, h, _, _ = check_values(v, x=x)
     image = planes(x)
     across = _channels(image, value, query, mix, weight, bias)
@@ -80,8 +83,8 @@ def polarized_sequential_attention(
     spatial_value: Tensor,
     spatial_query: Tensor,
 ) -> tuple[Tensor, AttentionMap]:
-    """y = a_i(a_c x) a_c v: the channel gate first, the spatial gate of what it leaves. Arguments as in those two, x and v
-    ``[B, H, N, E]``."""
+    """y = a_i(a_c x) a_c v: the channel gate first, the spatial gate of what it leaves. Arguments as in those two, x
+    and v ``[B, H, N, E]``."""
     _, h, _, _ = check_values(v, x=x)
     image = planes(x)
     across = _channels(image, value, query, mix, weight, bias)[..., None]

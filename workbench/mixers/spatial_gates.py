@@ -2,9 +2,9 @@
 
     y_ic = g_ic v_ic,   g_ic = a_i or a_row(i)c a_column(i)c
 
-Features are ``[B, H, N, E]`` over a grid of N tokens; ``x`` is what the gate is made of and ``v`` what it scales, in a network
-the same tensor; channel c = h*E + e of C = H*E. Maps are diagonal over tokens, but for ``waveblock_non_local``, whose weights
-join all pairs.
+Features are ``[B, H, N, E]`` over a grid of N tokens; ``x`` is what the gate is made of and ``v`` what it scales, in a
+network the same tensor; channel c = h*E + e of C = H*E. Maps are diagonal over tokens, but for ``waveblock_non_local``,
+whose weights join all pairs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def efficient_local_attention(
     x: Tensor, v: Tensor, kernel: Tensor, weight: Tensor, bias: Tensor, *, grid: Grid, groups: int = 16
 ) -> tuple[Tensor, AttentionMap]:
     """y = v * a_row * a_column: means over rows and over columns, each through one convolution, group norm and sigmoid
-    (Xu and Wan, arXiv:2403.01123, section 3.2).
+    (Xu and Wan, arXiv:2403.01123).
 
     x, v ``[B, H, N, E]``; ``kernel`` ``[C, C / convolution groups, taps]`` of odd length, the same for both directions;
-    ``weight`` and ``bias`` ``[C]`` and ``groups`` are the group norm's. ELA-B has 7 taps, a kernel per channel and 16 groups; -T
-    5 taps and 32 groups; -S and -L 5 and 7 taps with C/8 convolution groups.
+    ``weight`` and ``bias`` ``[C]`` and ``groups`` are the group norm's. ELA-B has 7 taps, a kernel per channel and 16
+    groups; -T 5 taps and 32 groups; -S and -L 5 and 7 taps with C/8 convolution groups.
     """
     _, h, n, e = check_values(v, x=x)
     channels = h * e
@@ -63,11 +63,11 @@ def efficient_local_attention(
 def subspace_attention(
     x: Tensor, v: Tensor, scale: Tensor, shift: Tensor, point: Tensor, point_shift: Tensor, *, grid: Grid
 ) -> tuple[Tensor, DiagonalMap]:
-    """y = v + softmax over tokens(relu(point . maxpool3(relu(scale x + shift)))) v in every group of channels (Saini et al.,
-    WACV 2020, equations 1-4).
+    """y = v + softmax over tokens(relu(point . maxpool3(relu(scale x + shift)))) v in every group of channels (Saini et
+    al., WACV 2020).
 
-    x, v ``[B, H, N, E]``, a subspace per head; ``scale``, ``shift``, ``point`` ``[H, E]`` and ``point_shift`` ``[H]`` are the 1x1
-    convolutions with their batch norms folded in.
+    x, v ``[B, H, N, E]``, a subspace per head; ``scale``, ``shift``, ``point`` ``[H, E]`` and ``point_shift`` ``[H]``
+    are the 1x1 convolutions with their batch norms folded in.
     """
     _, h, n, e = check_values(v, x=x)
     sides = check_sides(grid, n, 2)
@@ -86,11 +86,13 @@ def subspace_attention(
 def multi_scale_body_attention(
     x: Tensor, v: Tensor, body: Tensor, encoder: Tensor, decoder: Tensor, head: Tensor, *, grid: Grid
 ) -> tuple[Tensor, DiagonalMap]:
-    """y_i = sigmoid(head . [x_i, A_i, 1]) v_i, where A is the attention of one encoder-decoder for all scales of a network.
+    """y_i = sigmoid(head . [x_i, A_i, 1]) v_i, where A is the attention of one encoder-decoder for all scales of a
+    network.
 
-    A = decoder 3x3(upsample(relu(encoder 3x3(average 2x2(body))))), resized to the grid of this scale. x, v ``[B, H, N, E]``;
-    ``body`` ``[B, S, rows, columns]`` the features that the body reads; ``encoder`` ``[hidden, S, 3, 3]``, ``decoder``
-    ``[1, hidden, 3, 3]``, ``head`` ``[C + 2]`` this scale's own weights of x, A and a constant.
+    A = decoder 3x3(upsample(relu(encoder 3x3(average 2x2(body))))), resized to the grid of this scale. x, v
+    ``[B, H, N, E]``; ``body`` ``[B, S, rows, columns]`` the features that the body reads; ``encoder``
+    ``[hidden, S, 3, 3]``, ``decoder`` ``[1, hidden, 3, 3]``, ``head`` ``[C + 2]`` this scale's own weights of x, A and
+    a constant.
     """
     b, h, n, e = check_values(v, x=x)
     sides = check_sides(grid, n, 2)
@@ -124,11 +126,12 @@ def waveblock_non_local(
     q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, start: int, rate: float = 0.3, wave: float = 2.0
 ) -> tuple[Tensor, LinearMap]:
     """Dot-product non-local attention over a feature map with a wave: M_ij = w_i (q_i . k_j) w_j^2 / N (Wang et al.,
-    arXiv:2006.06525, sections III-B and III-C).
+    arXiv:2006.06525).
 
-    q, k, v ``[B, H, N, E]`` are projections without bias of the features before the wave; w is 1 on ``round(rate * rows)`` rows
-    of the grid from ``start`` on and ``wave`` elsewhere: two networks that start at other rows see different things. The wave
-    enters by queries, keys and values, and is off outside of training (``wave=1``). The residual is not part of it.
+    q, k, v ``[B, H, N, E]`` are projections without bias of the features before the wave; w is 1 on
+    ``round(rate * rows)`` rows of the grid from ``start`` on and ``wave`` elsewhere: two networks that start at other
+    rows see different things. The wave enters by queries, keys and values, and is off outside of training (``wave=1``).
+    The residual is not part of it.
     """
     _, _, n, _ = check_values(v)
     check_tensor("q", q, (*v.shape[:3], "R"))

@@ -31,7 +31,7 @@ from workbench.patterns.toeplitz import ToeplitzMap
 
 
 def global_filter(v: Tensor, spectrum: Tensor, *, grid: Grid) -> tuple[Tensor, AttentionMap]:
-    """y = F^-1(m * F v) over an image with a learned m per channel (Rao et al., arXiv:2107.00645, equation 5).
+    """y = F^-1(m * F v) over an image with a learned m per channel (Rao et al., arXiv:2107.00645).
 
     v ``[B, H, N, E]``; ``spectrum`` m ``[C, rows, columns // 2 + 1, 2]``, real and imaginary parts of the half spectrum
     of a real kernel. The same for every input.
@@ -55,7 +55,7 @@ def spectral_or_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, AttentionMap]:
     """SpectFormer's mixer: a global filter in the first ``spectral_layers`` layers, softmax attention in those after
-    (Patro et al., arXiv:2304.06446, section 3).
+    (Patro et al., arXiv:2304.06446).
 
     q, k ``[B, H, N, E]``, v ``[B, H, N, V]``, ``spectrum`` as in ``global_filter``. Layer ``layer`` (from 0) uses what
     it needs.
@@ -71,7 +71,7 @@ def adaptive_frequency_filter(
     x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, *, grid: Grid, threshold: float = 0.01
 ) -> tuple[Tensor, AttentionMap]:
     """y = F^-1(m(F x) * F v), the spectrum made of the input: m = shrink(W2 relu(W1 F x + b1) + b2) (Huang et al.,
-    arXiv:2307.14008, equations 4-5).
+    arXiv:2307.14008).
 
     x, v ``[B, H, N, E]``, in a network the same features; ``weight`` ``[2, 2, K, S, S]`` and ``bias`` ``[2, 2, K, S]``:
     two complex layers, real and imaginary parts, block-diagonal over K blocks of S channels, K S = C. relu and soft
@@ -106,7 +106,7 @@ def fourier_values(x: Tensor, heads: int = 1) -> Tensor:
 
 
 def fourier_mixing(v: Tensor) -> tuple[Tensor, FourierMap]:
-    """y = Re F_tokens F_channels x (Lee-Thorp et al., arXiv:2105.03824, equation 3), from v = ``fourier_values(x)``.
+    """y = Re F_tokens F_channels x (Lee-Thorp et al., arXiv:2105.03824), from v = ``fourier_values(x)``.
 
     v ``[B, H, 2N, E]`` to ``[B, H, N, E]``. The transform along channels mixes channels and no tokens: it belongs to
     the values, and what is left is one map for all channels, cosines for real and sines for imaginary parts.
@@ -122,7 +122,7 @@ def fourier_mixing(v: Tensor) -> tuple[Tensor, FourierMap]:
 
 def transform_once(v: Tensor, gain: Tensor) -> tuple[Tensor, AttentionMap]:
     """y_k = g_k c_k sum_j cos(pi (j + 1/2) k / N) v_j for the first modes of an orthonormal DCT-II (Poli et al.,
-    arXiv:2211.14453, section 3).
+    arXiv:2211.14453).
 
     v ``[B, H, N, E]`` to ``[B, H, modes, E]``; ``gain`` ``[C, modes]``. The network goes on in the frequency domain,
     there is no inverse transform: rows of the map are frequencies, its columns tokens.

@@ -34,7 +34,7 @@ LONGEST = 64
 def token_mixer(
     v: Tensor, first: Tensor, second: Tensor, first_bias: Tensor, second_bias: Tensor
 ) -> tuple[Tensor, JacobianMap]:
-    """y = W2 GELU(W1 v + b1) + b2 over the tokens of every channel (Tolstikhin et al., arXiv:2105.01601, equation 1).
+    """y = W2 GELU(W1 v + b1) + b2 over the tokens of every channel (Tolstikhin et al., arXiv:2105.01601).
 
     v ``[B, H, N, E]``; ``first`` ``[hidden, N]``, ``second`` ``[N, hidden]``, biases ``[hidden]`` and ``[N]``. The
     layer norm before and the residual after are not part of it. The derivative is W2 diag(GELU'(W1 v + b1)) W1; W2 W1
