@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers as hf
 from random_nets import DECODER, VISION, D, F, G, H, L, V, decoder, ids, net, noise, plain
+from sparse_nets import INTERFACE_NETS, SPARSE_NETS
 from state_nets import STATE_NETS
 
 from workbench.models.hf import HFModel
@@ -177,6 +178,7 @@ NETS: dict[str, Callable[..., Any]] = {
     ),
     "mpt": plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
 }
+NETS |= {name: made for name, made in INTERFACE_NETS.items() if name != "bart"}
 RECORDED = ("falcon", "falcon-alibi", "bloom", "mpt")
 EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
 """Families that transformers runs eagerly by default."""
@@ -186,7 +188,7 @@ def inputs(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """What a model of this name is run on."""
     if name in ("vit", "dinov2"):
         return {"pixel_values": noise(2, 3, 16, 16).to(dtype)}
-    if name == "swin":
+    if name in ("swin", "swinv2", "donut"):
         return {"pixel_values": noise(2, 3, 32, 32).to(dtype)}
     if name == "clip":
         return {"input_ids": ids(2, 9), "pixel_values": noise(2, 3, 16, 16).to(dtype)}
@@ -205,7 +207,8 @@ def keys(name: str) -> tuple[int | str, ...]:
     }
     if name in stacks:
         return tuple(f"{stack}.{i}" for stack in stacks[name] for i in range(L))
-    return (0, 2) if name == "nemotron_h" else tuple(range(4 if name == "swin" else L))
+    counts = {"swin": 4, "swinv2": 4, "donut": 4, "gemma3n": 4, "albert": 3}
+    return (0, 2) if name == "nemotron_h" else tuple(range(counts.get(name, L)))
 
 
 DTYPES = {"gemma2": torch.float32, "bloom": torch.float32, "mpt": torch.float32}
@@ -214,7 +217,7 @@ DTYPES = {"gemma2": torch.float32, "bloom": torch.float32, "mpt": torch.float32}
 
 @cache
 def hugging_face(name: str, implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Case:
-    made = {**NETS, **STATE_NETS}[name](implementation, dtype)
+    made = {**NETS, **STATE_NETS, **SPARSE_NETS}[name](implementation, dtype)
     given = inputs(name, dtype)
     return Case(
         HFModel(made, name=name),

@@ -329,18 +329,22 @@ def test_inputs_nobody_understands_are_refused():
     assert torch.equal(case.model.run(case.inputs.tolist()).logits, case.model.run(case.inputs).logits)
 
 
-def test_shared_layers_are_not_mixed_up():
-    torch.manual_seed(0)
-    config = hf.AlbertConfig(
-        vocab_size=20, embedding_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )  # fmt: skip
-    model = HFModel(hf.AlbertModel(config).eval())
-    assert model.run(torch.tensor([[3, 4]])).output.shape == (1, 2, 16)
-    with pytest.raises(Refused, match="ran twice"):
-        model.run(torch.tensor([[3, 4]]), maps=capture())
+def test_layers_that_run_again_are_not_mixed_up(monkeypatch):
+    case = B.hugging_face("llama")
+    attention = case.net.model.layers[1].self_attn
+    once = attention.forward
+
+    def twice(*args, **kwargs):
+        once(*args, **kwargs)
+        return once(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", twice)
+    with torch.no_grad(), pytest.raises(Refused, match=r"layer 1 of LlamaForCausalLM.* ran twice"):
+        case.model.run(case.inputs, maps=capture())
 
 
-def test_attention_that_is_two_calls_is_no_map_and_the_manifest_says_so():
+def test_attention_that_is_two_calls_is_no_map_and_the_manifest_says_so(monkeypatch):
+    monkeypatch.delitem(RECORDERS, "DiffLlamaAttention")
     torch.manual_seed(0)
     config = hf.DiffLlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2

@@ -27,10 +27,23 @@ from workbench.models.inputs import (
     two_stacks,
 )
 from workbench.models.interface import Key, capturing, configs
-from workbench.models.layers import AttentionLayer, attention_layers, describe, has_state, why_not
+from workbench.models.layers import (
+    AttentionLayer,
+    attention_layers,
+    builds_scores,
+    describe,
+    has_state,
+    is_causal,
+    on_interface,
+    pads,
+    why_not,
+)
 from workbench.models.protocol import Edit, Manifest, Shape, Tokens
 from workbench.models.recorders.base import recording
+from workbench.models.recorders.choice import choosing
 from workbench.models.recorders.gates import gating
+from workbench.models.recorders.reached import noticing
+from workbench.models.recorders.windows import gridding
 from workbench.models.requests import check_layers, check_logits
 from workbench.models.session import Session
 from workbench.models.taps import Globals, Place, Taps, places, w_o
@@ -152,7 +165,7 @@ class HFModel:
             positions = torch.arange(real.shape[1], device=device) + session.past
             arguments.setdefault("position_ids", positions.expand(len(real), -1))
         taps = Taps(self._places, self._globals, session)
-        switch = any(session.wants(layer) for layer in self._layers if layer.route == "attention interface")
+        switch = any(session.wants(layer) for layer in self._layers if on_interface(layer))
         self._check_memory(real, past, width, device)
         head = _Head(session, self._head(), self._last_norm(), logits, _row_ends(real))
         with (
@@ -173,7 +186,7 @@ class HFModel:
             logits=head.logits(outputs),
             output=head.hidden if getattr(outputs, "last_hidden_state", None) is None else outputs.last_hidden_state,
             acts=Activations(session.acts),
-            maps=Maps({key: session.maps[key] for key in self.layers() if key in wanted}),
+            maps=Maps({key: session.maps[key] for key in self.layers() if key in wanted and key in session.maps}),
             provenance=self._provenance(session.maps),
             cache=new,
         )
@@ -215,6 +228,7 @@ class HFModel:
             served=served,
             past=past,
             real={stack: real for stack, real in stacks.items() if not bool(real.all())},
+            cut=first.shape[1] if any(pads(layer) for layer in self._layers) else None,
         )
 
     def _counts_from_zero(self, given: Tokens) -> bool:
@@ -226,7 +240,15 @@ class HFModel:
     @contextmanager
     def _recording(self, session: Session) -> Iterator[None]:
         layers = [layer for layer in self._layers if layer.route == "recorder" and session.wants(layer)]
-        with recording(layers, session), gating([x for x in self._layers if session.wants_map(x)], session):
+        mapped = [layer for layer in self._layers if session.wants_map(layer)]
+        cut_up = [layer for layer in self._layers if session.wants(layer)]
+        with (
+            gridding(cut_up, self.model, session),
+            recording(layers, session),
+            gating(mapped, session),
+            choosing(mapped, session),
+            noticing([] if _is_compiled(self.model) else mapped, session),
+        ):
             yield
 
     def _serves(self, site: Site) -> bool:
@@ -266,12 +288,10 @@ class HFModel:
         found = self._globals.modules
         return found.get(("final_norm", "decoder")) or found.get(("final_norm", ""))
 
-    def _builds_scores(self, layer: AttentionLayer) -> bool:
-        return self._implementation(layer) == "eager" and not has_state(layer)
-
     def _check_memory(self, real: Tensor, past: Any, width: int, device: torch.device) -> None:
         batch, length = real.shape
-        eager = [place.heads for place in self._places if self._builds_scores(place.layer)]
+        layers = [place for place in self._places if builds_scores(place.layer, self._implementation(place.layer))]
+        eager = [place.heads for place in layers]
         if eager and length:
             check_eager(batch, max(eager), length, length + cache_length(past), width, device)
 
@@ -379,7 +399,7 @@ def _causal(place: Place | None) -> bool:
         return True
     if "CLIPText" in type(getattr(place.layer.module, "config", None)).__name__:
         return True  # says so per call, not on the module
-    return bool(getattr(place.layer.module, "is_causal", place.layer.route == "recorder"))
+    return is_causal(place.layer)
 
 
 def _context(model: Any, config: Any) -> int | None:

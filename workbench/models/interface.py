@@ -20,6 +20,7 @@ from workbench.errors import Refused
 from workbench.models.current import current, inside
 from workbench.models.denominators import Denominators
 from workbench.models.layers import kernel_before
+from workbench.models.recorders.base import attending
 from workbench.models.session import Session
 from workbench.models.steps import Steps
 
@@ -157,9 +158,13 @@ def attend(
             held.add(query, key, attention_mask, args, kwargs, run.gates.pop(id(module), None))
         return result
     session = run if isinstance(run, Session) else None
+    recorder = None if session is None else attending(module)
     base = _base(getattr(getattr(module, "config", None), "_attn_implementation_internal", None))
     kernel = kernel_before(module, base)
-    layer = None if session is None else session.layer_of(module)
+    if recorder is not None:
+        options = allowed_options(recorder.session.family, recorder.layer, args, kwargs)
+        return recorder.attended(kernel, (query, key, value, attention_mask), kwargs, options, base)
+    layer = None if session is None else session.next_layer(module)
     if session is None or layer is None or not session.wants(layer):
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
     options = allowed_options(session.family, layer, args, kwargs)
@@ -168,12 +173,14 @@ def attend(
         output, weights = kernel(module, query, key, value, attention_mask, **kwargs)
     if session.wants_map(layer):
         bias = options.get("position_bias")
-        mask, extra = session.masks.resolve(layer, attention_mask, query, key, base, options)
+        choice = session.choices.pop(id(module), None)
+        given = attention_mask if choice is None else choice.mask
+        mask, extra = session.masks.resolve(layer, given, query, key, base, options)
         if extra is not None:
             bias = extra if bias is None else bias + extra
         session.on_map(
             layer, query, key, mask, scale=options.get("scaling"), softcap=options.get("softcap"),
-            sink=options.get("s_aux"), bias=bias, lse=None if seen is None else seen.lse,
+            sink=options.get("s_aux"), bias=bias, lse=None if seen is None else seen.lse, choice=choice,
         )  # fmt: skip
     output = session.on_pattern(layer, weights if base == "eager" else None, value, output, base)
     return session.on_output(layer, output), weights

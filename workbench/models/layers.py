@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,8 @@ class AttentionLayer:
     block: str
     """Path of the block (an entry of a ``ModuleList``) it lives in."""
     route: str
+    shared: bool = False
+    """Whether its module runs as other layers too."""
 
     @property
     def name(self) -> str:
@@ -105,6 +108,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             routed = [(*candidate, "none")]
         number = int(block_path.rsplit(".", 1)[1])
         found += [(_stack(path), number, path, module, block_path, route) for path, module, route in routed]
+    found = _in_passes(model, found)
+    times = Counter(id(module) for _, _, _, module, _, _ in found)
     stacks = list(dict.fromkeys(stack for stack, *_ in found))
     if stacks in (["encoder"], ["decoder"], ["text"], ["vision"]):
         found = [("", n, p, m, b, r) for _, n, p, m, b, r in found]
@@ -116,8 +121,24 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             numbers = list(range(len(members)))
         for number, (_, _, path, module, block_path, route) in zip(numbers, members, strict=True):
             key: int | str = f"{stack}.{number}" if stack else number
-            layers.append(AttentionLayer(stack, number, key, path, module, block_path, route))
+            layers.append(
+                AttentionLayer(stack, number, key, path, module, block_path, route, shared=times[id(module)] > 1)
+            )
     return layers
+
+
+def _in_passes(model: nn.Module, found: list[Any]) -> list[Any]:
+    """``found`` in the order in which the layers run, with those named again that run again (ALBERT)."""
+    for path, stack in model.named_modules():
+        if type(stack).__name__ == "AlbertTransformer":
+            config: Any = stack.config
+            layers, groups = config.num_hidden_layers, config.num_hidden_groups
+            members = [
+                [entry for entry in found if entry[2].startswith(f"{path}.albert_layer_groups.{group}.".lstrip("."))]
+                for group in range(groups)
+            ]
+            return [entry for i in range(layers) for entry in members[int(i / (layers / groups))]]
+    return found
 
 
 def has_state(layer: AttentionLayer) -> bool:
@@ -143,7 +164,9 @@ def pads(layer: AttentionLayer) -> bool:
 
 def builds_scores(layer: AttentionLayer, implementation: str) -> bool:
     """Whether the scores of all pairs are built in full."""
-    return implementation == "eager" and not (layer.route == "recorder" and not recorder_of(layer.module).quadratic)
+    if implementation != "eager" or layer.route == "none":
+        return implementation == "eager"
+    return layer.route != "recorder" or recorder_of(layer.module).quadratic(layer.module)
 
 
 def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:

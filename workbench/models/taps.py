@@ -69,6 +69,8 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
             modules |= {kind for kind, path in paths.items() if submodule(block, path) is not None}
             if "attn_out" not in modules and not wiring.end:
                 modules.discard("resid_mid")
+        if layer.shared:  # hooks on its modules would not tell its runs apart
+            modules, wiring = set(), None
         function = {"q", "k", "v", "z"} if wiring is not None and not wiring.rotary else {"rot_q", "rot_k", "v", "z"}
         sites = recorder_of(layer.module).sites if layer.route == "recorder" else None
         if sites is not None:

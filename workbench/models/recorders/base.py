@@ -49,8 +49,6 @@ class Recorder:
     """Whether the module calls transformers' attention interface; its calls go through ``attended``."""
     state: ClassVar[bool] = False
     """Whether the mixer has no scores of pairs: it carries a state, or is a fixed transform."""
-    quadratic: ClassVar[bool] = True
-    """Whether it builds the scores of all pairs where the model is eager."""
 
     def __init__(self, layer: AttentionLayer, session: Session, given: dict[str, Any]) -> None:
         self.layer, self.session, self.given = layer, session, given
@@ -73,6 +71,11 @@ class Recorder:
         return bool(getattr(module, "is_causal", True))
 
     @classmethod
+    def quadratic(cls, module: Any) -> bool:
+        """Whether it builds the scores of all pairs at once where the model is eager."""
+        return not cls.state
+
+    @classmethod
     def pads(cls, module: Any) -> bool:
         """Whether the model lengthens its input with padding of its own."""
         return False
@@ -93,8 +96,11 @@ class Recorder:
         """A call of one of ``functions``; calls ``function``, which is the original, and returns its output."""
         raise NotImplementedError
 
-    def attended(self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], base: str) -> Any:
-        """A call of the attention interface by the module: calls ``kernel``, the function of implementation ``base``."""
+    def attended(
+        self, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: Any, base: str
+    ) -> Any:
+        """A call of the attention interface by the module with queries, keys, values and mask: calls ``kernel``, the function of
+        implementation ``base``. ``options`` are those of its arguments that shape the map."""
         raise NotImplementedError
 
 
@@ -109,7 +115,7 @@ class Watch(Recorder, TorchFunctionMode):
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self:
-            return forward(*args, **kwargs)
+            return Recorder.run(self, forward, args, kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.pass_on(func, args, kwargs or {})

@@ -5,11 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from workbench.models.recorders.base import Recorder
+from workbench.models.recorders.blocks import BigBird
 from workbench.models.recorders.conv import ShortConv
 from workbench.models.recorders.delta import GatedDelta, KimiDelta
+from workbench.models.recorders.differential import Differential
+from workbench.models.recorders.fourier import Fourier
+from workbench.models.recorders.hashing import HashedChunks, LocalChunks
+from workbench.models.recorders.landmarks import Nystroem
 from workbench.models.recorders.linear import Lightning, RgLru, Rwkv
+from workbench.models.recorders.longformer import Longformer
 from workbench.models.recorders.scan import Mamba, Mamba2
 from workbench.models.recorders.softmax import Bloom, Falcon, Mpt
+from workbench.models.recorders.windows import ShiftedWindows
 
 RECORDERS: dict[str, type[Recorder]] = {
     "FalconAttention": Falcon,
@@ -32,6 +39,15 @@ RECORDERS: dict[str, type[Recorder]] = {
     "RwkvSelfAttention": Rwkv,
     "Lfm2ShortConv": ShortConv,
     "Lfm2MoeShortConv": ShortConv,
+    "DiffLlamaAttention": Differential,
+    "LongformerSelfAttention": Longformer,
+    "BigBirdAttention": BigBird,
+    "LocalSelfAttention": LocalChunks,
+    "LSHSelfAttention": HashedChunks,
+    "NystromformerSelfAttention": Nystroem,
+    "FNetBasicFourierTransform": Fourier,
+    "Swinv2SelfAttention": ShiftedWindows,
+    "DonutSwinSelfAttention": ShiftedWindows,
 }
 
 

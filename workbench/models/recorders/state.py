@@ -32,7 +32,7 @@ CONV = "post-conv V"
 
 class _State(Recorder):
     sites = frozenset({"v", "z"})
-    state, quadratic = True, False
+    state = True
     missing = "editing pattern; decoding from a cache"
     heeds_padding: ClassVar[bool] = True
     """Whether the model keeps padded tokens out of its state."""
