@@ -11,6 +11,7 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Model, Tokens
 from workbench.sites import Site
 
+POST_NORM = ("Bert", "Roberta", "Longformer", "BigBird")
 STATISTICS = ("lse", "received", "entropy", "block_mass", "block_max")
 
 
@@ -49,7 +50,7 @@ def test_it_is_a_model_with_a_manifest_of_every_layer(case):
 
 def test_capture_changes_no_bit_and_maps_keep_their_contract(case):
     off = case.model.run(case.inputs)
-    stats = ("received",) if case.state else ("received", "entropy")
+    stats = ("received",) if case.signed else ("received", "entropy")
     on = case.model.run(case.inputs, maps=capture(blocks=4, stats=stats))
     assert torch.equal(answer(off), answer(on))
     assert tuple(on.maps) == case.keys
@@ -57,7 +58,7 @@ def test_capture_changes_no_bit_and_maps_keep_their_contract(case):
     for found in on.maps.values():
         weights = found.dense()
         sums = weights.sum(-1)
-        assert case.state or found.sign == "nonnegative"
+        assert case.signed or found.sign == "nonnegative"
         assert found.sign == "signed" or (weights >= 0).all()
         assert found.row_sum == "free" or (sums <= 1 + 1e-5).all()
         if found.row_sum == "1":
@@ -127,7 +128,7 @@ def test_residual_stream_adds_up(case):
             total = total + run.acts[cross]
         assert torch.allclose(run.acts[post], total, atol=1e-5 * scale), str(post)
         checked += 1
-    assert checked or not served(case, "attn_out") or type(case.net).__name__.startswith(("Bert", "Roberta"))
+    assert checked or not served(case, "attn_out") or type(case.net).__name__.startswith(POST_NORM)
 
 
 def test_identity_edits_change_no_bit(case):
@@ -317,7 +318,7 @@ def test_gradients_flow_through_reads_and_edits(case):
 
 
 def test_reading_a_site_leaves_the_gradients_of_others(case):
-    first = served(case, "resid_pre")[0]
+    first = [*served(case, "resid_pre"), *served(case, "embed")][0]
 
     def slope(*more):
         with torch.enable_grad():

@@ -34,6 +34,8 @@ class Case:
     """Whether ``inputs`` are token ids alone."""
     state: bool = False
     """Whether some layers carry a state: maps may be signed, a run with a cache is not captured, and not every site is there."""
+    signed: bool = False
+    """Whether maps may be signed."""
     heeds_padding: bool = True
     """Whether padding before a text leaves the text alone."""
 
@@ -179,6 +181,8 @@ NETS: dict[str, Callable[..., Any]] = {
     "mpt": plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
 }
 NETS |= {name: made for name, made in INTERFACE_NETS.items() if name != "bart"}
+CONFORMING = ("diffllama", "longformer", "big_bird", "swinv2", "donut")
+"""Those of ``SPARSE_NETS`` that run on any text (or image) and have all the sites that the suite asks for."""
 RECORDED = ("falcon", "falcon-alibi", "bloom", "mpt")
 EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
 """Families that transformers runs eagerly by default."""
@@ -226,6 +230,7 @@ def hugging_face(name: str, implementation: str | None = None, dtype: torch.dtyp
         made,
         text=isinstance(given, torch.Tensor),
         state=name in STATE_NETS,
+        signed=name in STATE_NETS or name == "diffllama",
         heeds_padding=name not in ("recurrent_gemma", "rwkv"),
     )
 
@@ -277,7 +282,7 @@ def tokenizer() -> Any:
 BUILDERS: dict[str, Callable[[], Case]] = {
     **{
         f"hf-{name}": (lambda name=name: hugging_face(name, dtype=DTYPES.get(name, torch.float64)))
-        for name in (*NETS, *STATE_NETS)
+        for name in (*NETS, *STATE_NETS, *CONFORMING)
     },
     "native-softmax": native,
     "native-gated": lambda: native(mixer="gated-softmax"),

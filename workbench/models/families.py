@@ -229,6 +229,16 @@ for _name in ("XLMRoberta", "Electra", "Camembert", "Ernie"):
     WIRINGS[f"{_name}Layer"] = _BERT
 WIRINGS["Dinov2WithRegistersLayer"] = WIRINGS["Dinov2Layer"]
 
+for _name in ("Longformer", "BigBird", "Nystromformer"):
+    WIRINGS[f"{_name}Layer"] = _BERT
+WIRINGS["FNetLayer"] = replace(_BERT, out="", attn_out="fourier.self", mid="fourier.output.LayerNorm", q="", k="", v="")
+for _name in ("DeepseekV32", "GlmMoeDsa"):
+    WIRINGS[f"{_name}DecoderLayer"] = WIRINGS["DeepseekV3DecoderLayer"]
+WIRINGS["DiffLlamaDecoderLayer"] = _LLAMA
+
+_STREAMS = ("Gemma3nTextDecoderLayer", "ReformerLayer")
+"""Blocks that go on with several streams instead of one residual stream."""
+
 _CROSS: dict[str, Wiring] = {
     "T5Block": Wiring(out="layer.1.EncDecAttention.o", attn_out="layer.1.EncDecAttention.o"),
     "WhisperDecoderLayer": Wiring(out="encoder_attn.out_proj", attn_out="encoder_attn.out_proj"),
@@ -259,13 +269,18 @@ def wiring_of(block: nn.Module, cross: bool = False) -> Wiring | None:
         wiring = replace(wiring, rotary=not getattr(config, "alibi", False))
         if getattr(config, "parallel_attn", True) or getattr(config, "new_decoder_architecture", False):
             return replace(wiring, mid="")
-    if name == "DeepseekV3DecoderLayer" and submodule(block, wiring.pre) is None:
+    if wiring is WIRINGS["DeepseekV3DecoderLayer"] and submodule(block, wiring.pre) is None:
         return replace(wiring, pre="", post="")
     if name == "T5Block" and submodule(block, "layer.-1.DenseReluDense.wi") is not None:
         return replace(wiring, pre="layer.-1.DenseReluDense.wi")
     if name == "T5Block":
         return replace(wiring, pre="layer.-1.DenseReluDense.wi_0")
     return wiring
+
+
+def has_stream(block: nn.Module) -> bool:
+    """Whether a block's first input and output are the residual stream."""
+    return type(block).__name__ not in _STREAMS
 
 
 def submodule(block: nn.Module, path: str) -> nn.Module | None:

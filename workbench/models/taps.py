@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.models.current import current
-from workbench.models.families import Wiring, join_heads, split_heads, submodule, wiring_of
+from workbench.models.families import Wiring, has_stream, join_heads, split_heads, submodule, wiring_of
 from workbench.models.layers import AttentionLayer
 from workbench.models.recorders.gates import gate_of
 from workbench.models.recorders.registry import is_recorded, recorder_of
@@ -53,7 +53,7 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
         if layer.route == "none":
             found.append(Place(layer, block, None, heads, kv_heads, width, of_map=frozenset()))
             continue
-        modules: set[str] = set() if cross else {"resid_pre", "resid_post"}
+        modules: set[str] = {"resid_pre", "resid_post"} if has_stream(block) and not cross else set()
         if wiring is not None:
             paths = {
                 "attn_out": wiring.attn_out,
@@ -92,7 +92,7 @@ def _of_recorder(
     layer: AttentionLayer, block: nn.Module, wiring: Wiring | None, counts: tuple[int, int, int], sites: frozenset[str]
 ) -> Place:
     """A layer whose recorder says which sites of the mixing there are."""
-    modules = {"resid_pre", "resid_post"}
+    modules = {"resid_pre", "resid_post"} if has_stream(block) else set()
     if wiring is not None:
         paths = {"attn_out": wiring.attn_out, "resid_mid": wiring.mid, "mlp_out": wiring.mlp_out,
                  "mlp_pre": wiring.pre, "mlp_post": wiring.post}  # fmt: skip
