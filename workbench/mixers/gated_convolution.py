@@ -31,7 +31,7 @@ from workbench.mixers.channels import (
     token_gate,
     tokens,
 )
-from workbench.mixers.gating import SOURCES, small
+from workbench.mixers.gating import SOURCE, UNUSED, head_values, small
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.algebra import HeadsMap, KeysMap, ProductMap
@@ -246,18 +246,18 @@ def _hornet_parts(parts: dict[str, Any]) -> dict[str, Any]:
     p, q = (planes(parts[name])[:, : channels // 2] for name in ("start", "factor"))
     kernel = torch.cat([_square(parts["kernel"])[: channels // 2], _square(parts["last"])])
     point = parts["point"].flatten(2).flatten(0, 1)[:, : channels // 2]
-    return {"p": p, "q": q, "v": parts["value"], "points": [point], "kernel": kernel, "grid": grid_of(parts)}
+    return {"p": p, "q": q, "v": head_values(parts), "points": [point], "kernel": kernel, "grid": grid_of(parts)}
 
 
 def _modulation_parts(parts: dict[str, Any]) -> dict[str, Any]:
     joined = {name: parts[name].flatten(2).flatten(0, 1) for name in ("enter", "leave")}
     kernel = _square(parts["kernel"])
-    return {"x": parts["source"], "v": parts["value"], **joined, "kernel": kernel, "grid": grid_of(parts)}
+    return {"x": parts["source"], "v": head_values(parts), **joined, "kernel": kernel, "grid": grid_of(parts)}
 
 
 def _ffnified_parts(parts: dict[str, Any]) -> dict[str, Any]:
     kernels = {name: _square(parts[name]) for name in ("query_key", "attention_value")}
-    return {"v": parts["value"], **kernels, "grid": grid_of(parts)}
+    return {"v": head_values(parts), **kernels, "grid": grid_of(parts)}
 
 
 _KERNEL = Parameter("HE49", small)
@@ -283,9 +283,10 @@ VARIANTS = (
         reference="raoyongming/HorNet gnconv",
         note="Order 3 in the example; scale 1/3 as in the released models. The native model runs order 2.",
         recipe=Recipe(
-            learned={"start": Learned("HE"), "factor": Learned("HE"), "value": Learned("HE")},
+            learned={"start": Learned("HE"), "factor": Learned("HE")},
             parameters={"kernel": _KERNEL, "last": _KERNEL, "point": Parameter("HEHE", small)},
             prepare=_hornet_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -298,9 +299,10 @@ VARIANTS = (
         reference="ma-xu/EfficientMod models/EfficientMod.py",
         note="One context size. The reach of the convolution shows in the gate, not in the map.",
         recipe=Recipe(
-            learned=SOURCES,
+            learned=SOURCE,
             parameters={"enter": Parameter("HEHE", small), "kernel": _KERNEL, "leave": Parameter("HEHE", small)},
             prepare=_modulation_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -324,9 +326,9 @@ VARIANTS = (
         reference="ysj9909/FFNet models/ffnet.py Token_Mixer",
         note="Kernels after re-parameterisation, which adds a 3x3 to each 7x7.",
         recipe=Recipe(
-            learned={"value": Learned("HE")},
             parameters={"query_key": _KERNEL, "attention_value": _KERNEL},
             prepare=_ffnified_parts,
+            ignores=UNUSED,
         ),
     ),
 )  # fmt: skip

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from workbench.attention_map import AttentionMap
-from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
+from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import UnknownName
 from workbench.mixers.channels import check_odd, check_sides, check_values, correlate, planes, token_gate, tokens
+from workbench.mixers.gating import SOURCE, UNUSED, channels_last, head_values, small
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.diagonal import DiagonalMap
@@ -178,11 +179,23 @@ def _resolution_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, 
 
 def _glu_parts(parts: dict[str, Any]) -> dict[str, Any]:
     kernel, bias = parts["kernel"].flatten(0, 1).unflatten(-1, (3, 3)), parts["bias"].flatten()
-    return {"x": parts["source"], "v": parts["value"], "kernel": kernel, "bias": bias, "grid": grid_of(parts)}
+    return {"x": parts["source"], "v": head_values(parts), "kernel": kernel, "bias": bias, "grid": grid_of(parts)}
 
 
-def _small(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape) / 3
+def _channels_first(parts: dict[str, Any]) -> dict[str, Tensor]:
+    """Values with channels as rows, which gate themselves."""
+    v = head_values(parts).transpose(2, 3)
+    return {"x": v, "v": v}
+
+
+def _eca_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    return {**_channels_first(parts), "kernel": parts["kernel"]}
+
+
+def _contrast_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    squeeze, expand = parts["squeeze"].flatten(0, 1).T, parts["expand"].flatten(0, 1)
+    biases = {"squeeze_bias": parts["squeeze_bias"], "expand_bias": parts["expand_bias"].flatten()}
+    return {**_channels_first(parts), "squeeze": squeeze, "expand": expand, **biases}
 
 
 VARIANTS = (
@@ -194,6 +207,9 @@ VARIANTS = (
         operator=efficient_channel_attention,
         example=_examples(kernel=(eca_kernel_size(GROUPS * WIDTH),)),
         reference="timm layers/eca.py",
+        recipe=Recipe(
+            parameters={"kernel": Parameter("3", small)}, prepare=_eca_parts, finish=channels_last, ignores=UNUSED
+        ),
     ),
     Variant(
         name="resolution-aware-channel-attention",
@@ -214,6 +230,15 @@ VARIANTS = (
         operator=contrast_aware_channel_attention,
         example=_examples(squeeze=(2, 8), expand=(8, 2), squeeze_bias=(2,), expand_bias=(8,)),
         note="The reduction of 16 channels to 1 is 8 to 2 in the example.",
+        recipe=Recipe(
+            parameters={
+                "squeeze": Parameter("HE4", small), "expand": Parameter("HE4", small), "squeeze_bias": Parameter("4"),
+                "expand_bias": Parameter("HE"),
+            },
+            prepare=_contrast_parts,
+            finish=channels_last,
+            ignores=UNUSED,
+        ),
     ),
     Variant(
         name="sentence-attention",
@@ -243,9 +268,10 @@ VARIANTS = (
         reference="DaiShiResearch/TransNeXt",
         note="The projection after the product is not part of the operator.",
         recipe=Recipe(
-            learned={"source": Learned("HE"), "value": Learned("HE")},
-            parameters={"kernel": Parameter("HE9", _small), "bias": Parameter("HE")},
+            learned=SOURCE,
+            parameters={"kernel": Parameter("HE9", small), "bias": Parameter("HE")},
             prepare=_glu_parts,
+            ignores=UNUSED,
         ),
     ),
 )  # fmt: skip

@@ -14,13 +14,26 @@ from workbench.catalogue import Learned, Variant, example_tensors, nearest_grid
 Example = Callable[[int, int, torch.dtype], dict[str, Any]]
 Operator = Callable[..., tuple[Tensor, AttentionMap]]
 
-SOURCES = {"source": Learned("HE"), "value": Learned("HE")}
-"""What a gate is made of and what it scales, two projections of a layer's input."""
+SOURCE = {"source": Learned("HE")}
+"""What a gate is made of in native models, beside the values that it scales."""
+UNUSED = ("q", "k")
+"""What operators without similarities have no use for."""
 
 
 def small(shape: tuple[int, ...]) -> Tensor:
     """Random weights for a gate that is neither open nor shut."""
     return torch.randn(shape) / 3
+
+
+def head_values(parts: dict[str, Any]) -> Tensor:
+    """The values of a native model's layer with a value head per head, ``[B, H, N, E]``."""
+    v = parts["v"]
+    return v.repeat_interleave(parts["q"].shape[1] // v.shape[1], 1)
+
+
+def channels_last(out: Tensor) -> Tensor:
+    """``[B, H, E, N]`` to ``[B, H, N, E]``."""
+    return out.transpose(2, 3)
 
 
 def plain_example(heads: int, width: int, **shapes: tuple[int, ...]) -> Example:
@@ -55,6 +68,6 @@ def gate_parts(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def prepare(parts: dict[str, Any]) -> dict[str, Any]:
         made = {name: parts[name].flatten(0, 1) for name in names}
         made = {name: p.T if p.ndim == 2 and name != "mix" else p for name, p in made.items()}
-        return {"x": parts["source"], "v": parts["value"], **made}
+        return {"x": parts["source"], "v": head_values(parts), **made}
 
     return prepare

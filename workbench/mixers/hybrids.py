@@ -29,7 +29,7 @@ from workbench.mixers.channels import (
     planes,
     tokens,
 )
-from workbench.mixers.gating import small
+from workbench.mixers.gating import UNUSED, head_values, small
 from workbench.mixers.image import Grid, grid_of, taps, windows
 from workbench.mixers.local import masked_softmax
 from workbench.mixers.scored import check_tensor
@@ -177,7 +177,7 @@ def _graph_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def _affinity_parts(parts: dict[str, Any]) -> dict[str, Any]:
     table = parts["table"].flatten(0, 1).unflatten(1, (5, 5))
-    return {"v": parts["value"], "table": table, "grid": grid_of(parts)}
+    return {"v": head_values(parts), "table": table, "grid": grid_of(parts)}
 
 
 def _shared_parts(parts: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _shared_parts(parts: dict[str, Any]) -> dict[str, Any]:
 
 def _lightweight_parts(parts: dict[str, Any]) -> dict[str, Any]:
     heads = parts["q"].shape[1]
-    k, v = (parts[n].repeat_interleave(heads // parts[n].shape[1], 1) for n in ("k", "v"))
+    k, v = parts["k"].repeat_interleave(heads // parts["k"].shape[1], 1), head_values(parts)
     q, k = torch.stack([parts["q"], parts["second_q"]]), torch.stack([k, parts["second_k"]])
     return {"q": q, "k": k, "v": v, "grid": grid_of(parts)}
 
@@ -196,7 +196,8 @@ def _lightweight_parts(parts: dict[str, Any]) -> dict[str, Any]:
 def _graph_parts(parts: dict[str, Any]) -> dict[str, Any]:
     neighbours = taps(grid_of(parts), 3, device=parts["q"].device)
     vectors = {name: parts[name] for name in ("target", "source")}
-    return {"x": parts["nodes"], "v": parts["nodes"], **vectors, "neighbours": neighbours}
+    nodes = head_values(parts)
+    return {"x": nodes, "v": nodes, **vectors, "neighbours": neighbours}
 
 
 VARIANTS = (
@@ -210,7 +211,7 @@ VARIANTS = (
         reference="Sense-X/UniFormer CBlock",
         note="A video in the example, an image in native models. The deep layers are plain attention.",
         recipe=Recipe(
-            learned={"value": Learned("HE")}, parameters={"table": Parameter("HE25", small)}, prepare=_affinity_parts
+            parameters={"table": Parameter("HE25", small)}, prepare=_affinity_parts, ignores=UNUSED
         ),
     ),
     Variant(
@@ -226,6 +227,7 @@ VARIANTS = (
             learned={"embedding": Learned("HE")},
             parameters={"query": Parameter("H3", small), "key": Parameter("H3", small)},
             prepare=_shared_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -251,9 +253,9 @@ VARIANTS = (
         note="The paper's encoder is taken as graph attention of the usual form. In native models the graph is the 3x3 "
         "neighbourhood.",
         recipe=Recipe(
-            learned={"nodes": Learned("HE")},
             parameters={"target": Parameter("HE", small), "source": Parameter("HE", small)},
             prepare=_graph_parts,
+            ignores=UNUSED,
         ),
     ),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
 from workbench.mixers.channels import channel_map, check_sides, check_values, planes, tokens
-from workbench.mixers.gating import SOURCES, small
+from workbench.mixers.gating import UNUSED, head_values, small
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.sparse import SparseMap
@@ -101,7 +101,7 @@ def _example(square: bool) -> Any:
 def _parts(parts: dict[str, Any]) -> dict[str, Any]:
     network = {"enter": parts["enter"].unflatten(0, (16, 3)), "hidden": parts["hidden"].unflatten(0, (16, 16))}
     leave = parts["leave"].flatten(0, 1)
-    return {"z": parts["source"], "v": parts["value"], **network, "leave": leave, "grid": grid_of(parts)}
+    return {"z": parts["source"], "v": head_values(parts), **network, "leave": leave, "grid": grid_of(parts)}
 
 
 def _spread(shape: tuple[int, ...]) -> Tensor:
@@ -120,13 +120,14 @@ VARIANTS = (
         example=_example(square=False),
         note="Follows the abstract, which convolves; the form of the coordinate network is assumed.",
         recipe=Recipe(
-            learned={"source": Learned("HE", bias=1.0), "value": SOURCES["value"]},
+            learned={"source": Learned("HE", bias=1.0)},
             parameters={
                 "enter": Parameter("48", _spread),
                 "hidden": Parameter("256", small),
                 "leave": Parameter("HE16", small),
             },
             prepare=_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(

@@ -19,7 +19,7 @@ from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.mixers.channels import causal_convolution, channel_map, check_odd, check_values, planes, tokens
-from workbench.mixers.gating import SOURCES, small
+from workbench.mixers.gating import SOURCE, UNUSED, head_values, small
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.toeplitz import ToeplitzMap
 
@@ -232,26 +232,33 @@ def _flattened(parts: dict[str, Any], *names: str) -> dict[str, Tensor]:
 
 def _base_parts(parts: dict[str, Any]) -> dict[str, Any]:
     weight = parts["weight"].flatten(2).flatten(0, 1)
-    return {"x": parts["source"], "v": parts["value"], "weight": weight, **_flattened(parts, "bias", "kernel")}
+    return {"x": parts["source"], "v": head_values(parts), "weight": weight, **_flattened(parts, "bias", "kernel")}
 
 
 def _h3_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    k = parts["k"].repeat_interleave(parts["q"].shape[1] // parts["k"].shape[1], 1)
     made = _flattened(parts, "shift", "shift_skip", "decay", "frequency", "cosine", "sine", "skip")
-    return {"q": parts["source"], "k": parts["key"], "v": parts["value"], **made}
+    return {"q": parts["q"], "k": k, "v": head_values(parts), **made}
 
 
 def _hyena_parts(parts: dict[str, Any]) -> dict[str, Any]:
     gates = {name: parts[name] for name in ("enter_gate", "leave_gate")}
     network = {"enter": parts["enter"].unflatten(0, (16, 5)), "hidden": parts["hidden"].unflatten(0, (16, 16))}
-    longest = max(1024, parts["value"].shape[2])
-    return {**gates, "v": parts["value"], **network, **_flattened(parts, "leave", "decay", "skip"), "longest": longest}
+    longest = max(1024, parts["v"].shape[2])
+    return {
+        **gates,
+        "v": head_values(parts),
+        **network,
+        **_flattened(parts, "leave", "decay", "skip"),
+        "longest": longest,
+    }
 
 
 def _orchid_parts(conditioning: str) -> Any:
     def prepare(parts: dict[str, Any]) -> dict[str, Any]:
         features = {name: parts[name] for name in ("enter_gate", "leave_gate")}
         made = _flattened(parts, "first", "second", "spectral")
-        return {"x": parts["source"], **features, "v": parts["value"], **made, "conditioning": conditioning}
+        return {"x": parts["source"], **features, "v": head_values(parts), **made, "conditioning": conditioning}
 
     return prepare
 
@@ -261,7 +268,7 @@ def _ramp(shape: tuple[int, ...]) -> Tensor:
     return torch.linspace(1.0, 8.0, math.prod(shape)).view(shape)
 
 
-_GATES = {"enter_gate": Learned("HE"), "leave_gate": Learned("HE"), "value": Learned("HE")}
+_GATES = {"enter_gate": Learned("HE"), "leave_gate": Learned("HE")}
 _ORCHID = {name: Parameter("HE3", small) for name in ("first", "second", "spectral")}
 _STATES = {name: Parameter("HE8", small) for name in ("decay", "frequency", "cosine", "sine")}
 _ORCHID_PAPER = "#65 Orchid: Flexible and Data-Dependent Convolution for Sequence Modeling (2024)"
@@ -277,9 +284,10 @@ VARIANTS = (
         causal=True,
         reference="HazyResearch/zoology zoology/mixers/base_conv.py",
         recipe=Recipe(
-            learned=SOURCES,
+            learned=SOURCE,
             parameters={"weight": Parameter("HEHE", small), "bias": Parameter("HE"), "kernel": Parameter("HE64", small)},
             prepare=_base_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -293,7 +301,6 @@ VARIANTS = (
         reference="HazyResearch/zoology zoology/mixers/h3/h3.py",
         note="The shift state space is given by its kernel.",
         recipe=Recipe(
-            learned={"source": Learned("HE"), "key": Learned("HE"), "value": Learned("HE")},
             parameters={
                 "shift": Parameter("HE4", small), "shift_skip": Parameter("HE", torch.ones), **_STATES,
                 "skip": Parameter("HE", small),
@@ -319,6 +326,7 @@ VARIANTS = (
                 "decay": Parameter("HE", _ramp), "skip": Parameter("HE", small),
             },
             prepare=_hyena_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -329,7 +337,9 @@ VARIANTS = (
         operator=orchid,
         example=_orchid_example("magnitude"),
         note="From the paper's text; the scale 1/sqrt(N) of the kernel and the even kernel over frequencies are assumed.",
-        recipe=Recipe(learned={**_GATES, "source": Learned("HE")}, parameters=_ORCHID, prepare=_orchid_parts("magnitude")),
+        recipe=Recipe(
+            learned={**_GATES, **SOURCE}, parameters=_ORCHID, prepare=_orchid_parts("magnitude"), ignores=UNUSED
+        ),
     ),
     Variant(
         name="orchid-correlation",
@@ -340,7 +350,7 @@ VARIANTS = (
         example=_orchid_example("correlation"),
         note="The second conditioning network of the paper; scale and kernel over frequencies as for the first.",
         recipe=Recipe(
-            learned={**_GATES, "source": Learned("HE")}, parameters=_ORCHID, prepare=_orchid_parts("correlation")
+            learned={**_GATES, **SOURCE}, parameters=_ORCHID, prepare=_orchid_parts("correlation"), ignores=UNUSED
         ),
     ),
 )  # fmt: skip

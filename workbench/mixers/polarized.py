@@ -20,7 +20,16 @@ from torch.nn import functional
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Parameter, Recipe, example_tensors
 from workbench.mixers.channels import check_values, planes, token_gate, tokens
-from workbench.mixers.gating import SOURCES, gate_parts, gate_record, plain_example, small
+from workbench.mixers.gating import (
+    SOURCE,
+    UNUSED,
+    channels_last,
+    gate_parts,
+    gate_record,
+    head_values,
+    plain_example,
+    small,
+)
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.diagonal import DiagonalMap
 
@@ -136,6 +145,14 @@ def _polarized_parts(parts: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _channel_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    v = head_values(parts).transpose(2, 3)
+    names = ("value_weights", "query", "mix", "weight", "bias")
+    found = gate_parts(*names)({**parts, "source": v})
+    found["value"] = found.pop("value_weights")
+    return {**found, "x": v, "v": v}
+
+
 _PSA = "#123 Polarized Self-Attention: Towards High-quality Pixel-wise Regression (2021)"
 
 
@@ -143,23 +160,31 @@ VARIANTS = (
     gate_record(
         "polarized-channel-attention", _PSA, polarized_channel_attention, _channel_example,
         note="Layer norm before the sigmoid as in public re-implementations.",
+        recipe=Recipe(
+            parameters=_CHANNEL_PARAMETERS, prepare=_channel_parts, finish=channels_last, ignores=UNUSED
+        ),
     ),
     gate_record(
         "polarized-spatial-attention", _PSA, polarized_spatial_attention, plain_example(2, 3, **_PLACES),
-        recipe=Recipe(learned=SOURCES, parameters=_PLACE_PARAMETERS, prepare=gate_parts("spatial_value", "spatial_query")),
+        recipe=Recipe(
+            learned=SOURCE, parameters=_PLACE_PARAMETERS, prepare=gate_parts("spatial_value", "spatial_query"),
+            ignores=UNUSED,
+        ),
     ),
     gate_record(
         "polarized-parallel-attention", _PSA, polarized_parallel_attention,
         plain_example(6, 1, **_CHANNELS, **_PLACES),
         recipe=Recipe(
-            learned=SOURCES, parameters={**_CHANNEL_PARAMETERS, **_PLACE_PARAMETERS}, prepare=_polarized_parts
+            learned=SOURCE, parameters={**_CHANNEL_PARAMETERS, **_PLACE_PARAMETERS}, prepare=_polarized_parts,
+            ignores=UNUSED,
         ),
     ),
     gate_record(
         "polarized-sequential-attention", _PSA, polarized_sequential_attention,
         plain_example(6, 1, **_CHANNELS, **_PLACES),
         recipe=Recipe(
-            learned=SOURCES, parameters={**_CHANNEL_PARAMETERS, **_PLACE_PARAMETERS}, prepare=_polarized_parts
+            learned=SOURCE, parameters={**_CHANNEL_PARAMETERS, **_PLACE_PARAMETERS}, prepare=_polarized_parts,
+            ignores=UNUSED,
         ),
     ),
 )  # fmt: skip

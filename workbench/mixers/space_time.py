@@ -24,6 +24,7 @@ from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.maps import GatedMap
 from workbench.mixers.channels import check_sides
+from workbench.mixers.gating import head_values
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.mixers.softmax import softmax_attention
@@ -255,14 +256,14 @@ def _periodic_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, An
 
 def _stan_parts(parts: dict[str, Any]) -> dict[str, Any]:
     heads = parts["q"].shape[1]
-    k, v = (parts[n].repeat_interleave(heads // parts[n].shape[1], 1) for n in ("k", "v"))
+    k, v = parts["k"].repeat_interleave(heads // parts["k"].shape[1], 1), head_values(parts)
     times = {name: parts[name] for name in ("time_q", "time_k")}
     return {"q": parts["q"], "k": k, "v": v, **times, "grid": grid_of(parts)}
 
 
 def _periodic_parts(parts: dict[str, Any]) -> dict[str, Any]:
     heads = parts["q"].shape[1]
-    k, v = (parts[n].repeat_interleave(heads // parts[n].shape[1], 1) for n in ("k", "v"))
+    k, v = parts["k"].repeat_interleave(heads // parts["k"].shape[1], 1), head_values(parts)
     periods = main_periods(parts["x"].detach(), 3)
     q, k = (x[None].expand(len(periods), *x.shape) for x in (parts["q"], k))
     return {"q": q, "k": k, "v": v, "x": parts["x"], "periods": periods}

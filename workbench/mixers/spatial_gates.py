@@ -19,7 +19,16 @@ from workbench.attention_map import AttentionMap
 from workbench.catalogue import Parameter, Recipe, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
 from workbench.mixers.channels import check_sides, check_values, planes, token_gate, tokens
-from workbench.mixers.gating import SOURCES, gate_parts, gate_record, gated_example, plain_example, small
+from workbench.mixers.gating import (
+    SOURCE,
+    UNUSED,
+    gate_parts,
+    gate_record,
+    gated_example,
+    head_values,
+    plain_example,
+    small,
+)
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.diagonal import DiagonalMap
@@ -179,13 +188,13 @@ def _local_parts(parts: dict[str, Any]) -> dict[str, Any]:
 
 def _subspace_parts(parts: dict[str, Any]) -> dict[str, Any]:
     names = ("scale", "shift", "point", "point_shift")
-    return {"x": parts["source"], "v": parts["value"], **{n: parts[n] for n in names}, "grid": grid_of(parts)}
+    return {"x": parts["source"], "v": head_values(parts), **{n: parts[n] for n in names}, "grid": grid_of(parts)}
 
 
 def _wave_parts(parts: dict[str, Any]) -> dict[str, Any]:
     heads = parts["q"].shape[1]
-    k, v = (parts[n].repeat_interleave(heads // parts[n].shape[1], 1) for n in ("k", "v"))
-    return {"q": parts["q"], "k": k, "v": v, "grid": grid_of(parts), "start": 0}
+    k = parts["k"].repeat_interleave(heads // parts["k"].shape[1], 1)
+    return {"q": parts["q"], "k": k, "v": head_values(parts), "grid": grid_of(parts), "start": 0}
 
 
 _ELA = "#44 ELA: Efficient Local Attention for Deep Convolutional Neural Networks (2024)"
@@ -206,9 +215,9 @@ VARIANTS = (
         "efficient-local-attention", _ELA, efficient_local_attention, _local_example,
         note="ELA-B with 2 groups in the norm, as the example has 6 channels.",
         recipe=Recipe(
-            learned=SOURCES,
+            learned=SOURCE,
             parameters={"kernel": Parameter("HE7", small), "weight": Parameter("HE", torch.ones), "bias": Parameter("HE")},
-            prepare=_local_parts,
+            prepare=_local_parts, ignores=UNUSED,
         ),
     ),
     gate_record(
@@ -217,12 +226,12 @@ VARIANTS = (
         reference="Nandan91/ULSAM ulsam.py",
         note="Batch norms folded into the 1x1 convolutions.",
         recipe=Recipe(
-            learned=SOURCES,
+            learned=SOURCE,
             parameters={
                 "scale": Parameter("HE", torch.ones), "shift": Parameter("HE"), "point": Parameter("HE", small),
                 "point_shift": Parameter("H"),
             },
-            prepare=_subspace_parts,
+            prepare=_subspace_parts, ignores=UNUSED,
         ),
     ),
     gate_record(
@@ -233,8 +242,8 @@ VARIANTS = (
         "little-bit-attention", _LITTLE, little_attention, plain_example(2, 3, weight=(6,), bias=(1,)),
         note="The paper was read as an abstract only: one 1x1 convolution over places stands for its cheap block.",
         recipe=Recipe(
-            learned=SOURCES, parameters={"weight": Parameter("HE", small), "bias": Parameter("1")},
-            prepare=lambda parts: {**gate_parts("weight")(parts), "bias": parts["bias"]},
+            learned=SOURCE, parameters={"weight": Parameter("HE", small), "bias": Parameter("1")},
+            prepare=lambda parts: {**gate_parts("weight")(parts), "bias": parts["bias"]}, ignores=UNUSED,
         ),
     ),
     gate_record(

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from workbench.attention_map import AttentionMap
-from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
+from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.mixers.channels import channel_map, check_sides, check_values, planes, tokens
-from workbench.mixers.gating import SOURCES, small
+from workbench.mixers.gating import SOURCE, UNUSED, head_values, small
 from workbench.mixers.image import Grid, grid_of
 from workbench.mixers.scored import check_tensor
 from workbench.mixers.softmax import softmax_attention
@@ -204,7 +204,7 @@ def _resized(weights: Tensor, grid: Grid) -> Tensor:
 
 def _filter_parts(parts: dict[str, Any]) -> dict[str, Any]:
     grid = grid_of(parts)
-    return {"v": parts["value"], "spectrum": _resized(parts["spectrum"], grid), "grid": grid}
+    return {"v": head_values(parts), "spectrum": _resized(parts["spectrum"], grid), "grid": grid}
 
 
 def _spectformer_parts(parts: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +212,15 @@ def _spectformer_parts(parts: dict[str, Any]) -> dict[str, Any]:
     return {**features, **_filter_parts(parts), "layer": 0}
 
 
+def _fourier_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    v = head_values(parts)
+    return {"v": fourier_values(v.transpose(1, 2).flatten(2), v.shape[1])}
+
+
 def _adaptive_parts(parts: dict[str, Any]) -> dict[str, Any]:
     weight = torch.stack([parts["first"], parts["second"]])
     bias = torch.stack([parts["first_bias"], parts["second_bias"]])
-    return {"x": parts["source"], "v": parts["value"], "weight": weight, "bias": bias, "grid": grid_of(parts)}
+    return {"x": parts["source"], "v": head_values(parts), "weight": weight, "bias": bias, "grid": grid_of(parts)}
 
 
 _SPECTRUM = Parameter("HE80", small)
@@ -230,7 +235,7 @@ VARIANTS = (
         operator=global_filter,
         example=_filter_example,
         reference="raoyongming/GFNet GlobalFilter",
-        recipe=Recipe(learned={"value": Learned("HE")}, parameters={"spectrum": _SPECTRUM}, prepare=_filter_parts),
+        recipe=Recipe(parameters={"spectrum": _SPECTRUM}, prepare=_filter_parts, ignores=UNUSED),
     ),
     Variant(
         name="spectformer",
@@ -241,7 +246,7 @@ VARIANTS = (
         example=_spectformer_example,
         reference="badripatro/SpectFormers SpectralGatingNetwork",
         note="The example is the last of four spectral layers; a native model runs spectral layers.",
-        recipe=Recipe(learned={"value": Learned("HE")}, parameters={"spectrum": _SPECTRUM}, prepare=_spectformer_parts),
+        recipe=Recipe(parameters={"spectrum": _SPECTRUM}, prepare=_spectformer_parts),
     ),
     Variant(
         name="adaptive-frequency-filter",
@@ -252,12 +257,13 @@ VARIANTS = (
         example=_adaptive_example,
         reference="microsoft/TokenMixers Adaptive Frequency Filters/affnet/modules/aff_block.py",
         recipe=Recipe(
-            learned=SOURCES,
+            learned=SOURCE,
             parameters={
                 "first": Parameter("2HEE", small), "second": Parameter("2HEE", small),
                 "first_bias": Parameter("2HE"), "second_bias": Parameter("2HE"),
             },
             prepare=_adaptive_parts,
+            ignores=UNUSED,
         ),
     ),
     Variant(
@@ -269,7 +275,7 @@ VARIANTS = (
         example=_fourier_example,
         reference="transformers FNetBasicFourierTransform",
         note="Values are real and imaginary parts after the transform along channels.",
-        recipe=Recipe(prepare=lambda parts: {"v": fourier_values(parts["x"], parts["v"].shape[1])}),
+        recipe=Recipe(prepare=_fourier_parts, ignores=UNUSED),
     ),
     Variant(
         name="transform-once",

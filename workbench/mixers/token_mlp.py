@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors
+from workbench.catalogue import Parameter, Recipe, Variant, example_tensors
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.mixers.gating import small
+from workbench.mixers.gating import UNUSED, head_values, small
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.jacobian import JacobianMap
 
@@ -130,12 +130,13 @@ def _activator_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, A
 
 
 def _network_parts(parts: dict[str, Any]) -> dict[str, Any]:
-    n = parts["values"].shape[2]
+    v = head_values(parts)
+    n = v.shape[2]
     if n > LONGEST:
         raise WorkbenchError(f"the token network of a native model has weights for {LONGEST} tokens; got {n}")
     first, second = (parts[name].flatten(0, 1)[:, :n] for name in ("first", "second"))
     bias = {"first_bias": parts["first_bias"].flatten(), "second_bias": parts["second_bias"][:n]}
-    return {"v": parts["values"], "first": first, "second": second.T, **bias}
+    return {"v": v, "first": first, "second": second.T, **bias}
 
 
 def _ninformer_parts(parts: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +145,9 @@ def _ninformer_parts(parts: dict[str, Any]) -> dict[str, Any]:
 
 def _activator_parts(parts: dict[str, Any]) -> dict[str, Any]:
     gate, value, leave = (parts[name].flatten(2).flatten(0, 1) for name in ("gate", "value", "leave"))
-    return {"v": parts["values"], "gate": gate, "value": value, "leave": leave}
+    return {"v": head_values(parts), "gate": gate, "value": value, "leave": leave}
 
 
-_VALUES = {"values": Learned("HE")}
 _NETWORK = {
     "first": Parameter(f"HE{LONGEST}", small), "second": Parameter(f"HE{LONGEST}", small),
     "first_bias": Parameter("HE"), "second_bias": Parameter(f"{LONGEST}"),
@@ -163,7 +163,7 @@ VARIANTS = (
         example=_mixer_example,
         value_input=None,
         reference="timm models/mlp_mixer.py MixerBlock",
-        recipe=Recipe(learned=_VALUES, parameters=_NETWORK, prepare=_network_parts),
+        recipe=Recipe(parameters=_NETWORK, prepare=_network_parts, ignores=UNUSED),
     ),
     Variant(
         name="ninformer",
@@ -175,7 +175,7 @@ VARIANTS = (
         value_input=None,
         note="From the abstract and the formula; norms and residuals inside of the inner mixer are left out.",
         recipe=Recipe(
-            learned=_VALUES, parameters={**_NETWORK, "weight": Parameter("HEHE", small)}, prepare=_ninformer_parts
+            parameters={**_NETWORK, "weight": Parameter("HEHE", small)}, prepare=_ninformer_parts, ignores=UNUSED
         ),
     ),
     Variant(
@@ -188,9 +188,9 @@ VARIANTS = (
         value_input=None,
         note="No token mixing: the map is diagonal.",
         recipe=Recipe(
-            learned=_VALUES,
             parameters={name: Parameter("HEHE", small) for name in ("gate", "value", "leave")},
             prepare=_activator_parts,
+            ignores=UNUSED,
         ),
     ),
 )  # fmt: skip
