@@ -255,6 +255,17 @@ def _modulation_parts(parts: dict[str, Any]) -> dict[str, Any]:
     return {"x": parts["source"], "v": head_values(parts), **joined, "kernel": kernel, "grid": grid_of(parts)}
 
 
+def _spartan_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    """Kernels ``[C, 3 * 9]``, of which half of the channels are used; excitations ``[C, 4]`` half by half."""
+    channels = parts["v"].shape[3] * parts["q"].shape[1]
+    if channels % 2:
+        raise WorkbenchError(f"SpaRTAN's mixer halves the channels, an even number; got {channels}")
+    near, far, farther = parts["kernels"].flatten(0, 1)[: channels // 2].unflatten(1, (3, 3, 3)).unbind(1)
+    squeeze, expand = (parts[name].flatten(0, 1).unflatten(0, (2, -1)) for name in ("squeeze", "expand"))
+    kernels = {"near": near, "far": far, "farther": farther, "squeeze": squeeze.transpose(1, 2), "expand": expand}
+    return {"x": parts["source"], "v": head_values(parts), **kernels, "grid": grid_of(parts)}
+
+
 def _ffnified_parts(parts: dict[str, Any]) -> dict[str, Any]:
     kernels = {name: _square(parts[name]) for name in ("query_key", "attention_value")}
     return {"v": head_values(parts), **kernels, "grid": grid_of(parts)}
@@ -314,6 +325,14 @@ VARIANTS = (
         example=_spartan_example,
         reference="henry-pay/SpaRTAN src/model/spartan.py SMixer",
         note="Later stages, where convolutions are depthwise. GELU is taken as a gate of what it lets through.",
+        recipe=Recipe(
+            learned=SOURCE,
+            parameters={
+                "kernels": Parameter("HE27", small), "squeeze": Parameter("HE4", small), "expand": Parameter("HE4", small)
+            },
+            prepare=_spartan_parts,
+            ignores=UNUSED,
+        ),
     ),
     Variant(
         name="ffnified-attention",

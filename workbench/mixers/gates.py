@@ -192,6 +192,11 @@ def _eca_parts(parts: dict[str, Any]) -> dict[str, Any]:
     return {**_channels_first(parts), "kernel": parts["kernel"]}
 
 
+def _resolution_parts(parts: dict[str, Any]) -> dict[str, Any]:
+    squeeze, expand = parts["squeeze"].flatten(0, 1).T[None], parts["expand"].flatten(0, 1)[None]
+    return {**_channels_first(parts), "squeeze": squeeze, "expand": expand}
+
+
 def _contrast_parts(parts: dict[str, Any]) -> dict[str, Any]:
     squeeze, expand = parts["squeeze"].flatten(0, 1).T, parts["expand"].flatten(0, 1)
     biases = {"squeeze_bias": parts["squeeze_bias"], "expand_bias": parts["expand_bias"].flatten()}
@@ -221,6 +226,12 @@ VARIANTS = (
         example=_resolution_example,
         note="Known from the abstract: squeeze and excitation, with a pair of matrices for each resolution as the reading of "
         "'resolution-specific'.",
+        recipe=Recipe(
+            parameters={"squeeze": Parameter("HE4", small), "expand": Parameter("HE4", small)},
+            prepare=_resolution_parts,
+            finish=channels_last,
+            ignores=UNUSED,
+        ),
     ),
     Variant(
         name="contrast-aware-channel-attention",
