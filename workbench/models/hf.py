@@ -102,7 +102,10 @@ class HFModel:
         return found + [Site(kind, stack=stack) for kind, stack in self._globals.modules if kind != "embed"]
 
     def manifest(self) -> Manifest:
-        records = tuple(describe(layer, self._implementation(layer)) for layer in self._layers)
+        records = tuple(
+            describe(place.layer, self._implementation(place.layer), stream="resid_pre" in place.kinds)
+            for place in self._places
+        )
         return Manifest(self.name, records, tuple(map(str, self.sites())))
 
     def weight(self, name: str, layer: int | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from workbench.models.protocol import LayerRecord
+from workbench.models.recorders.choice import indexer_of
 from workbench.models.recorders.gates import gate_of, hides_gate
 from workbench.models.recorders.registry import is_listed, is_recorded, recorder_of
 
@@ -169,8 +170,8 @@ def builds_scores(layer: AttentionLayer, implementation: str) -> bool:
     return layer.route != "recorder" or recorder_of(layer.module).quadratic(layer.module)
 
 
-def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
-    """The manifest's line about one layer."""
+def describe(layer: AttentionLayer, implementation: str, *, stream: bool = True) -> LayerRecord:
+    """The manifest's line about one layer; ``stream``: whether the residual stream around it can be had."""
     if layer.route == "none":
         what = type(layer.module).__name__
         return LayerRecord(layer.key, what, "none", "none", f"{what} {why_not(layer.module)}")
@@ -185,11 +186,14 @@ def describe(layer: AttentionLayer, implementation: str) -> LayerRecord:
         missing = "; ".join(filter(None, ("output gate (the map is before it)", missing)))
     if layer.route == "recorder":
         recorder = recorder_of(layer.module)
-        mixer, missing = recorder.mixer, recorder.missing or missing
-    return LayerRecord(layer.key, mixer or _softmax(layer.module), layer.route, "exact", missing)
+        mixer, missing = recorder.named(layer.module), recorder.missing or missing
+    cross = layer.stack == "cross"
+    if not (stream or cross):
+        missing = "; ".join(filter(None, (missing, "residual stream")))
+    return LayerRecord(layer.key, mixer or _softmax(layer.module, cross=cross), layer.route, "exact", missing)
 
 
-def _softmax(module: nn.Module) -> str:
+def _softmax(module: nn.Module, *, cross: bool) -> str:
     """``softmax`` with what the module adds to it, as far as its attributes tell."""
     parts = ["softmax"]
     config: Any = getattr(module, "config", None)
@@ -209,8 +213,13 @@ def _softmax(module: nn.Module) -> str:
         parts.append(f"softcap {cap:g}")
     if getattr(module, "sinks", None) is not None:
         parts.append("sink")
-    if getattr(module, "relative_position_bias", None) is not None or hasattr(module, "has_relative_attention_bias"):
+    if type(module).__name__ == "SwinAttention":
+        parts.append("shifted windows")
+    biased = getattr(module, "relative_position_bias", None) is not None
+    if biased or (hasattr(module, "has_relative_attention_bias") and not cross):
         parts.append("position bias")
+    if indexer_of(module) is not None:
+        parts.append(f"top {config.index_topk} by indexer")
     if type(module).__name__ in ("BloomAttention", "MptAttention") or getattr(config, "alibi", False):
         parts.append("alibi")
     if gate_of(module) is not None:

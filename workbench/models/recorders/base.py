@@ -66,6 +66,11 @@ class Recorder:
         return None
 
     @classmethod
+    def named(cls, module: Any) -> str:
+        """Name of the mixer with what the module adds to it."""
+        return cls.mixer
+
+    @classmethod
     def causal(cls, module: Any) -> bool:
         """Whether no token sees one behind it."""
         return bool(getattr(module, "is_causal", True))

@@ -41,6 +41,10 @@ class BigBird(TextWatch):
         return super().heads(module.self)
 
     @classmethod
+    def named(cls, module: Any) -> str:
+        return cls.mixer if module.attention_type == "block_sparse" else "softmax"
+
+    @classmethod
     def causal(cls, module: Any) -> bool:
         return bool(module.config.is_decoder)
 

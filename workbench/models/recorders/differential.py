@@ -23,7 +23,7 @@ _DIFFERENCES = (torch.sub, Tensor.sub, Tensor.__sub__)
 
 class Differential(Watch):
     mixer = "difference of two softmaxes"
-    missing = "group norm (the map is before it); editing pattern"
+    missing = "group norm (the map is before it); editing pattern; steps of generate()"
     sites = frozenset({"v", "z"})
     interface = True
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class Fourier(Recorder):
     mixer = "Fourier transform over tokens and channels"
-    missing = "the same map over untransformed channels (the model mixes them too); editing pattern"
+    missing = "mixing of channels (it is in the values: fourier_values of the input); editing pattern"
     sites = frozenset({"z"})
     state = True
 

@@ -23,11 +23,15 @@ from workbench.patterns.sparse import SparseMap
 
 class LocalChunks(TextWatch):
     mixer = "softmax + chunks"
-    missing = "editing pattern; residual stream (there are two); decoding from a cache"
+    missing = "editing pattern; decoding from a cache"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.weights: list[Tensor] = []
+
+    @classmethod
+    def named(cls, module: Any) -> str:
+        return f"{cls.mixer} of {module.chunk_length}"
 
     @classmethod
     def causal(cls, module: Any) -> bool:
@@ -72,7 +76,7 @@ class LocalChunks(TextWatch):
 
 
 class HashedChunks(LocalChunks):
-    mixer = "softmax + hash buckets (LSH)"
+    mixer = "softmax + hash buckets (LSH), chunks"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

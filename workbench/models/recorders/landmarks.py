@@ -30,6 +30,12 @@ class Nystroem(TextWatch):
     missing = "editing pattern; keeping padding out (landmarks and convolution of the model take it in)"
     statistics = TextWatch.statistics - {"entropy"}
 
+    @classmethod
+    def named(cls, module: Any) -> str:
+        full = module.num_landmarks == module.seq_len
+        name = "softmax" if full else f"Nyström softmax ({module.num_landmarks} landmarks)"
+        return name if module.conv_kernel_size is None else f"{name} + convolution of values"
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.kernels: list[Tensor] = []

@@ -34,12 +34,16 @@ class LongformerMap(SumMap):
 
 
 class Longformer(TextWatch):
-    mixer = "softmax + window and global tokens"
+    mixer = "softmax + window + global tokens"
     missing = "editing pattern; values of global rows as a site (map.native() keeps them apart)"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.weights: list[Tensor] = []
+
+    @classmethod
+    def named(cls, module: Any) -> str:
+        return f"softmax + window of {module.one_sided_attn_window_size} on either side + global tokens"
 
     @classmethod
     def pads(cls, module: Any) -> bool:
