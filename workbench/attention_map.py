@@ -197,7 +197,7 @@ class AttentionMap(ABC):
     def rmatvec(self, y: Tensor) -> Tensor:
         """The adjoint: ``[B, H, Q, E]`` to ``[B, G, K, E]``, summed over the query heads that share a value head."""
         self._check_outputs(y)
-        b, h, q, k = self.shape
+        b, h, _, k = self.shape
         g, width = self.kv_heads, y.shape[3]
         out = y.new_zeros(b, g, k, width, dtype=working_dtype(y.dtype))
         for lo, hi, rows in self._chunks():

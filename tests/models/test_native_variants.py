@@ -64,7 +64,8 @@ def multiplies(m: NativeModel, inputs: Any) -> None:
     z = out if mixer.recipe.finish is None else mixer.recipe.finish(out)
     torch.testing.assert_close(z.transpose(1, 2), run.acts["blocks.0.attn.hook_z"], rtol=0, atol=0)
     if watched.variant.value_input is not None:
-        values = watched.arguments[watched.variant.value_input]
+        given = watched.arguments.get(watched.variant.value_input)
+        values = watched.result[1].values if given is None else given  # values that the operator makes itself
         torch.testing.assert_close(run.maps[0].matvec(values), out, rtol=1e-9, atol=1e-9)
 
 
@@ -141,6 +142,28 @@ def test_a_vision_mixer_runs_in_a_model_of_images(mixer: str) -> None:
     multiplies(m, pictures())
     values = "blocks.0.attn.hook_v"
     assert not torch.allclose(m.run(pictures(), edit={values: lambda v: 1.5 * v}).logits, plain.logits)
+
+
+@pytest.mark.parametrize("mixer", [*CAUSAL, *IMAGES])
+def test_queries_keys_and_values_matter_where_they_have_hook_points(mixer: str) -> None:
+    """What a mixer has no use for is named in ``Recipe.ignores`` and cannot be read or edited."""
+    m, inputs = (model(mixer), IDS) if mixer in CAUSAL else (vision(mixer), pictures())
+    plain = m.run(inputs).logits
+    for kind in ("q", "k", "v"):
+        site = f"blocks.0.attn.hook_{kind}"
+        noise = lambda x: x + torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)  # noqa: E731
+        if kind in m.net.blocks[0].attn.mixer.ignores:
+            with pytest.raises(UnknownName):
+                m.run(inputs, edit={site: noise})
+        else:
+            assert not torch.equal(m.run(inputs, edit={site: noise}).logits, plain), kind
+
+
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_key_heads_can_be_shared(mixer: str) -> None:
+    run = model(mixer, kv_heads=2).run(IDS, maps=wb.capture())
+    assert torch.isfinite(run.logits).all()
+    assert run.maps[0].dense().shape[2:] == (9, 9)
 
 
 def test_a_causal_mixer_sees_images_too() -> None:

@@ -204,6 +204,7 @@ def _recipe(directions: int, prepare: Any) -> Recipe:
         learned={"dt": Learned(axes, softplus, bias=-2.0), "b": Learned(axes), "c": Learned(axes)},
         parameters={"log_a": Parameter(f"{directions}HEE", _harmonic), "d": Parameter(f"{directions}HE", torch.ones)},
         prepare=prepare,
+        ignores=("q", "k"),
     )
 
 

@@ -246,7 +246,7 @@ VARIANTS = (
         example=_spectformer_example,
         reference="badripatro/SpectFormers SpectralGatingNetwork",
         note="The example is the last of four spectral layers; a native model runs spectral layers.",
-        recipe=Recipe(parameters={"spectrum": _SPECTRUM}, prepare=_spectformer_parts),
+        recipe=Recipe(parameters={"spectrum": _SPECTRUM}, prepare=_spectformer_parts, ignores=UNUSED),
     ),
     Variant(
         name="adaptive-frequency-filter",
