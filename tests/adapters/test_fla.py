@@ -55,15 +55,6 @@ def test_layer(fla: ModuleType, name: str) -> None:
     torch.testing.assert_close(amap.matvec(call.values), call.output, atol=2e-5, rtol=2e-4)
 
 
-def test_layer_in_chunks(fla: ModuleType) -> None:
-    """Above 64 tokens layers take their chunked kernels."""
-    layer = layer_of(fla, "GatedLinearAttention", **LAYERS["GatedLinearAttention"])
-    with torch.no_grad(), fla_calls(layer) as calls:
-        layer(torch.randn(1, 67, 64, device=DEVICE))
-    assert [call.name for call in calls] == ["chunk_gla"]
-    torch.testing.assert_close(calls[0].map().matvec(calls[0].values), calls[0].output, atol=2e-5, rtol=2e-4)
-
-
 def test_layers_are_left_as_they_were(fla: ModuleType) -> None:
     layer = layer_of(fla, "DeltaNet", **SIZES)
     module = importlib.import_module("fla.layers.delta_net")

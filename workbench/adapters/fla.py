@@ -10,7 +10,8 @@ and projection of the layer come after. Known operations, each in all forms (``c
     delta_rule, gated_delta_rule, kda                    S_t = A_t S_{t-1} + beta_t k_t v_t^T, A_t erases along k_t
     dplr_delta_rule, iplr_delta_rule, rwkv7              A_t = diag(exp a_t) + b_t a_t^T
 
-and the layer Mamba2, which calls none. Checked with fla 0.6.0: the layers in Triton's interpreter and the naive forms on a CPU.
+and the layer Mamba2, which calls none. Checked with fla 0.6.0 on a CPU: the layers with their recurrent
+kernels in Triton's interpreter, and the naive forms; the chunked kernels need a GPU and have not been run.
 """
 
 from __future__ import annotations
