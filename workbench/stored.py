@@ -162,8 +162,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _record(amap: AttentionMap, at: str, tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
     """What is to be known of a map beside its tensors, which go to ``tensors`` under names that begin with ``at``."""
-    told: dict[str, Any] = {"class": type(amap).__name__}
-    if isinstance(amap, SoftmaxMap):
+    told: dict[str, Any] = {"class": getattr(amap, "stored_as", type(amap).__name__)}
+    if isinstance(amap, SoftmaxMap) and told["class"] == "SoftmaxMap":
         s = amap.scores
         if not (s.bias is None or isinstance(s.bias, Tensor | Relative)):
             raise Refused(

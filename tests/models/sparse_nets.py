@@ -8,7 +8,7 @@ from typing import Any
 from random_nets import DECODER, D, F, H, L, V, decoder, plain
 
 _BERT = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
-_REFORMER: dict[str, Any] = {
+REFORMER: dict[str, Any] = {
     "vocab_size": V,
     "hidden_size": D,
     "feed_forward_size": F,
@@ -40,10 +40,10 @@ SPARSE_NETS: dict[str, Callable[..., Any]] = {
         "BigBirdForMaskedLM", "BigBirdConfig", **_BERT, block_size=2, num_random_blocks=2, sep_token_id=2
     ),
     "reformer": plain(
-        "ReformerForMaskedLM", "ReformerConfig", **_REFORMER, attn_layers=["local", "lsh"], is_decoder=False
+        "ReformerForMaskedLM", "ReformerConfig", **REFORMER, attn_layers=["local", "lsh"], is_decoder=False
     ),
     "reformer-causal": plain(
-        "ReformerModelWithLMHead", "ReformerConfig", **_REFORMER, attn_layers=["local", "lsh"], is_decoder=True
+        "ReformerModelWithLMHead", "ReformerConfig", **REFORMER, attn_layers=["local", "lsh"], is_decoder=True
     ),
     "nystromformer": plain(
         "NystromformerForMaskedLM",

@@ -28,8 +28,10 @@ class RoutedMap(SoftmaxMap):
     """The executed softmax over chosen keys.
 
     ``router`` is what they were chosen by and ``kept`` the choice, bool like the router or over keys. A row that is sure to see
-    itself (``whole``) sums to 1.
+    itself (``whole``) sums to 1. It is stored as the softmax alone, without its router.
     """
+
+    stored_as = "SoftmaxMap"
 
     def __init__(self, executed: SoftmaxMap, router: Any, kept: Tensor, *, whole: bool = False) -> None:
         s = executed.scores

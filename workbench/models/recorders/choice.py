@@ -60,7 +60,7 @@ class Choice:
             mask=s.mask, scale=self.scale,
         )  # fmt: skip
         mask = replace(s.mask, dense=kept if s.mask.dense is None else kept & s.mask.dense)
-        chosen = SoftmaxMap(s.q, s.k, mask=mask, scale=s.scale, softcap=s.softcap, sink=s.sink, bias=s.bias)
+        chosen = SoftmaxMap(s.q, s.k, mask=mask, scale=s.scale, bias=s.bias)
         return RoutedMap(chosen, scores, kept, whole=executed.row_sum == "1")
 
 

@@ -9,16 +9,21 @@ Buckets, weights and round weights are those of the run. A key that several roun
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench.attention_map import AttentionMap
+from workbench.errors import Refused
 from workbench.maps import DenseMap
 from workbench.models.recorders.state import work
 from workbench.models.recorders.text import TextWatch
 from workbench.patterns.sparse import SparseMap
+
+if TYPE_CHECKING:
+    from workbench.models.layers import AttentionLayer
+    from workbench.models.session import Session
 
 
 class LocalChunks(TextWatch):
@@ -40,6 +45,15 @@ class LocalChunks(TextWatch):
     @classmethod
     def pads(cls, module: Any) -> bool:
         return True
+
+    @classmethod
+    def check(cls, layer: AttentionLayer, session: Session) -> None:
+        real = session.real(layer)
+        if real is not None and session.wants_map(layer) and not bool(real[:, 0].all()):
+            raise Refused(
+                f"layer {layer.key} of {session.family}: {layer.name} has padding before a text, where transformers fails to "
+                "make positions for the padding it adds itself; pad on the right"
+            )
 
     def output(self, output: Any) -> Any:
         return output.hidden_states, lambda z: output._replace(hidden_states=z)

@@ -9,7 +9,7 @@ Where there are as many landmarks as positions the model takes plain softmax in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,13 +21,18 @@ from workbench.models.recorders.text import PRODUCTS, SOFTMAX, TextWatch
 from workbench.patterns.algebra import ProductMap, SumMap
 from workbench.patterns.toeplitz import ToeplitzMap
 
+if TYPE_CHECKING:
+    from workbench.models.layers import AttentionLayer
+    from workbench.models.session import Session
+
 
 class Nystroem(TextWatch):
-    """The factors as executed. Landmarks are means over all positions and the band knows no mask, so that padded tokens
-    act on the real ones near them: the map holds those weights, and its padded rows are zero."""
+    """The factors as executed. The band knows no mask, so that padded tokens act on the real ones near them: the map
+    holds those weights, and its padded rows are zero. With landmarks, transformers runs no padded text at all: its mask
+    is one over all pairs of tokens."""
 
     mixer = "Nyström softmax + convolution of values"
-    missing = "editing pattern; keeping padding out (landmarks and convolution of the model take it in)"
+    missing = "editing pattern; padded texts (the mask of transformers does not fit the landmarks)"
     statistics = TextWatch.statistics - {"entropy"}
 
     @classmethod
@@ -35,6 +40,15 @@ class Nystroem(TextWatch):
         full = module.num_landmarks == module.seq_len
         name = "softmax" if full else f"Nyström softmax ({module.num_landmarks} landmarks)"
         return name if module.conv_kernel_size is None else f"{name} + convolution of values"
+
+    @classmethod
+    def check(cls, layer: AttentionLayer, session: Session) -> None:
+        module: Any = layer.module
+        if session.real(layer) is not None and module.num_landmarks != module.seq_len and session.wants_map(layer):
+            raise Refused(
+                f"layer {layer.key} of {session.family}: {layer.name} runs no padded text, as the mask that transformers makes "
+                "of padding does not fit its landmarks; run it without attention_mask"
+            )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

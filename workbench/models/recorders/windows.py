@@ -20,6 +20,7 @@ from workbench.errors import Refused
 from workbench.maps import DenseMap
 from workbench.models.current import current
 from workbench.models.recorders.base import Watch
+from workbench.models.recorders.state import work
 
 if TYPE_CHECKING:
     from workbench.models.layers import AttentionLayer
@@ -133,5 +134,5 @@ class ShiftedWindows(Watch):
             self.met = True
             if self.session.wants_map(self.layer):
                 with torch.no_grad():
-                    self.session.on_built(self.layer, DenseMap(result))
+                    self.session.on_built(self.layer, DenseMap(*work(result)))
         return result
