@@ -24,31 +24,35 @@ FOLDERS = ("probes", "kernels", "apps", "datasets")
 
 def families() -> str:
     sys.path.insert(0, str(ROOT / "tests" / "models"))
-    from builders import BUILDERS
+    from builders import BUILDERS, CONFORMING, hugging_face
+    from sparse_nets import SPARSE_NETS
 
-    rows = []
-    for name, build in BUILDERS.items():
-        if not name.startswith("hf-"):
-            continue
-        case = build()
-        records = case.model.manifest().layers
-        rows.append(
-            (
-                f"`{type(case.model.model).__name__}`",
-                ", ".join(dict.fromkeys(r.mixer for r in records)),
-                ", ".join(dict.fromkeys(r.route for r in records)),
-                ", ".join(dict.fromkeys(r.exactness for r in records)),
-                ", ".join(dict.fromkeys(_called(r.layer) for r in records)),
-            )
-        )
+    titles = ("model", "mixer", "route", "exactness", "layers are called")
+    rows = [_family(build().model) for name, build in BUILDERS.items() if name.startswith("hf-")]
+    others = [_family(hugging_face(name).model) for name in SPARSE_NETS if name not in CONFORMING]
     return (
         "# Model families\n\n"
         "Each of these runs through the whole conformance suite as a small random model: maps against the model's own eager\n"
-        "attention in float64 (where something else than softmax mixes the tokens: against the values and the output of the layer\n"
+        "attention in float64 (where something else than softmax mixes the tokens: against the values and the output of the "
+        "layer\n"
         "itself), logits bit for bit equal with capture on and off, reads and edits, padding, caches, and nothing left behind.\n"
         "Other families of transformers work if their attention goes through its attention interface; otherwise capture is\n"
         "refused with the name of the layer. `model.manifest()` tells beforehand.\n\n"
-        + table(("model", "mixer", "route", "exactness", "layers are called"), rows)
+        + table(titles, rows)
+        + "\nThese are tested layer by layer: the map times the layer's own values is its own output in float64, with logits\n"
+        "bit for bit equal. They take no part in the suite, as they have a fixed length, no padding, no cache, or two\n"
+        "residual streams.\n\n" + table(titles, others)
+    )
+
+
+def _family(model: Any) -> tuple[str, ...]:
+    records = model.manifest().layers
+    return (
+        f"`{type(model.model).__name__}`",
+        ", ".join(dict.fromkeys(r.mixer for r in records)),
+        ", ".join(dict.fromkeys(r.route for r in records)),
+        ", ".join(dict.fromkeys(r.exactness for r in records)),
+        ", ".join(dict.fromkeys(_called(r.layer) for r in records)),
     )
 
 

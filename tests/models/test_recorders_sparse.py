@@ -480,7 +480,7 @@ def test_a_shared_layer_has_a_map_of_every_pass():
     assert (once.acts[Site("z", 1)] == 0).all()
 
 
-def test_a_decoder_without_an_encoder_gives_the_maps_of_what_runs():
+def test_a_decoder_without_an_encoder_gives_the_maps_of_what_runs(monkeypatch):
     model, ids = made("bart")
     with torch.no_grad():
         assert tuple(model.run(ids, maps=capture()).maps) == ("decoder.0", "decoder.1")
@@ -490,6 +490,10 @@ def test_a_decoder_without_an_encoder_gives_the_maps_of_what_runs():
         maps = model.run(given, maps=capture()).maps
     assert maps["cross.1"].shape == (2, 4, 11, 5)
     assert len(maps) == 4
+    for layer in model._layers[2:]:
+        monkeypatch.setattr(layer.module, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with torch.no_grad(), pytest.raises(WorkbenchError, match=r"layer cross\.0 of BartForCausalLM .*did not run"):
+        model.run(given, maps=capture())
 
 
 # ------------------------------------------------------------------ windows of images

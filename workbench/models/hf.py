@@ -34,6 +34,7 @@ from workbench.models.layers import (
     describe,
     has_state,
     is_causal,
+    is_compiled,
     on_interface,
     pads,
     why_not,
@@ -152,7 +153,7 @@ class HFModel:
         edits = requests.parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, self.layers())
         states = [layer for layer in self._layers if layer.key in wanted and layer.route == "recorder"]
-        if (reads or edits or states) and _is_compiled(self.model):
+        if (reads or edits or states) and is_compiled(self.model):
             raise Refused(
                 f"{self.name} is compiled, and hooks do not reach inside compiled code: read and edit sites of the model "
                 "before it is compiled; maps alone of layers on the attention interface can be captured here"
@@ -250,7 +251,7 @@ class HFModel:
             recording(layers, session),
             gating(mapped, session),
             choosing(mapped, session),
-            noticing([] if _is_compiled(self.model) else mapped, session),
+            noticing([] if is_compiled(self.model) else mapped, session),
         ):
             yield
 
@@ -313,11 +314,6 @@ class HFModel:
 
     def __repr__(self) -> str:
         return f"HFModel({self.name!r}, {self.family}, {len(self._layers)} attention layers, {self.attention})"
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    made = (getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules())
-    return any(made)
 
 
 def _row_ends(real: Tensor) -> Tensor | None:

@@ -153,6 +153,11 @@ def is_causal(layer: AttentionLayer) -> bool:
     return bool(getattr(layer.module, "is_causal", False))
 
 
+def is_compiled(model: nn.Module) -> bool:
+    made = (getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules())
+    return any(made)
+
+
 def on_interface(layer: AttentionLayer) -> bool:
     """Whether a layer calls the attention interface."""
     return layer.route == "attention interface" or (layer.route == "recorder" and recorder_of(layer.module).interface)
