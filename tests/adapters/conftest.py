@@ -1,7 +1,9 @@
-"""Other libraries as the tests use them.
+"""Other libraries, for the tests of one file at a time.
 
-fla comes without its models, which register themselves with transformers. timm imports torchvision, of which its attention
-modules use nothing; where no torchvision fits the installed torch, empty modules stand in for it while timm is imported.
+`make install` puts them into a folder of their own (the Makefile says why). They are imported from there and forgotten again, as
+other code behaves differently where it can import them. timm imports torchvision, of which its attention modules use nothing:
+where no torchvision fits the installed torch, empty modules stand in for it. fla comes without its models, which would register
+themselves with transformers.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+LIBRARIES = Path(sys.prefix) / "libraries"
 TORCHVISION = (
     "torchvision", "torchvision.ops", "torchvision.ops.misc", "torchvision.models", "torchvision.models.feature_extraction",
     "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets", "torchvision.utils",
@@ -43,54 +48,68 @@ class _Empty(ModuleType):
         return _Names(name, (), {})
 
 
-@pytest.fixture(scope="session")
-def timm() -> ModuleType:
-    """timm with the models that the tests take apart."""
-    names = ("vision_transformer", "swin_transformer", "convit", "volo", "efficientvit_msra", "davit", "eva")
-    absent = not _imports("torchvision")
-    if absent:
-        for name in TORCHVISION:
-            sys.modules[name] = _Empty(name)
-            parent, _, last = name.rpartition(".")
-            if parent:
-                setattr(sys.modules[parent], last, sys.modules[name])
+@contextmanager
+def borrowed(name: str, *parts: str) -> Iterator[ModuleType]:
+    """The library with these of its modules, or a skipped test; nothing of it is left in ``sys.modules`` afterwards."""
+    sys.path.append(str(LIBRARIES))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            timm = pytest.importorskip("timm")
-            for name in names:
-                importlib.import_module(f"timm.models.{name}")
+            found = pytest.importorskip(name)
+            for part in parts:
+                importlib.import_module(f"{name}.{part}")
+        yield found
     finally:
-        for name in TORCHVISION if absent else ():
-            del sys.modules[name]
-    return timm
+        sys.path.remove(str(LIBRARIES))
+        _forget(name)
+
+
+def _forget(name: str) -> None:
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
 
 
 def _imports(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except (ImportError, RuntimeError):  # a torchvision for another build of torch
-        for part in [part for part in sys.modules if part.partition(".")[0] == name]:
-            del sys.modules[part]
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision for another build of torch
+        _forget(name)
         return False
     return True
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def timm() -> Iterator[ModuleType]:
+    """timm with the models that the tests take apart."""
+    names = ("vision_transformer", "swin_transformer", "convit", "volo", "efficientvit_msra", "davit", "eva")
+    absent = not _imports("torchvision")
+    for name in TORCHVISION if absent else ():
+        sys.modules[name] = _Empty(name)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, sys.modules[name])
+    try:
+        with borrowed("timm", *(f"models.{name}" for name in names)) as found:
+            yield found
+    finally:
+        if absent:
+            _forget("torchvision")
+
+
+@pytest.fixture(scope="module")
+def natten() -> Iterator[ModuleType]:
+    with borrowed("natten") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def fla() -> Iterator[ModuleType]:
     """flash-linear-attention; its kernels in Triton's interpreter, where an autotuner has nothing to measure."""
     pytest.importorskip("triton")
     sys.modules["fla.models"] = None  # type: ignore[assignment]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fla = pytest.importorskip("fla", reason="flash-linear-attention is not installed")
-            pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
-    finally:
-        del sys.modules["fla.models"]
-    with pytest.MonkeyPatch.context() as patch:
+    with borrowed("fla", "layers") as found, pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             from triton.runtime.autotuner import Autotuner
 
             patch.setattr(Autotuner, "_bench", lambda *_, **__: [0.0, 0.0, 0.0])
-        yield fla
+        yield found

@@ -24,11 +24,6 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def natten() -> ModuleType:
-    return pytest.importorskip("natten")
-
-
 def drawn(grid: tuple[int, ...], heads: tuple[int, int, int] = (2, 2, 2)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(2, *grid, h, 16, generator=generator) for h in heads]
