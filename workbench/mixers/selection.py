@@ -86,7 +86,7 @@ class NativeSparseMap(SumMap):
         window: SoftmaxMap,
         gates: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        branches = (ProductMap(compressed, pool), selected, window)
+        branches = (ProductMap(compressed, pool, domain="token"), selected, window)
         super().__init__(*(GatedMap(m, gate) for m, gate in zip(branches, gates, strict=True)))
         self.compressed, self.selected, self.window, self.kept = compressed, selected, window, selected.kept
 

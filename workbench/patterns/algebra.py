@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.attention_map import METADATA, AttentionMap
+from workbench import attention_map
+from workbench.attention_map import METADATA, AttentionMap, block_cells
 from workbench.errors import WorkbenchError
 from workbench.maps import head_index, state_metadata
 from workbench.mods import Mod
@@ -104,6 +105,7 @@ class ProductMap(_Joined):
         self.value_space, self.domain = right.value_space, left.domain
         state_metadata(self, metadata)
         self.left, self.right = left, right
+        self._each: AttentionMap | None = None  # the right factor with a value head per query head
 
     def rows(self, lo: int, hi: int) -> Tensor:
         return self._through(self.left.rows(lo, hi))
@@ -128,10 +130,32 @@ class ProductMap(_Joined):
 
     def _through(self, weights: Tensor) -> Tensor:
         """``weights`` ``[B, H, R, A]`` times the right factor."""
-        return sum_of(weights[..., lo:hi].to(part.dtype) @ part for lo, hi, part in self.right._chunks())
+        if self.channelwise:
+            return sum_of(weights[..., lo:hi].to(part.dtype) @ part for lo, hi, part in self.right._chunks())
+        if self._each is None:
+            shared = self.right.kv_heads != self.shape[1]
+            self._each = self.right.heads(range(self.shape[1])) if shared else self.right
+        return self._each.rmatvec(weights.transpose(-1, -2)).transpose(-1, -2)
 
     def _received(self) -> Tensor:
         return self._through(self.left.received()[:, :, None]).squeeze(2)
+
+    def _blocks(self, size: int, reduce: str) -> Tensor:
+        linear = reduce in ("sum", "mean") or (reduce == "abs" and self.sign == "nonnegative")
+        if self.channelwise or not linear:
+            return super()._blocks(size, reduce)
+        b, h, q, k = self.shape
+        like = self.left.rows(0, 1)[..., :1] * self.right.rows(0, 1)[..., :1]
+        number = torch.arange(k, device=like.device) // size
+        step = max(1, attention_map.CHUNK // (b * h * max(q, k)))
+        parts = []
+        for lo in range(0, -(-k // size), step):
+            # Which key is in which block, as values: both factors pass them on, rows of the product are never made.
+            inside = (number[:, None] - lo == torch.arange(step, device=like.device)).to(like.dtype)
+            mass = self.matvec(inside.expand(b, self.kv_heads, -1, -1))
+            parts.append(torch.nn.functional.pad(mass, (0, 0, 0, -q % size)).unflatten(2, (-1, size)).sum(3))
+        blocks = torch.cat(parts, -1)[..., : -(-k // size)]
+        return blocks / block_cells(q, k, size, blocks) if reduce == "mean" else blocks
 
     def _mass(self, mod: Mod | Tensor) -> Tensor:
         if isinstance(mod, Tensor):

@@ -57,6 +57,7 @@ class SparseMap(AttentionMap):
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         at, weights = self._entries(lo, hi)
+        weights = weights.to(working_dtype(weights.dtype))
         out = weights.new_zeros(*weights.shape[:3], self.shape[3])
         return out.scatter_add_(-1, at.expand_as(weights), weights)
 
@@ -113,9 +114,12 @@ class SparseMap(AttentionMap):
         return at.expand_as(weights), weights.to(working_dtype(weights.dtype))
 
     def _received(self) -> Tensor:
-        at, weights = self._all()
         b, h, _, k = self.shape
-        return weights.new_zeros(b, h, k).scatter_add_(-1, at.flatten(2), weights.flatten(2))
+        out = self.weights.new_zeros(b, h, k, dtype=working_dtype(self.weights.dtype))
+        for lo, hi in self._pieces(1):
+            at, weights = self._entries(lo, hi)
+            out.scatter_add_(-1, at.expand_as(weights).flatten(2), weights.to(out.dtype).flatten(2))
+        return out
 
     def _entropy(self) -> Tensor:
         return torch.special.entr(self._all()[1]).sum(-1) if self._unique else super()._entropy()
@@ -143,16 +147,14 @@ class SparseMap(AttentionMap):
     def _blocks(self, size: int, reduce: str) -> Tensor:
         if reduce not in ("sum", "mean") and not (self._unique and (reduce == "abs" or self.sign == "nonnegative")):
             return super()._blocks(size, reduce)
-        at, weights = self._all()
         b, h, q, k = self.shape
         nq, nk = -(-q // size), -(-k // size)
-        cell = (torch.arange(q, device=at.device) // size)[:, None] * nk + at // size
-        out = weights.new_zeros(b, h, nq * nk)
-        values = weights.abs() if reduce == "abs" else weights
-        if reduce == "max":
-            out.scatter_reduce_(-1, cell.flatten(2), values.flatten(2), "amax")
-        else:
-            out.scatter_add_(-1, cell.flatten(2), values.flatten(2))
+        out = self.weights.new_zeros(b, h, nq * nk, dtype=working_dtype(self.weights.dtype))
+        for lo, hi in self._pieces(1):
+            at, weights = self._entries(lo, hi)
+            cell = (torch.arange(lo, hi, device=at.device) // size)[:, None] * nk + at // size
+            values = (weights.abs() if reduce == "abs" else weights).to(out.dtype).flatten(2)
+            out.scatter_reduce_(-1, cell.expand_as(weights).flatten(2), values, "amax" if reduce == "max" else "sum")
         blocks = out.view(b, h, nq, nk)
         return blocks / block_cells(q, k, size, blocks) if reduce == "mean" else blocks
 
