@@ -85,7 +85,7 @@ def test_heads_start_on_the_cells_of_a_kernel() -> None:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"grid": (3, 5)}, "grid has one cell"),
+        ({"grid": (3, 5)}, r"grid is \(rows, columns\)"),
         ({"place": torch.zeros(4, 2)}, "place is floating point"),
         ({"gating": torch.zeros(2)}, "gating is floating point"),
     ],

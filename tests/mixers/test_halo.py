@@ -101,7 +101,7 @@ def test_masked_rows_sum_to_one_on_ragged_images_too() -> None:
     [
         (halo_attention, {"block": 0, "halo": 1}, "block is"),
         (halo_attention, {"block": 2, "halo": -1}, "halo is"),
-        (halo_attention, {"block": 2, "halo": 1, "row_table": torch.zeros(3, 6)}, r"tables are \[7, 6\]"),
+        (halo_attention, {"block": 2, "halo": 1, "row_table": torch.zeros(3, 6)}, r"row_table is \[7, 6\]"),
         (halo_attention, {"block": 2, "halo": 1, "grid": (12,)}, "grid is"),
         (msa_convolution, {"kernel": (3,)}, "kernel has"),
         (msa_convolution, {"kernel": (3, 3), "shift": (1,)}, "shift has"),

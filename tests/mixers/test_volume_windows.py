@@ -66,7 +66,7 @@ IDENTITIES: dict[str, Callable[[Operator], None]] = {
 
 
 def test_wrong_options_are_named() -> None:
-    with pytest.raises(WorkbenchError, match=r"tables are \[3, 6\]"):
+    with pytest.raises(WorkbenchError, match=r"_table is \[3, 6\]"):
         dit3d_attention(**drawn(), window=2, x_table=torch.zeros(2, 6, dtype=torch.float64))
     with pytest.raises(WorkbenchError, match="window has a whole number"):
         tesa_attention(**drawn(), window=(2, 1), shifted=True)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
+from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
 from workbench.mixers.channels import correlation_map
+from workbench.mixers.grid_groups import whole_numbers
 from workbench.mixers.image import Grid, check_grid, depthwise, grid_of, pooled, spread
 from workbench.mixers.scored import check_tensor, masked_softmax, plain_scores, weighted
 from workbench.patterns.algebra import ProductMap, SumMap
@@ -61,8 +63,9 @@ def agent_attention(
     grid = check_grid(grid, n)
     check_tensor("k", k, (b, h, n, e))
     check_tensor("v", v, (b, h, n, "V"))
+    if not whole_numbers(agents) or len(agents) != 2:
+        raise WorkbenchError(f"agents is (rows, columns) of a grid of agents; got {agents!r}")
     count = agents[0] * agents[1]
-    check_grid(agents, count, "agents")
     for name, bias, shape in (("query_bias", query_bias, (h, n, count)), ("key_bias", key_bias, (h, count, n))):
         if bias is not None:
             check_tensor(name, bias, shape)

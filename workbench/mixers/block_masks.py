@@ -116,6 +116,8 @@ def bigbird_attention(
 
 def bigbird_blocks(heads: int, blocks: int, random_blocks: int, seed: int) -> Tensor:
     """Visible blocks of BigBird, bool ``[1, H, blocks, blocks]``; a row draws among the blocks that it does not see anyway."""
+    if isinstance(random_blocks, bool) or not isinstance(random_blocks, int) or random_blocks < 0:
+        raise WorkbenchError(f"random_blocks is a number of blocks, 0 or more; got {random_blocks!r}")
     rows, columns = _numbers(blocks)
     ends = (0, blocks - 1)
     fixed = (rows - columns).abs() <= 1

@@ -100,9 +100,9 @@ def cascaded_group_attention(
     for head in range(h):  # one after the other: each needs the output of the one before
         own = slice(head, head + 1)
         given = splits[:, own] + out
-        q, k, values = given @ query_weights[head], given @ key_weights[head], given @ value_weights[head]
+        q, k, values = (given @ w[head].to(given.dtype) for w in (query_weights, key_weights, value_weights))
         if query_kernel is not None:
-            q = depthwise(q, query_kernel[own], grid)
+            q = depthwise(q, query_kernel[own].to(q.dtype), grid)
         scores = plain_scores(q, k, scale)
         weights, lse = masked_softmax(scores if offsets is None else scores + offsets[own].to(scores.dtype))
         out = weighted(weights, values)

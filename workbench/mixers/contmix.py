@@ -109,8 +109,9 @@ def dynamic_local_attention(
     size = kernel.shape[-1]
     check_tensor("reduction", reduction, (x.shape[2], kernel.shape[0]))
     check_tensor("expansion", expansion, (kernel.shape[0], h * size * size))
-    mixed = depthwise((x @ reduction)[:, None], kernel[None], grid)[:, 0]
-    weights = (mixed @ expansion).unflatten(2, (h, size * size)).transpose(1, 2)
+    work = working_dtype(x.dtype)
+    mixed = depthwise((x.to(work) @ reduction.to(work))[:, None], kernel.to(work)[None], grid)[:, 0]
+    weights = (mixed @ expansion.to(work)).unflatten(2, (h, size * size)).transpose(1, 2)
     at = taps(grid, size, device=v.device)
     out = (weights.to(v.dtype)[..., None, :] @ gathered(v, at)).squeeze(-2)
     return out, SparseMap(at[None, None], weights, n, row_sum="free")

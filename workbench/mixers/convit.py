@@ -20,6 +20,7 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.maps import GatedMap
+from workbench.mixers.image import check_grid
 from workbench.mixers.scored import check_tensor, checked, masked_softmax, plain_scores, weighted
 from workbench.patterns.algebra import SumMap
 from workbench.patterns.softmax import SoftmaxMap
@@ -51,8 +52,9 @@ def gated_positional_attention(
     _, h, n, m = checked(q, k, v, Mask())
     check_tensor("place", place, (h, 3))
     check_tensor("gating", gating, (h,))
-    if n != m or grid[0] * grid[1] != n:
-        raise WorkbenchError(f"grid has one cell for each of the {n} queries and {m} keys; got {tuple(grid)}")
+    if n != m:
+        raise WorkbenchError(f"grid has one cell for each query and each key; got {n} queries and {m} keys")
+    grid = check_grid(grid, n)
     work = working_dtype(q.dtype)
     x, y = grid_places(grid, q.device)
     steps = torch.stack([x - x[:, None], y - y[:, None], (x - x[:, None]) ** 2 + (y - y[:, None]) ** 2])

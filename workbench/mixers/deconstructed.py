@@ -57,6 +57,8 @@ def random_embedding_attention(
     check_tensor("v", v, ("B", "G", "N", "V"))
     check_tensor("query_weights", query_weights, ("H", "D", "E"))
     # Whole blocks of 16 numbers come out the same whatever the length, so a longer text starts like a shorter one.
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise WorkbenchError(f"seed is a whole number; got {seed!r}")
     n, width = v.shape[2], query_weights.shape[1]
     source = torch.Generator().manual_seed(seed)
     drawn = torch.randn(1, n + -n % 16, width, generator=source, dtype=torch.float64)[:, :n]
@@ -84,6 +86,8 @@ def fixed_sequence_attention(
     check_tensor("embeddings", embeddings, ("tokens", "D"))
     if text.ndim != 1 or text.dtype != torch.int64 or text.shape[0] < v.shape[2]:
         raise WorkbenchError(f"text is int64 [L] with L >= {v.shape[2]} tokens; got {text.dtype} {list(text.shape)}")
+    if int(text.min()) < 0 or int(text.max()) >= embeddings.shape[0]:
+        raise WorkbenchError(f"text is of {embeddings.shape[0]} tokens; got {int(text.min())} to {int(text.max())}")
     x = embeddings[text[: v.shape[2]]][None]
     return _attention_of(x if blocks is None else blocks(x), query_weights, key_weights, v, mask, scale)
 
@@ -112,7 +116,8 @@ def _attention_of(
     """Attention with queries and keys of x ``[B or 1, N, D]``."""
     check_tensor("query_weights", query_weights, ("H", x.shape[2], "E"))
     check_tensor("key_weights", key_weights, (v.shape[1], x.shape[2], query_weights.shape[2]))
-    q, k = x[:, None] @ query_weights, x[:, None] @ key_weights
+    x = x.to(query_weights.dtype)
+    q, k = x[:, None] @ query_weights, x[:, None] @ key_weights.to(x.dtype)
     batch = (v.shape[0], -1, -1, -1)
     checked(q.expand(batch), k.expand(batch), v, mask)
     scores, allowed = plain_scores(q, k, scale), visible(mask, q.shape[2], k.shape[2], v.device)

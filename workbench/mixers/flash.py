@@ -24,6 +24,7 @@ from workbench.kernels import flash_attention as kernel
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Bias, Relative
 from workbench.mixers.local import check_qkv, chosen
+from workbench.mixers.scored import checked
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.union import UnionMap
 
@@ -126,7 +127,7 @@ def ring_attention(
     what it has. Run here in one process, one share after the other, for all queries at once; ranks beyond the keys hold none.
     Shapes as in ``flash_attention``; the map is that of the unsplit attention, with one tile per share.
     """
-    check_qkv(q, k, v)
+    checked(q, k, v, mask)
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise WorkbenchError(f"ranks is a number of devices, at least 1; got {ranks!r}")
     positions = torch.arange(k.shape[2], device=q.device)

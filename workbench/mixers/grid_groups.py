@@ -21,9 +21,10 @@ def window_groups(
 ) -> Tensor:
     """Tokens of every window, int64 ``[windows, tokens]``, -1 where a window is not full."""
     check_sizes("window", window, grid)
-    moved = shift or (0,) * len(grid)
-    if len(moved) != len(grid) or any(not 0 <= s < max(w, 1) for s, w in zip(moved, window, strict=True)):
-        raise WorkbenchError(f"shift is from 0 to below the window {list(window)} on each axis; got {list(moved)}")
+    moved = (0,) * len(grid) if shift is None else shift
+    fits = whole_numbers(moved, 0) and len(moved) == len(grid)
+    if not fits or any(s >= w for s, w in zip(moved, window, strict=True)):
+        raise WorkbenchError(f"shift is from 0 to below the window {list(window)} on each axis; got {moved!r}")
     numbers = []
     for place, length, size, s in zip(places(grid), grid, window, moved, strict=True):
         at = (place - s) % length if wrap else place - s + size
@@ -80,7 +81,13 @@ def group_table(numbers: Sequence[Tensor]) -> Tensor:
 
 
 def check_sizes(name: str, sizes: Sequence[int], grid: Sequence[int]) -> None:
-    if len(sizes) != len(grid) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
-        raise WorkbenchError(
-            f"{name} has a whole number of at least 1 for each axis of {list(grid)}; got {list(sizes)}"
-        )
+    """Raise ``WorkbenchError`` unless ``sizes`` is a positive whole number for each axis of the grid."""
+    if not whole_numbers(sizes) or len(sizes) != len(grid):
+        raise WorkbenchError(f"{name} has a whole number of at least 1 for each axis of {list(grid)}; got {sizes!r}")
+
+
+def whole_numbers(sizes: object, least: int = 1) -> bool:
+    """Whether this is a sequence of whole numbers of at least ``least``."""
+    return isinstance(sizes, Sequence) and all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= least for size in sizes
+    )

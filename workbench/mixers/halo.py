@@ -22,7 +22,7 @@ from torch import Tensor
 
 from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
-from workbench.mixers.grid_groups import axis_logits, check_sizes, places
+from workbench.mixers.grid_groups import axis_logits, check_sizes, places, whole_numbers
 from workbench.mixers.local import chosen, grouped_softmax, local_softmax
 from workbench.mixers.neighborhood import check_grid
 from workbench.mixers.windows import at_least_one
@@ -58,11 +58,11 @@ def halo_attention(
     queries = _squares(corners, 0, block, grid)
     keys = _squares(corners, -halo, window, grid)
     bias = None
-    for axis, part in enumerate((row_table, column_table)):
+    for axis, (name, part) in enumerate((("row_table", row_table), ("column_table", column_table))):
         if part is None:
             continue
         if tuple(part.shape) != (2 * window - 1, q.shape[3]):
-            raise WorkbenchError(f"tables are [{2 * window - 1}, {q.shape[3]}] for the window; got {list(part.shape)}")
+            raise WorkbenchError(f"{name} is [{2 * window - 1}, {q.shape[3]}] for the window; got {list(part.shape)}")
         inner, outer = places((block, block))[axis].to(q.device), places((window, window))[axis].to(q.device)
         away = (outer - inner[:, None] + window - 1).expand(queries.shape[0], -1, -1)
         logits = axis_logits(q, part, queries, away)
@@ -92,8 +92,8 @@ def msa_convolution(
     check_grid(q, k, v, grid)
     for name, sizes in (("kernel", kernel), ("dilation", dilation)):
         check_sizes(name, sizes, grid)
-    if len(shift) != len(grid):
-        raise WorkbenchError(f"shift has a number of tokens for each axis of {list(grid)}; got {list(shift)}")
+    if not whole_numbers(shift, -(2**62)) or len(shift) != len(grid):
+        raise WorkbenchError(f"shift has a number of tokens for each axis of {list(grid)}; got {shift!r}")
     indices = torch.zeros(q.shape[2], 1, dtype=torch.int64)
     options = zip(places(grid), grid, kernel, dilation, shift, strict=True)
     for place, length, size, gap, moved in options:

@@ -19,6 +19,7 @@ from torch import Tensor
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
+from workbench.mixers.scored import check_tensor
 from workbench.mixers.softmax import softmax_attention
 from workbench.patterns.softmax import SoftmaxMap
 
@@ -77,8 +78,7 @@ def expand_values(latent: Tensor, up_value: Tensor) -> Tensor:
 
 def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_key: Tensor) -> None:
     for name, part in (("q", q), ("q_rope", q_rope), ("latent", latent), ("k_rope", k_rope)):
-        if part.ndim != 4:
-            raise WorkbenchError(f"{name} is [B, heads, tokens, width]; got {list(part.shape)}")
+        check_tensor(name, part, ("B", "heads", "tokens", "width"))
     (b, h, n, e), (m, r), width = q.shape, k_rope.shape[2:], latent.shape[3]
     wanted = {
         "q_rope": (q_rope, (b, h, n, r)),
@@ -87,8 +87,10 @@ def _check(q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, up_key: Te
         "up_key": (up_key, (h, e, width)),
     }
     for name, (part, shape) in wanted.items():
-        if tuple(part.shape) != shape:
-            raise WorkbenchError(f"{name} is {list(shape)} here; got {list(part.shape)}")
+        check_tensor(name, part, shape)
+        if part.dtype != q.dtype or part.device != q.device:
+            want, got = f"{q.dtype} on {q.device} as q", f"{part.dtype} on {part.device}"
+            raise WorkbenchError(f"{name} is {want}; got {got}")
 
 
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -124,10 +124,9 @@ def chosen(*names: str, **options: Any) -> Callable[[dict[str, Any]], dict[str, 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ``WorkbenchError`` unless q ``[B, H, Q, E]``, k ``[B, G, K, E]`` and v ``[B, G, K, V]`` fit together."""
     for name, part in (("q", q), ("k", k), ("v", v)):
-        if part.ndim != 4 or 0 in part.shape or not part.is_floating_point():
-            raise WorkbenchError(
-                f"{name} is floating point [B, heads, tokens, width], not empty; got {part.dtype} {list(part.shape)}"
-            )
+        if not isinstance(part, Tensor) or part.ndim != 4 or 0 in part.shape or not part.is_floating_point():
+            got = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise WorkbenchError(f"{name} is floating point [B, heads, tokens, width], not empty; got {got}")
     b, h, _, e = q.shape
     if k.shape[0] != b or k.shape[3] != e or h % k.shape[1]:
         raise WorkbenchError(f"k is [B, G, K, E] with B={b}, E={e} and G a divisor of {h}; got {list(k.shape)}")
@@ -135,6 +134,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise WorkbenchError(f"v is [B, G, K, V] = {[*k.shape[:3], 'V']}; got {list(v.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise WorkbenchError(f"q, k and v have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise WorkbenchError(f"q, k and v are on one device; got {q.device}, {k.device} and {v.device}")
 
 
 def _check_groups(index: Tensor, axes: tuple[int, int], tokens: int, name: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
+from workbench.mixers.grid_groups import check_sizes, whole_numbers
 from workbench.mixers.local import check_qkv, chosen, local_softmax
 from workbench.patterns.sparse import SparseMap
 
@@ -67,18 +68,19 @@ def neighborhood_indices(
     causal: Sequence[bool] | None = None,
 ) -> Tensor:
     """Keys of every token by the rule above, int64 ``[N, prod(kernel)]``, -1 where a causal or short axis has fewer."""
-    axes = len(grid)
-    if not 1 <= axes <= 3:
-        raise WorkbenchError(f"grid has one to three axes; got {list(grid)}")
-    steps = {"kernel": kernel, "dilation": dilation or (1,) * axes, "stride": stride or (1,) * axes}
+    if not whole_numbers(grid) or not 1 <= len(grid) <= 3:
+        raise WorkbenchError(f"grid has one to three axes; got {grid!r}")
+    ones = (1,) * len(grid)
+    steps = {
+        "kernel": kernel,
+        "dilation": ones if dilation is None else dilation,
+        "stride": ones if stride is None else stride,
+    }
     for name, sizes in steps.items():
-        if len(sizes) != axes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
-            raise WorkbenchError(
-                f"{name} has a whole number of at least 1 for each axis of {list(grid)}; got {list(sizes)}"
-            )
-    past = causal or (False,) * axes
-    if len(past) != axes:
-        raise WorkbenchError(f"causal has one flag for each axis of {list(grid)}; got {list(past)}")
+        check_sizes(name, sizes, grid)
+    past = (False,) * len(grid) if causal is None else causal
+    if not isinstance(past, Sequence) or len(past) != len(grid):
+        raise WorkbenchError(f"causal has one flag for each axis of {list(grid)}; got {past!r}")
     if any(s > size for s, size in zip(steps["stride"], kernel, strict=True)):
         raise WorkbenchError(f"stride is at most the kernel {list(kernel)}; got {list(steps['stride'])}")
     found = torch.zeros(1, 1, dtype=torch.int64)
@@ -124,8 +126,8 @@ def _relative(indices: Tensor, grid: Sequence[int], kernel: Sequence[int], dilat
 def check_grid(q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> None:
     """Raise ``WorkbenchError`` unless q, k and v fit together and hold the tokens of the grid."""
     check_qkv(q, k, v)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grid) or not len(grid):
-        raise WorkbenchError(f"grid is the number of tokens along each axis; got {list(grid)}")
+    if not whole_numbers(grid) or not len(grid):
+        raise WorkbenchError(f"grid is the number of tokens along each axis; got {grid!r}")
     tokens = math.prod(grid)
     for name, part in (("q", q), ("k", k)):
         if part.shape[2] != tokens:
@@ -137,11 +139,22 @@ def _example(axes: int, **options: Any) -> Any:
         grid = nearest_grid(tokens, axes)
         n = math.prod(grid)
         drawn = example_tensors(seed, dtype, q=(2, 4, n, 8), k=(2, 2, n, 8), v=(2, 2, n, 8))
-        if axes == 2 and "stride" not in options and "dilation" not in options and "causal" not in options:
-            drawn |= example_tensors(seed + 1, dtype, table=(4, 25))
         return {**drawn, "grid": grid, **options}
 
     return example
+
+
+def _biased_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {**_example(2, kernel=(3, 3))(seed, tokens, dtype), **example_tensors(seed + 1, dtype, table=(4, 25))}
+
+
+def _video_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Two frames of one row, long enough for a stride to move windows."""
+    frames = 2 if tokens > 3 else 1
+    grid = (frames, 1, max(1, tokens // frames))
+    n = math.prod(grid)
+    drawn = example_tensors(seed, dtype, q=(2, 4, n, 8), k=(2, 2, n, 8), v=(2, 2, n, 8))
+    return {**drawn, "grid": grid, "kernel": (2, 1, 3), "stride": (1, 1, 2)}
 
 
 def dilated_neighborhood_attention(
@@ -211,7 +224,7 @@ VARIANTS = (
         family="softmax",
         priority="B",
         operator=neighborhood_attention,
-        example=_example(2, kernel=(3, 3)),
+        example=_biased_example,
         reference=NATTEN,
         note="With the relative position bias of the first networks (2022), which the fused kernels dropped.",
         recipe=Recipe(parameters={"table": Parameter("H25")}, prepare=chosen(*QKVG, "table", kernel=(3, 3))),
@@ -232,7 +245,7 @@ VARIANTS = (
         family="softmax",
         priority="A",
         operator=generalized_neighborhood_attention,
-        example=_example(3, kernel=(2, 2, 3), stride=(1, 2, 2)),
+        example=_video_example,
         reference=NATTEN,
         note="In three dimensions, as in video diffusion.",
         recipe=Recipe(prepare=_video),
@@ -243,9 +256,10 @@ VARIANTS = (
         family="softmax",
         priority="B",
         operator=causal_neighborhood_attention,
-        example=_example(1, kernel=(4,)),
+        example=_example(2, kernel=(2, 3)),
         causal=True,
         reference=NATTEN,
+        note="Along one axis, as in native models, it is a sliding window.",
         recipe=Recipe(prepare=_line),
     ),
 )

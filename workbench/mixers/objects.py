@@ -22,6 +22,8 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.mixers.chosen import RoutedSparseMap, best, check_side, chosen_keys
+from workbench.mixers.grid_groups import whole_numbers
+from workbench.mixers.image import check_grid
 from workbench.mixers.relative import sinusoids
 from workbench.mixers.scored import check_tensor, checked, masked_softmax
 from workbench.mixers.softmax import softmax_attention
@@ -67,13 +69,14 @@ def bridging_attention(
         raise WorkbenchError(
             f"inner takes sines and cosines of two coordinates, F a multiple of 4; got {inner.shape[0]}"
         )
-    sizes = [int(size) for size in kinds]
-    if not sizes or min(sizes) < 1 or sum(sizes) != m:
-        raise WorkbenchError(f"kinds are numbers of key points that sum to {m}; got {tuple(kinds)}")
+    if not whole_numbers(kinds) or sum(kinds) != m:
+        raise WorkbenchError(f"kinds are numbers of key points that sum to {m}; got {kinds!r}")
+    sizes = list(kinds)
     if (points is None) != (keep is None):
         raise WorkbenchError("points and keep go together: scores of key points, and how many of each kind are read")
     away = key_at[:, None] - query_at[:, :, None]
-    geometry = (places(away, inner.shape[0]).to(inner.dtype) @ inner).relu() @ outer
+    work = working_dtype(q.dtype)
+    geometry = (places(away, inner.shape[0]).to(work) @ inner.to(work)).relu() @ outer.to(work)
     outs, maps = [], []
     scored = torch.zeros(b, m) if points is None else points
     check_tensor("points", scored, (b, m))
@@ -159,8 +162,7 @@ def self_calibrated_attention(
     check_tensor("support", support, (b, n, features.shape[2]))
     check_tensor("foreground", foreground, (b, n))
     check_side("window", window)
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != n:
-        raise WorkbenchError(f"grid is (rows, columns) of the {n} tokens; got {tuple(grid)}")
+    grid = check_grid(grid, n)
     if not temperature > 0:
         raise WorkbenchError(f"temperature is positive; got {temperature}")
     at = torch.arange(n, device=q.device)
@@ -196,7 +198,7 @@ def _alignment(features: Tensor, support: Tensor, foreground: Tensor, members: T
     spots = members.clamp(min=0)
     inside = foreground.to(features)[:, spots] * real
     ours = (features[:, spots] * real[..., None]).sum(2)
-    theirs = (support[:, spots] * inside[..., None]).sum(2)
+    theirs = (support.to(features)[:, spots] * inside[..., None]).sum(2)
     similar = (F.normalize(ours, dim=-1) @ F.normalize(theirs, dim=-1).transpose(1, 2) + 1) / 2
     return similar * (inside.sum(2) > 0)[:, None]
 

@@ -54,7 +54,7 @@ def low_rank_attention(
     check_tensor("left", left, ("H", width))
     check_tensor("right", right, (left.shape[0], width))
     check_tensor("v", v, (b, 1, n, "width"))
-    queries = (context @ right.T)[..., None] * left
+    queries = (context.to(x.dtype) @ right.to(x.dtype).T)[..., None] * left.to(x.dtype)
     return softmax_attention(queries[:, :, None], x[:, None], v, mask=mask, scale=1.0)
 
 

@@ -204,7 +204,7 @@ def downsampled_attention(
     check_tensor("down", down, ("M", m))
     mixer = down.to(q.dtype)
     group = h // k.shape[1]
-    keys, values = (mixer @ x for x in (k, v))
+    keys, values = mixer @ k, down.to(v.dtype) @ v
     out, _ = softmax_attention(q, keys, values, mask=Mask(), scale=scale)
     left = SoftmaxMap(q, keys.repeat_interleave(group, 1), mask=Mask(), scale=scale)
     right = AttentionMap.from_dense(mixer.detach().expand(b, h, -1, -1), offset=0, kv_heads=k.shape[1])

@@ -23,6 +23,7 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.mixers.chosen import RoutedSparseMap, best, check_side, chosen_keys
+from workbench.mixers.image import check_grid
 from workbench.mixers.local import grouped_softmax, local_softmax
 from workbench.mixers.scored import check_tensor, checked, masked_softmax, plain_scores, visible
 from workbench.patterns.sparse import SparseMap
@@ -128,7 +129,7 @@ def bilevel_routing_attention(
     Source: Zhu et al., BiFormer, arXiv:2303.08810, section 3.2; the depth-wise convolution of v beside it is left out.
     """
     b, h, n, _ = checked(q, k, v, Mask())
-    rows, columns = _grid(grid, n)
+    rows, columns = check_grid(grid, n)
     check_side("regions", regions)
     tall, wide = -(-rows // regions), -(-columns // regions)
     across = -(-columns // wide)
@@ -152,12 +153,6 @@ def _region_means(x: Tensor, members: Tensor) -> Tensor:
     real = (members >= 0)[..., None].to(x)
     total = (x[:, :, members.clamp(min=0)] * real).sum(3) / real.sum(1)
     return total.transpose(1, 2).flatten(2).to(working_dtype(x.dtype))
-
-
-def _grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != tokens:
-        raise WorkbenchError(f"grid is (rows, columns) of the {tokens} tokens; got {tuple(grid)}")
-    return int(grid[0]), int(grid[1])
 
 
 def sparsifiner_attention(

@@ -26,6 +26,10 @@ def checked(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int, int,
     check_tensor("v", v, (b, g, m, "width"))
     if k.dtype != q.dtype:
         raise WorkbenchError(f"k must have q's dtype {q.dtype}; got {k.dtype}")
+    if not q.device == k.device == v.device:
+        raise WorkbenchError(f"q, k and v are on one device; got {q.device}, {k.device} and {v.device}")
+    if not isinstance(mask, Mask):
+        raise WorkbenchError(f"mask is a Mask; got a {type(mask).__name__}")
     try:
         mask.check((b, h, n, m))
     except ValueError as error:

@@ -18,6 +18,7 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import HIDDEN, Bias
 from workbench.maps import GatedMap
+from workbench.mixers.scored import checked
 from workbench.patterns.softmax import SoftmaxMap
 
 
@@ -36,10 +37,8 @@ def softmax_attention(
 
     The output is differentiable and has v's dtype; the map is detached.
     """
+    _, h, n, m = checked(q, k, v, mask)
     found = SoftmaxMap(q, k, mask=mask, scale=scale, softcap=softcap, sink=sink, bias=bias)
-    b, h, n, m = found.shape
-    if v.ndim != 4 or tuple(v.shape[:3]) != (b, k.shape[1], m):
-        raise WorkbenchError(f"v is [B, G, K, width] = {[b, k.shape[1], m, 'width']}; got {list(v.shape)}")
     group = h // k.shape[1]
     work = found.scores.dtype
     s = (q.to(work) * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.to(work).repeat_interleave(
@@ -91,8 +90,9 @@ def multi_head_attention(
 ) -> tuple[Tensor, SoftmaxMap]:
     """Multi-head attention (Vaswani et al. 2017): q ``[B, H, Q, E]``, k ``[B, H, K, E]``, v ``[B, H, K, V]``, a key and value
     head for every query head."""
-    if k.ndim != 4 or k.shape[1] != q.shape[1]:
-        raise WorkbenchError(f"k of multi-head attention has the {q.shape[1]} heads of q; got {list(k.shape)}")
+    _, h, _, _ = checked(q, k, v, mask)
+    if k.shape[1] != h:
+        raise WorkbenchError(f"k of multi-head attention has the {h} heads of q; got {list(k.shape)}")
     return softmax_attention(q, k, v, mask=mask, scale=scale, bias=bias)
 
 
@@ -101,7 +101,8 @@ def multi_query_attention(
 ) -> tuple[Tensor, SoftmaxMap]:
     """Multi-query attention (Shazeer, arXiv:1911.02150): q ``[B, H, Q, E]``, one head of keys k ``[B, 1, K, E]`` and values v
     ``[B, 1, K, V]`` for all query heads."""
-    if k.ndim != 4 or k.shape[1] != 1:
+    checked(q, k, v, mask)
+    if k.shape[1] != 1:
         raise WorkbenchError(f"k of multi-query attention has one head; got {list(k.shape)}")
     return softmax_attention(q, k, v, mask=mask, scale=scale, bias=bias)
 

@@ -161,10 +161,10 @@ def memory_as_layer(
 
 
 def _sliding(window: int, persistent: int) -> Mask:
-    try:
-        return Mask(causal=True, window=window, prefix=persistent)
-    except (ValueError, TypeError) as error:
-        raise WorkbenchError(f"window and persistent count tokens; got {window!r} and {persistent!r}") from error
+    for name, count, least in (("window", window, 1), ("persistent", persistent, 0)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise WorkbenchError(f"{name} is a number of tokens, at least {least}; got {count!r}")
+    return Mask(causal=True, window=window, prefix=persistent)
 
 
 # ------------------------------------------------------------------------ records

@@ -44,11 +44,11 @@ def dit3d_attention(
     check_grid(q, k, v, grid)
     groups = window_groups(grid, (window,) * len(grid)).to(q.device)
     bias = None
-    for axis, part in enumerate((x_table, y_table, z_table)):
+    for axis, (name, part) in enumerate((("x_table", x_table), ("y_table", y_table), ("z_table", z_table))):
         if part is None:
             continue
         if tuple(part.shape) != (2 * window - 1, q.shape[3]):
-            raise WorkbenchError(f"tables are [{2 * window - 1}, {q.shape[3]}] for the window; got {list(part.shape)}")
+            raise WorkbenchError(f"{name} is [{2 * window - 1}, {q.shape[3]}] for the window; got {list(part.shape)}")
         place = places(grid)[axis].to(q.device)[groups.clamp(min=0)]
         away = (place[:, :, None] - place[:, None, :] + window - 1).clamp(0, 2 * window - 2)
         logits = axis_logits(q, part, groups, away)
