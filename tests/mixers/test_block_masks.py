@@ -56,6 +56,8 @@ def powers_of_two(op: Operator) -> None:
 
     agrees(op(**given, side=2), given, rule)
     agrees(op(**given, side=2, local_blocks=7, sink_blocks=0), given, lambda h, i, j: j <= i)
+    alone = op(**given, side=2, sink_blocks=0)
+    agrees(alone, given, lambda h, i, j: j <= i and i // 2 - j // 2 in (0, 1, 2, 4))
 
 
 def near_ends_and_random(op: Operator) -> None:

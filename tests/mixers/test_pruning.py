@@ -58,6 +58,13 @@ def survivors_attend_to_survivors(op: Operator) -> None:
         wanted[b, chosen] = rows[chosen]
     call = {"importance": importance, "head_importance": heads, "keep": 6, "keep_heads": 3}
     agrees(*op(**given, **call, mask=Mask(causal=True)), wanted, given["v"])
+    # Column sums of causal rows favour the first tokens; other importances choose others.
+    alive = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0, 1]).bool()
+    late = torch.where(alive, 2.0, 1.0).double().expand(2, -1) + torch.arange(N) / N
+    rows = softmax(scores(given), CAUSAL & alive & alive[:, None])
+    out, found = op(**given, importance=late, keep=4, mask=Mask(causal=True))
+    agrees(out, found, rows, given["v"])
+    torch.testing.assert_close(found.native(), late + rows.sum((1, 2)))
 
 
 def held_outside_of_the_window(op: Operator) -> None:

@@ -90,10 +90,14 @@ def cascaded_group_attention(
     check_tensor("query_weights", query_weights, (h, e, "D"))
     check_tensor("key_weights", key_weights, tuple(query_weights.shape))
     check_tensor("value_weights", value_weights, (h, e, e))
-    offsets = None
+    offsets, by_rows = None, None
     if bias is not None:
         check_tensor("bias", bias, (h, *grid))
-        offsets = _by_offset(bias, grid)
+        offsets, held = _by_offset(bias, grid, 0, n), bias.detach()
+
+        def by_rows(lo: int, hi: int) -> Tensor:
+            return _by_offset(held, grid, lo, hi)
+
     scale = query_weights.shape[2] ** -0.5 if scale is None else scale
     parts: dict[str, list[Tensor]] = {name: [] for name in ("q", "k", "v", "lse", "weights")}
     out = torch.zeros_like(splits[:, :1])
@@ -109,17 +113,17 @@ def cascaded_group_attention(
         for name, part in zip(parts, (q, k, values, lse, weights), strict=True):
             parts[name].append(part)
     found = {name: torch.cat(held, 1) for name, held in parts.items()}
-    amap = CascadedMap(found["q"], found["k"], found["lse"], mask=Mask(), scale=scale, bias=offsets)
+    amap = CascadedMap(found["q"], found["k"], found["lse"], mask=Mask(), scale=scale, bias=by_rows)
     amap.value_weights, amap.values = value_weights.detach(), found["v"].detach()
     values = found["v"] if v is None else v
     check_tensor("v", values, (b, h, n, "V"))
     return weighted(found["weights"], values), amap
 
 
-def _by_offset(table: Tensor, grid: Grid) -> Tensor:
-    """``table`` ``[H, rows, columns]`` at the absolute offsets of all pairs, ``[H, N, N]``."""
+def _by_offset(table: Tensor, grid: Grid, lo: int, hi: int) -> Tensor:
+    """``table`` ``[H, rows, columns]`` at the absolute offsets of tokens lo .. hi from all, ``[H, hi - lo, N]``."""
     row, column = cells(grid, table.device)
-    return table[:, (row[:, None] - row).abs(), (column[:, None] - column).abs()]
+    return table[:, (row[lo:hi, None] - row).abs(), (column[lo:hi, None] - column).abs()]
 
 
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.mask import Mask
+from workbench.mixers.flash import flash_attention
 from workbench.mixers.local import grouped_softmax
+from workbench.mixers.softmax import softmax_attention
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
 
 
@@ -63,6 +67,28 @@ def attention_in_groups(
             at = at * (2 * size - 1) + away
         bias = table[:, at]
     return grouped_softmax(q, k, v, groups[None, None], groups[None, None], scale=scale, bias=bias)
+
+
+def attention_on_grid(
+    q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int], table: Tensor | None, scale: float | None
+) -> tuple[Tensor, SoftmaxMap]:
+    """Softmax over the whole grid with a bias by relative position, ``table`` ``[H or 1, prod(2 length - 1)]``. The output is
+    made of all N x N weights where there is a table; the map holds the table."""
+    if table is None:
+        return flash_attention(q, k, v, mask=Mask(), scale=scale)
+    cells = math.prod(2 * length - 1 for length in grid)
+    if table.ndim != 2 or table.shape[0] not in (1, q.shape[1]) or table.shape[1] != cells:
+        raise WorkbenchError(f"table is [{q.shape[1]} or 1, {cells}] for {list(grid)}; got {list(table.shape)}")
+    held, at = table.detach(), [place.to(q.device) for place in places(grid)]
+
+    def rows(numbers: Tensor, lo: int, hi: int) -> Tensor:
+        found = torch.zeros(hi - lo, q.shape[2], dtype=torch.int64, device=q.device)
+        for place, length in zip(at, grid, strict=True):
+            found = found * (2 * length - 1) + place[lo:hi, None] - place + length - 1
+        return numbers[:, found]
+
+    out, found = softmax_attention(q, k, v, mask=Mask(), scale=scale, bias=rows(table, 0, q.shape[2]))
+    return out, SoftmaxMap(q, k, found.lse, mask=Mask(), scale=scale, bias=lambda lo, hi: rows(held, lo, hi))
 
 
 def places(grid: Sequence[int]) -> list[Tensor]:

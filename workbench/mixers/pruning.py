@@ -38,6 +38,7 @@ class CascadeMap(GatedMap):
     ) -> None:
         gate = kept_heads[:, :, None].to(raw.scores.dtype).expand(raw.shape[:3])
         super().__init__(raw, gate)
+        self.row_sum = "<=1"  # a head's gate is 1 also in the rows of pruned tokens
         self.survivors, self.kept_heads = survivors, kept_heads
         self._before, self.head_importance = before.detach(), head_importance.detach()
 

@@ -21,10 +21,18 @@ from torch import Tensor
 
 from workbench.catalogue import Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
-from workbench.mixers.grid_groups import attention_in_groups, check_sizes, group_table, places, window_groups
+from workbench.mixers.grid_groups import (
+    attention_in_groups,
+    attention_on_grid,
+    check_sizes,
+    group_table,
+    places,
+    window_groups,
+)
 from workbench.mixers.local import chosen
 from workbench.mixers.neighborhood import check_grid
 from workbench.mixers.windows import at_least_one
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
 
 
@@ -93,13 +101,14 @@ def moat_attention(
     window: Sequence[int] | None = None,
     table: Tensor | None = None,
     scale: float | None = None,
-) -> tuple[Tensor, SparseMap]:
+) -> tuple[Tensor, SparseMap | SoftmaxMap]:
     """Attention of MOAT: over the whole image, or for large inputs in windows, never shifted, as the block's convolution
-    carries information across. ``table`` is that of the window, or of the image. Arguments as in ``swin_attention``. Source:
-    Yang et al., arXiv:2210.01820."""
+    carries information across. ``table`` is that of the window, or of the image. Arguments as in ``swin_attention``. The map of
+    the whole image makes its weights when asked. Source: Yang et al., arXiv:2210.01820."""
     check_grid(q, k, v, grid)
-    sizes = tuple(grid) if window is None else window
-    return attention_in_groups(q, k, v, grid, sizes, window_groups(grid, sizes), table, scale)
+    if window is None:
+        return attention_on_grid(q, k, v, grid, table, scale)
+    return attention_in_groups(q, k, v, grid, window, window_groups(grid, window), table, scale)
 
 
 def lamamba_local_attention(
