@@ -30,6 +30,7 @@ from workbench.patterns.linear import ChannelDecayMap, LinearMap
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.patterns.sparse import SparseMap
 from workbench.patterns.state import StateMap, dplr
+from workbench.patterns.windows import WindowsMap
 
 B, H, G, N, E = 2, 4, 2, 13, 6
 
@@ -149,6 +150,16 @@ def batch() -> Case:
     for b, at in enumerate(places):
         wanted[b, :, at[:, None], at] = parts[b][0]
     return made(BatchMap([of(part, kv_heads=G) for part in parts], places, N), wanted)
+
+
+def windowed() -> Case:
+    parts = rand(3, 3 * B, H, 4, 4).softmax(-1)
+    places = torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    wanted = torch.zeros(B, H, 12, 12, dtype=torch.float64)
+    for b in range(B):
+        for w, at in enumerate(places.view(3, 4)):
+            wanted[b, :, at[:, None], at] = parts[3 * b + w]
+    return made(WindowsMap(of(parts, kv_heads=G), places), wanted)
 
 
 def decayed(causal: bool) -> Case:
@@ -292,6 +303,7 @@ MAPS: dict[str, Callable[[], Case]] = {
     "permuted": permuted,
     "last rows": lambda: made(LastRowsMap(of(P, kv_heads=G), 5), P[:, :, 5:]),
     "batch": batch,
+    "windows": windowed,
     "linear causal with decay": lambda: decayed(True),
     "linear both ways": lambda: decayed(False),
     "linear with a decay per channel": channel_decayed,

@@ -181,7 +181,7 @@ NETS: dict[str, Callable[..., Any]] = {
     "mpt": plain("MptForCausalLM", "MptConfig", vocab_size=V, d_model=D, n_layers=L, n_heads=H, max_seq_len=64),
 }
 NETS |= {name: made for name, made in INTERFACE_NETS.items() if name != "bart"}
-CONFORMING = ("diffllama", "longformer", "big_bird", "swinv2", "donut")
+CONFORMING = ("diffllama", "longformer", "big_bird", "swinv2", "donut", "maskformer_swin", "swin2sr")
 """Those of ``SPARSE_NETS`` that run on any text (or image) and have all the sites that the suite asks for."""
 RECORDED = ("falcon", "falcon-alibi", "bloom", "mpt")
 EAGER_ONLY = ("gemma2", "gpt_oss", "bloom", "mpt")
@@ -192,7 +192,9 @@ def inputs(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """What a model of this name is run on."""
     if name in ("vit", "dinov2"):
         return {"pixel_values": noise(2, 3, 16, 16).to(dtype)}
-    if name in ("swin", "swinv2", "donut"):
+    if name == "swin2sr":
+        return {"pixel_values": noise(2, 3, 16, 16).to(dtype)}
+    if name in ("swin", "swinv2", "donut", "maskformer_swin"):
         return {"pixel_values": noise(2, 3, 32, 32).to(dtype)}
     if name == "clip":
         return {"input_ids": ids(2, 9), "pixel_values": noise(2, 3, 16, 16).to(dtype)}
@@ -211,7 +213,7 @@ def keys(name: str) -> tuple[int | str, ...]:
     }
     if name in stacks:
         return tuple(f"{stack}.{i}" for stack in stacks[name] for i in range(L))
-    counts = {"swin": 4, "swinv2": 4, "donut": 4, "gemma3n": 4, "albert": 3}
+    counts = {"swin": 4, "swinv2": 4, "donut": 4, "maskformer_swin": 4, "swin2sr": 4, "gemma3n": 4, "albert": 3}
     return (0, 2) if name == "nemotron_h" else tuple(range(counts.get(name, L)))
 
 

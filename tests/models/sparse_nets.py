@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from random_nets import DECODER, D, F, H, L, V, decoder, plain
+import torch
+import transformers as hf
+from random_nets import DECODER, D, F, H, L, V, decoder, net, plain
 
 _BERT = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
 REFORMER: dict[str, Any] = {
@@ -31,6 +33,14 @@ _WINDOWS: dict[str, Any] = {
     "num_heads": [2, 4],
     "window_size": 4,
 }
+
+
+def _maskformer_swin(implementation: str | None = None, dtype: torch.dtype = torch.float64) -> Any:
+    """By its own name: the package does not list the model."""
+    from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
+
+    return net(MaskFormerSwinModel, hf.MaskFormerSwinConfig(**_WINDOWS), dtype=dtype)
+
 
 SPARSE_NETS: dict[str, Callable[..., Any]] = {
     "diffllama": decoder("DiffLlamaForCausalLM", "DiffLlamaConfig"),
@@ -72,6 +82,10 @@ SPARSE_NETS: dict[str, Callable[..., Any]] = {
     ),
     "swinv2": plain("Swinv2Model", "Swinv2Config", **_WINDOWS),
     "donut": plain("DonutSwinModel", "DonutSwinConfig", **_WINDOWS),
+    "maskformer_swin": _maskformer_swin,
+    "swin2sr": plain(
+        "Swin2SRModel", "Swin2SRConfig", **{**_WINDOWS, "image_size": 16, "patch_size": 1, "num_heads": [2, 2]}
+    ),
 }
 """Families whose mixing a recorder has to read, beside those with states."""
 

@@ -4,8 +4,8 @@
     global rows   softmax over all tokens, with queries, keys and values of projections of their own
 
 The weights are the executed ones. Rows of global tokens multiply other values (``value_global``) than all other rows:
-the map over the tokens holds every row's weights, whichever values they meet, and ``native()`` keeps the two apart, side
-by side over the local values and the global ones.
+the map over the tokens holds every row's weights, whichever values they meet, and its ``native()`` keeps the two apart:
+the map of the local values, a band with some columns, and that of the global ones, rows over everything.
 """
 
 from __future__ import annotations
@@ -18,19 +18,10 @@ from torch import Tensor
 from workbench.maps import DenseMap
 from workbench.models.recorders.state import work
 from workbench.models.recorders.text import TextWatch
-from workbench.patterns.algebra import KeysMap, ProductMap, SumMap
+from workbench.patterns.algebra import ProductMap, SumMap
 from workbench.patterns.sparse import SparseMap
 
 GLOBAL = "raw V; in rows of global tokens the values of value_global"
-
-
-class LongformerMap(SumMap):
-    """Local rows as a band with some columns, and rows of global tokens over everything; ``native()`` is the map
-    ``[B, H, N, 2 N]`` over local values and then global ones, exact for both."""
-
-    def native(self) -> KeysMap:
-        local, everything = self.maps
-        return KeysMap(local, everything, row_sum=self.row_sum, value_space="raw V, then the values of value_global")
 
 
 class Longformer(TextWatch):
@@ -80,9 +71,7 @@ class Longformer(TextWatch):
             SparseMap(at, weights.new_ones(b, h, n, 1), chosen.shape[1], row_sum="<=1"),
             DenseMap(everything * (chosen >= 0)[:, None, :, None], offset=0),
         )
-        self.session.on_built(
-            self.layer, LongformerMap(band, to_all, row_sum="<=1" if padded else "1", value_space=GLOBAL)
-        )
+        self.session.on_built(self.layer, SumMap(band, to_all, row_sum="<=1" if padded else "1", value_space=GLOBAL))
 
     def _keys(self, length: int, chosen: Tensor | None, device: torch.device) -> Tensor:
         """The key of every weight of a local row, ``[B or 1, 1, N, S]``: global tokens, then the window; -1 outside."""

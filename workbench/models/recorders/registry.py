@@ -48,6 +48,8 @@ RECORDERS: dict[str, type[Recorder]] = {
     "FNetBasicFourierTransform": Fourier,
     "Swinv2SelfAttention": ShiftedWindows,
     "DonutSwinSelfAttention": ShiftedWindows,
+    "MaskFormerSwinSelfAttention": ShiftedWindows,
+    "Swin2SRSelfAttention": ShiftedWindows,
 }
 
 

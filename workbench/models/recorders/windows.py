@@ -1,4 +1,4 @@
-"""Attention in shifted windows of an image: Swin, Swin V2, Donut.
+"""Attention in shifted windows of an image: Swin, Swin V2, Donut, MaskFormer, Swin2SR.
 
 The attention module sees windows as examples of their own; the block around it rolls the image, cuts it and puts it together
 again. ``Windows`` is that order, read off the block while it runs, and turns what the module sees into maps and tensors over the
