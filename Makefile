@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # pip's words for torch; docs/install.md says how to name an index of CPU or CUDA builds.
 TORCH ?= torch==2.13.0
+# What the adapters' tests compare with, in a folder that only these tests look into: timm asks for a torchvision of torch's own
+# build, natten would build CUDA kernels, and transformers hands its layers over to fla wherever it can import it.
+LIBRARIES := timm natten fla-core flash-linear-attention
 OUT ?= results
 WORKERS ?= auto
 INSTALLED := $(VENV)/.installed
@@ -25,6 +28,7 @@ $(INSTALLED): pyproject.toml .ci/pins.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt $(TORCH) numpy
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/pins.txt -e ".[dev]"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --upgrade --target $(VENV)/libraries -c .ci/pins.txt $(LIBRARIES)
 	@touch $@
 
 demo: $(INSTALLED)

@@ -34,6 +34,17 @@ _NAMES: dict[str, str] = {
     "Mod": "workbench.mods:Mod",
     "variants": "workbench.catalogue:variants",
     "Variant": "workbench.catalogue:Variant",
+    # attention of other libraries
+    "from_flex": "workbench.adapters.flex:from_flex",
+    "to_mask_mod": "workbench.adapters.flex_masks:to_mask_mod",
+    "mask_from_mod": "workbench.adapters.flex_masks:mask_from_mod",
+    "capture_sdpa": "workbench.adapters.sdpa:capture_sdpa",
+    "timm_map": "workbench.adapters.timm:timm_map",
+    "capture_timm": "workbench.adapters.timm:capture_timm",
+    "fla_map": "workbench.adapters.fla:fla_map",
+    "fla_calls": "workbench.adapters.fla:fla_calls",
+    "from_fla": "workbench.adapters.fla:from_fla",
+    "from_natten": "workbench.adapters.natten:from_natten",
     # tasks and circuits
     "Task": "workbench.pairs:Task",
     "Pairs": "workbench.pairs:Pairs",
