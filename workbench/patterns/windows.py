@@ -55,7 +55,7 @@ class WindowsMap(SparseMap):
         """Natural log of the row denominators, ``[B, H, N]``, where the windows have it."""
         inner: Tensor | None = getattr(self.windows, "lse", None)
         if inner is None:
-            raise WorkbenchError("the maps of these windows have no log-sum-exp")
+            raise AttributeError("the maps of these windows have no log-sum-exp")
         count = self.shape[2] // self.windows.shape[2]
         return inner.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, self._back]
 
