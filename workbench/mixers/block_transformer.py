@@ -22,6 +22,7 @@ from workbench.catalogue import Learned, Recipe, Variant, example_tensors
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.mixers.flash import flash_attention, merge_partial, partial_attention
+from workbench.mixers.scored import check_tensor
 from workbench.mixers.windows import at_least_one, check_square
 from workbench.patterns.algebra import ProductMap, SumMap
 from workbench.patterns.softmax import SoftmaxMap
@@ -51,8 +52,9 @@ def block_transformer_attention(
     (b, h, n, e), g = q.shape, k.shape[1]
     count = -(-n // block)
     for name, part, heads in (("block_q", block_q, h), ("block_k", block_k, g), ("prefix_k", prefix_k, g)):
-        if tuple(part.shape) != (b, heads, count, e):
-            raise WorkbenchError(f"{name} is {[b, heads, count, e]} here; got {list(part.shape)}")
+        check_tensor(name, part, (b, heads, count, e))
+        if part.dtype != q.dtype:
+            raise WorkbenchError(f"{name} is {q.dtype} as q; got {part.dtype}")
     scale = e**-0.5 if scale is None else scale
     number = torch.arange(n, device=q.device) // block
     local = Mask(causal=True, documents=number[None])

@@ -106,6 +106,8 @@ def histogram_self_attention(
     gate; its ``raw`` is the map of the first.
     """
     out, raw = histogram_bin_attention(q, k, v, x, temperature, bins=bins)
+    for name, part in (("q_frequency", q_frequency), ("k_frequency", k_frequency)):
+        check_tensor(name, part, tuple(q.shape))
     other, _ = histogram_frequency_attention(q_frequency, k_frequency, x.reshape(v.shape), x, temperature, bins=bins)
     return out * other, GatedMap(raw, other.squeeze(-1))
 

@@ -55,7 +55,7 @@ def taps(grid: Grid, size: int, dilation: int = 1, device: torch.device | None =
 
 def windows(grid: Grid, side: int, device: torch.device | None = None) -> Tensor:
     """Tokens of each ``side`` x ``side`` window, ``[W, side * side]`` row by row, -1 beyond the edge of the image."""
-    if side < 1:
+    if isinstance(side, bool) or not isinstance(side, int) or side < 1:
         raise WorkbenchError(f"a window has at least one token a side; got {side}")
     down, across = -(-grid[0] // side), -(-grid[1] // side)
     table = torch.arange(grid[0] * grid[1], device=device).view(grid)

@@ -197,6 +197,7 @@ def causal_neighborhood_attention(
 ) -> tuple[Tensor, SparseMap]:
     """Neighborhood attention that is causal along every axis, so that a window at a border holds fewer tokens. Arguments as in
     ``neighborhood_attention``; causal axes came with the fused kernels (arXiv:2403.04690)."""
+    check_grid(q, k, v, grid)
     return neighborhood_attention(q, k, v, grid=grid, kernel=kernel, causal=(True,) * len(grid), scale=scale)
 
 

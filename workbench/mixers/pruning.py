@@ -22,6 +22,7 @@ from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.maps import GatedMap
 from workbench.mixers.chosen import best, check_side
+from workbench.mixers.grid_groups import whole_numbers
 from workbench.mixers.scored import check_tensor, checked, masked_softmax, plain_scores, visible, weighted
 from workbench.mixers.softmax import softmax_attention
 from workbench.patterns.softmax import SoftmaxMap
@@ -70,8 +71,8 @@ def spatten_attention(
     important heads; None keeps all, ties go to the first. What is pruned stays pruned in later layers that keep no more, as it
     gains nothing.
 
-    Source: Wang et al., SpAtten, arXiv:2012.09852, sections 3.1 and 3.2; the local pruning of values and the progressive
-    quantisation of the accelerator are left out.
+    Source: Wang et al., SpAtten, arXiv:2012.09852; the local pruning of values and the progressive quantisation of the
+    accelerator are left out.
     """
     b, h, n, m = checked(q, k, v, mask)
     work = working_dtype(q.dtype)
@@ -211,7 +212,9 @@ def echo_attention(
     Language Models; which layers are less critical is found there by the similarity of their maps.
     """
     _, h, _, _ = checked(q, k, v, mask)
-    owner = tuple(int(o) for o in owners)
+    if not whole_numbers(owners, 0):
+        raise WorkbenchError(f"owners are numbers of layers, one for each; got {owners!r}")
+    owner = tuple(owners)
     layers, g = len(owner), k.shape[1]
     if not layers or h % layers or g % layers:
         raise WorkbenchError(f"owners name one layer for each: {layers} do not divide {h} heads and {g} key heads")
@@ -262,8 +265,8 @@ VARIANTS = (
         operator=spatten_attention,
         example=_spatten_example,
         causal=True,
-        reference="the paper's section 3",
-        note="taken from general knowledge; importances come from earlier layers, where later tokens gave to earlier ones",
+        reference="the paper's abstract",
+        note="details taken from general knowledge; importances come from earlier layers, where later tokens gave to earlier ones",
     ),
     Variant(
         name="deltallm-attention",

@@ -2,7 +2,8 @@
 
     s_ij = scale q_i . k_j,   P_ij = exp(s_ij) / sum_j' exp(s_ij') over the keys that row i sees, 0 elsewhere
 
-Rows that see no key are zero. Everything is computed in the working type (float64 stays, narrower types become float32).
+An operator made of these holds all Q x K weights while it runs and for its gradient; its map does not. Rows that see no key are
+zero. Everything is computed in the working type (float64 stays, narrower types become float32).
 """
 
 from __future__ import annotations

@@ -190,10 +190,11 @@ def seer_decode_attention(
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, mask: Mask, side: int) -> tuple[int, int, int, int, int]:
+    shape = checked(q, k, v, mask)
     if not mask.causal or mask.prefix or mask.blocks is not None:
         raise WorkbenchError("mask is causal here, without prefix and without blocks, which the gate selects")
     check_side("side", side)
-    return *checked(q, k, v, mask), k.shape[1]
+    return *shape, k.shape[1]
 
 
 # ---------------------------------------------------------------------------- records

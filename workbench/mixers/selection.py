@@ -239,9 +239,10 @@ def block_mean_attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[int, int, int, int]:
+    shape = checked(q, k, v, mask)
     if not mask.causal or mask.prefix:
         raise WorkbenchError("mask is causal here, without a prefix: blocks are chosen in the past of a query")
-    return checked(q, k, v, mask)
+    return shape
 
 
 # ---------------------------------------------------------------------------- records

@@ -3,6 +3,9 @@
     P_ij = exp(scale q_i . k_j) / sum_j' exp(scale q_i . k_j') over the keys that the mask shows to i,   o_i = sum_j P_ij v_j
 
 Query head h of H reads key and value head floor(h G / H) of G: G = H is multi-head attention, G = 1 multi-query attention.
+
+``softmax_attention`` and what is made of it are references: their outputs come from all Q x K weights. Their maps hold q, k and
+the denominators and make weights when asked; ``flash.flash_attention`` has an output without Q x K memory as well.
 """
 
 from __future__ import annotations

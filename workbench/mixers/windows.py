@@ -141,8 +141,9 @@ def longformer_attention(
     if isinstance(global_tokens, bool) or not isinstance(global_tokens, int) or not 0 <= global_tokens <= n:
         raise WorkbenchError(f"global_tokens is a number of tokens from 0 to {n}; got {global_tokens!r}")
     for name, given, like in (("q_global", q_global, q), ("k_global", k_global, k)):
-        if given is not None and given.shape != like.shape:
-            raise WorkbenchError(f"{name} is {list(like.shape)} here; got {list(given.shape)}")
+        if given is not None and (given.shape != like.shape or given.dtype != like.dtype):
+            want, got = f"{like.dtype} {list(like.shape)}", f"{given.dtype} {list(given.shape)}"
+            raise WorkbenchError(f"{name} is {want} here; got {got}")
     lead = (torch.arange(n, device=q.device) < global_tokens)[None]
     tiles = [(q, k, Mask(window=window // 2 + 1, keys=~lead, queries=~lead))]
     if global_tokens:
