@@ -1,6 +1,7 @@
 """Maps of sparse, low-rank, differential and Fourier mixing in Hugging Face models, against what the layers compute."""
 
 import functools
+import threading
 from contextlib import ExitStack, contextmanager
 
 import builders as B
@@ -200,6 +201,48 @@ def test_a_wanted_layer_that_does_not_report_raises(name, monkeypatch):
     monkeypatch.setitem(module.__dict__, "forward", other)
     with torch.no_grad(), pytest.raises(WorkbenchError, match=r"layer 1 of .* did not run its attention"):
         model.run(ids, maps=capture())
+
+
+@pytest.mark.parametrize("name", ["diffllama", "longformer", "nystromformer", "reformer", "swinv2"])
+def test_a_run_inside_an_edit_of_the_values_is_a_run_of_its_own(name):
+    model, given = made(name)
+    v = Site("v", 1)
+    inner = []
+
+    def nested(x):
+        inner.append(model.run(given, read=[v], maps=capture()))
+        return 2 * x
+
+    with torch.no_grad():
+        alone = model.run(given, read=[v], maps=capture())
+        outer = model.run(given, edit={v: nested}, read=[v, Site("z", 1)], maps=capture())
+    assert torch.equal(answer(inner[0]), answer(alone))
+    assert torch.equal(outer.acts[v], 2 * alone.acts[v])
+    for key in (0, 1):
+        for found in (inner[0].maps[key], outer.maps[key]):
+            assert torch.equal(found.dense(), alone.maps[key].dense())
+
+
+@pytest.mark.parametrize("name", ["diffllama", "longformer", "deepseek_v32", "reformer"])
+def test_runs_of_one_net_in_threads(name):
+    one, given = made(name, torch.float32)
+    models, found = [one, HFModel(one.model), one], {}
+    with torch.no_grad():
+        expected = one.run(given, maps=capture()).maps[1].dense()
+    before = [dict(module.__dict__) for module in one.model.modules()]
+
+    def run(key, model):
+        with torch.no_grad():
+            found[key] = [model.run(given, maps=capture()).maps[1].dense() for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(models)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(x, expected) for key in range(3) for x in found[key])
+    for module, held in zip(one.model.modules(), before, strict=True):
+        assert module.__dict__.keys() == held.keys()
 
 
 # ------------------------------------------------------------------ each family

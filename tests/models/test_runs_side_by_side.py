@@ -17,7 +17,19 @@ def no_grad():
         yield
 
 
-@pytest.mark.parametrize("name", ["hf-llama", "hf-falcon", "native-softmax", "bridge-llama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-llama",
+        "hf-falcon",
+        "hf-diffllama",
+        "hf-longformer",
+        "hf-big_bird",
+        "hf-deepseek_v32",
+        "native-softmax",
+        "bridge-llama",
+    ],
+)
 @pytest.mark.parametrize("site", ["blocks.0.hook_resid_pre", "blocks.0.attn.hook_z"])
 def test_a_run_started_by_an_edit_is_a_run_of_its_own(name, site):
     case = B.BUILDERS[name]()

@@ -123,7 +123,9 @@ class Watch(Recorder, TorchFunctionMode):
             return Recorder.run(self, forward, args, kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.pass_on(func, args, kwargs or {})
+        args, kwargs = args, kwargs or {}
+        if current() is self.session:  # what an edit runs is not the module's
+            args, kwargs = self.pass_on(func, args, kwargs)
         return func(*args, **kwargs)
 
     def pass_on(
@@ -147,7 +149,8 @@ class Watch(Recorder, TorchFunctionMode):
 def attending(module: nn.Module) -> Recorder | None:
     """The recorder that a module's call of the attention interface belongs to."""
     found = _RECORDING.get()
-    return found if found is not None and found.interface and found.module is module else None
+    inside = found is not None and found.interface and found.module is module and found.session is current()
+    return found if inside else None
 
 
 @contextmanager
@@ -162,35 +165,52 @@ def recording(layers: Sequence[AttentionLayer], session: Session) -> Iterator[No
             recorder = recorder_of(layer.module)
             for name in recorder.functions:
                 undo.enter_context(_reporting(holder(layer.module, name), name))
-            undo.enter_context(
-                replaced_forward(layer.module, _recorded(layer, session, recorder, layer.module.forward))
-            )
+            undo.enter_context(replaced_forward(layer.module, session, _recorded(layer, session, recorder)))
         yield
+
+
+Forward = Callable[..., Any]
+"""What stands for a module's forward: takes the forward itself, and the positional and named arguments of a call."""
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Let ``replacement`` stand for the forward of one module."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = replacement
+def replaced_forward(module: nn.Module, run: object, replacement: Forward) -> Iterator[None]:
+    """Let ``replacement`` stand for the forward of one module in one run. Runs in other threads have replacements of their
+    own; the module is as before when the last of them ends."""
+    entry = (run, replacement)
+    with _LOCK:
+        held = _FORWARDS.get(id(module))
+        if held is None:
+            held = _FORWARDS[id(module)] = [module.__dict__.get("forward"), []]
+            module.__dict__["forward"] = _dispatcher(module.forward, held[1])
+        held[1].append(entry)
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        with _LOCK:
+            held[1].remove(entry)
+            if not held[1]:
+                del _FORWARDS[id(module)]
+                if held[0] is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = held[0]
 
 
-def _recorded(
-    layer: AttentionLayer, session: Session, recorder: type[Recorder], forward: Callable[..., Any]
-) -> Callable[..., Any]:
-    signature = inspect.signature(forward)
+def _dispatcher(forward: Callable[..., Any], entries: list[tuple[object, Forward]]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        for run, replacement in tuple(entries):
+            if run is current():
+                return replacement(forward, args, kwargs)
+        return forward(*args, **kwargs)
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        if current() is not session:
-            return forward(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
+    return dispatch
+
+
+def _recorded(layer: AttentionLayer, session: Session, recorder: type[Recorder]) -> Forward:
+    def recorded(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = inspect.signature(forward).bind(*args, **kwargs)
         return recorder(layer, session, bound.arguments).run(forward, args, kwargs)
 
     return recorded
@@ -202,6 +222,8 @@ _RECORDING: ContextVar[Recorder | None] = ContextVar("workbench_recording", defa
 """The recorder whose module's forward is running here."""
 _REPLACED: dict[tuple[int, str], list[Any]] = {}
 """Function and number of runs that hold it replaced, by the id of the namespace and its name."""
+_FORWARDS: dict[int, list[Any]] = {}
+"""What stood in the place of a module's forward, and what stands for it in which run, by the id of the module."""
 _LOCK = threading.Lock()
 
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,31 +71,28 @@ def choosing(layers: Sequence[AttentionLayer], session: Session) -> Iterator[Non
         for layer in layers:
             indexer = indexer_of(layer.module)
             if indexer is not None:
-                reader = _Reader(layer.module, indexer, session)
+                reader = _Reader(layer.module, session)
                 undo.callback(layer.module.register_forward_pre_hook(reader.see_mask, with_kwargs=True).remove)
-                undo.enter_context(replaced_forward(reader.indexer, reader.forward))
+                undo.enter_context(replaced_forward(indexer, session, reader.forward))
         yield
 
 
 class _Reader:
     """Looks on while one attention module runs its indexer."""
 
-    def __init__(self, module: nn.Module, indexer: Any, session: Session) -> None:
-        self.module, self.indexer, self.session = module, indexer, session
-        self._plain: Callable[..., Any] = indexer.forward
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        self.module, self.session = module, session
         self._mask: Any = None
 
     def see_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if current() is self.session:
             self._mask = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("attention_mask")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if current() is not self.session:
-            return self._plain(*args, **kwargs)
-        seen = _Products()
+    def forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen, indexer = _Products(), cast(Any, indexer_of(self.module))
         with seen:
-            indices = self._plain(*args, **kwargs)
-        scale = float(self.indexer.softmax_scale)
+            indices = plain(*args, **kwargs)
+        scale = float(indexer.softmax_scale)
         self.session.choices[id(self.module)] = Choice(self._mask, seen.found, indices, scale)
         return indices
 

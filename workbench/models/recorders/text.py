@@ -73,7 +73,7 @@ class TextWatch(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.met:
+        if not self.met and current() is self.session:  # not what an edit runs
             self.seen(func, args, kwargs or {}, result)
         return result
 

@@ -125,12 +125,13 @@ class ShiftedWindows(Watch):
         return False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self.met:
+        mine = current() is self.session  # and not what an edit runs
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and self.met and mine:
             v = self.session.on_values(self.layer, args[1].transpose(1, 2)).transpose(1, 2)
             z = func(args[0], v, **(kwargs or {}))
             return self.session.on_output(self.layer, z.transpose(1, 2)).transpose(1, 2)
         result = func(*args, **(kwargs or {}))
-        if func in _SOFTMAX and not self.met:
+        if func in _SOFTMAX and not self.met and mine:
             self.met = True
             if self.session.wants_map(self.layer):
                 with torch.no_grad():
