@@ -20,23 +20,26 @@ if TYPE_CHECKING:
 SIDE = 6
 """The input is SIDE x SIDE tokens: a text of 36 or an image of 6 rows."""
 _WIDTH, _HEADS = 24, 2
+_NARROW = (8, 1)
+"""Width and heads of operators whose map is a derivative, which costs a backward pass per channel."""
 
 
-def common_input(dtype: torch.dtype = torch.float64) -> Tensor:
-    """The input ``[1, 36, D]``: 18 tokens drawn at random, and the same 18 once more, so that content shows as a second diagonal.
-    As an image its lower half repeats the upper one."""
+def common_input(width: int = _WIDTH) -> Tensor:
+    """The input ``[1, 36, width]``: 18 tokens drawn at random, and the same 18 once more, so that content shows as a
+    second diagonal. As an image its lower half repeats the upper one."""
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(1, SIDE * SIDE // 2, _WIDTH, generator=generator, dtype=torch.float64)
-    return torch.cat([half, half], 1).to(dtype)
+    half = torch.randn(1, SIDE * SIDE // 2, width, generator=generator, dtype=torch.float64)
+    return torch.cat([half, half], 1)
 
 
 def map_of(variant: Variant) -> tuple[AttentionMap, bool]:
-    """The map of a variant on the common input, with one projection for queries and keys; True. Variants that take other inputs
-    show their own example; False."""
+    """The map of a variant on the common input, with one projection for queries and keys; True. Variants that take
+    other inputs show their own example; False."""
     if variant.recipe is None:
         return variant(**variant.example(0, SIDE * SIDE, torch.float64))[1], False
+    width, heads = _NARROW if variant.family == "nonlinear" else (_WIDTH, _HEADS)
     config = NativeConfig(
-        layers=1, heads=_HEADS, width=_WIDTH, head_width=_WIDTH, vocab=1, mixer=variant.name, positions="none",
+        layers=1, heads=heads, width=width, head_width=width, vocab=1, mixer=variant.name, positions="none",
         causal=variant.causal, grid=(SIDE, SIDE),
     )  # fmt: skip
     with torch.random.fork_rng(), torch.no_grad():
@@ -45,14 +48,15 @@ def map_of(variant: Variant) -> tuple[AttentionMap, bool]:
         for parameter in mixer.parameters():
             if not parameter.any():  # learned biases and gates that start at zero show nothing
                 parameter.normal_(std=0.7)
-        x = common_input()
-        q = x[:, None].expand(-1, _HEADS, -1, -1)
-        v = torch.randn(1, _HEADS, SIDE * SIDE, _WIDTH, dtype=torch.float64)
+        x = common_input(width)
+        q = x[:, None].expand(-1, heads, -1, -1)
+        v = torch.randn(1, heads, SIDE * SIDE, width, dtype=torch.float64)
         return mixer(x, 0.6 * q, q, v, Mask(causal=variant.causal))[1], True
 
 
 def figure(family: str, columns: int = 6) -> Figure:
-    """The first head of every variant of a family; blue is positive, red negative, the strongest weight of a map darkest."""
+    """The first head of every variant of a family; blue is positive, red negative, the strongest weight of a map
+    darkest."""
     from matplotlib.figure import Figure
 
     chosen = [v for v in variants() if v.family == family]

@@ -55,13 +55,14 @@ class MemoryMap(JacobianMap):
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
-        for row in range(lo, hi):
-            if row not in self._made:
-                self._made[row] = JacobianMap.rows(self, row, row + 1)
+        new = [row for row in range(lo, hi) if row not in self._made]
+        if new:
+            made = JacobianMap.rows(self, new[0], new[-1] + 1)
+            self._made |= {row: made[:, :, row - new[0] : row - new[0] + 1] for row in new}
         none = self.at.new_zeros(*self.shape[:2], 0, self.shape[3])
         return torch.cat([none, *(self._made[row] for row in range(lo, hi))], 2)
 
-    def native(self) -> Tensor:  # type: ignore[override]
+    def native(self) -> Tensor:
         """The surprise of each token."""
         return self.surprise
 

@@ -17,6 +17,9 @@ from workbench.attention_map import AttentionMap
 from workbench.errors import WorkbenchError
 from workbench.maps import state_metadata
 
+_AT_ONCE = 2**21
+"""Numbers that a backward pass over several rows is asked for at a time."""
+
 
 class JacobianMap(AttentionMap):
     """The derivative of ``function`` (values ``[B, G, K, E]`` to outputs ``[B, H, Q, E]``) at the values ``at``.
@@ -66,23 +69,24 @@ class JacobianMap(AttentionMap):
 
     def _backward(self, outputs: Tensor) -> Tensor:
         """J^T of several outputs ``[M, B, H, Q, E]`` at once: ``[M, B, G, K, E]``."""
-        with torch.enable_grad():
-            at = self.at.clone().requires_grad_()
-            out = self._function(at)
-            if not out.requires_grad:
-                return at.new_zeros(len(outputs), *at.shape)
-            return torch.autograd.grad(out, at, outputs, is_grads_batched=True)[0]
+        _, pull = torch.func.vjp(self._function, self.at)
+        return torch.func.vmap(pull)(outputs)[0]
 
     def _derivatives(self, lo: int, hi: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """``reduce`` of blocks ``[B, K, E out, 1, E in]``, laid out as ``[..., E, K, E]``, row by row."""
-        b, h, _, k = self.shape
+        """``reduce`` of the blocks d o_i / d v_j, laid out as ``[B, E out, K, E in]``, per head and row: one forward pass, and a
+        backward pass for a few rows' channels at a time."""
+        b, h, q, k = self.shape
         width, group = self.at.shape[3], h // self.kv_heads
-        out = self.at.new_zeros(b, h, hi - lo, k)
-        for row in range(lo, hi):
-            ask = self.at.new_zeros(h, width, *self.shape[:3], width)
-            for head in range(h):
-                ask[head, range(width), :, head, row, range(width)] = 1.0
-            back = self._backward(ask.flatten(0, 1)).view(h, width, b, self.kv_heads, k, width)
-            for head in range(h):
-                out[:, head, row - lo] = reduce(back[head, :, :, head // group].permute(1, 0, 2, 3))
-        return out
+        made = self.at.new_zeros(b, h, hi - lo, k)
+        wanted = [(head, row) for row in range(lo, hi) for head in range(h)]
+        step = max(1, _AT_ONCE // (width * b * max(h * q, self.kv_heads * k) * width))
+        _, pull = torch.func.vjp(self._function, self.at)
+        for first in range(0, len(wanted), step):
+            some = wanted[first : first + step]
+            ask = self.at.new_zeros(len(some), width, *self.shape[:3], width)
+            for i, (head, row) in enumerate(some):
+                ask[i, range(width), :, head, row, range(width)] = 1.0
+            back = torch.func.vmap(pull)(ask.flatten(0, 1))[0].view(len(some), width, b, self.kv_heads, k, width)
+            for i, (head, row) in enumerate(some):
+                made[:, head, row - lo] = reduce(back[i, :, :, head // group].permute(1, 0, 2, 3))
+        return made
