@@ -223,7 +223,7 @@ def test_a_run_inside_an_edit_of_the_values_is_a_run_of_its_own(name):
             assert torch.equal(found.dense(), alone.maps[key].dense())
 
 
-@pytest.mark.parametrize("name", ["diffllama", "longformer", "deepseek_v32", "reformer"])
+@pytest.mark.parametrize("name", ["diffllama", "longformer", "big_bird-sparse", "deepseek_v32"])  # hashes share a seed
 def test_runs_of_one_net_in_threads(name):
     one, given = made(name, torch.float32)
     models, found = [one, HFModel(one.model), one], {}
