@@ -266,7 +266,7 @@ VARIANTS = (
         example=_spatten_example,
         causal=True,
         reference="the paper's abstract",
-        note="details taken from general knowledge; importances come from earlier layers, where later tokens gave to earlier ones",
+        note="details from general knowledge; importances come from earlier layers, where later tokens gave to earlier ones",
     ),
     Variant(
         name="deltallm-attention",
