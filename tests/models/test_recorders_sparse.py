@@ -100,7 +100,7 @@ def test_map_times_values_is_the_layers_own_output_in_float64(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_float32_maps_err_as_float32_does(name):
-    """Relative to the largest output; 1e-7 to 9e-7 are measured."""
+    """Relative to the largest output; at most 5e-7 is measured."""
     model, ids = made(name, torch.float32)
     with torch.no_grad(), looking(model) as seen:
         off = model.run(ids)
@@ -111,7 +111,7 @@ def test_float32_maps_err_as_float32_does(name):
     assert torch.equal(off.logits, off_again.logits)
     for key, found in on.maps.items():
         v, z = seen[key]["v"], seen[key]["z"][:, :, : ids.shape[1]]
-        assert (found.matvec(v[:, :, : found.shape[3]]) - z).abs().max() < 5e-6 * z.abs().max()
+        assert (found.matvec(v[:, :, : found.shape[3]]) - z).abs().max() < 2e-6 * z.abs().max()
 
 
 @pytest.mark.parametrize("name", [n for n in (*TEXTS, *IMAGES, "deepseek_v32") if n not in ("fnet", "nystromformer")])
