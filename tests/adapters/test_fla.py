@@ -179,6 +179,8 @@ def test_naive_low_rank_transitions(fla: ModuleType) -> None:
     order = [first[name] for name in ("q", "k", "v", "a", "b", "gk")]
     want = naive("generalized_delta_rule.dplr.naive", "dplr_recurrence")(*order)[0].transpose(1, 2)
     torch.testing.assert_close(from_fla("chunk_dplr_delta_rule", **given)[0], want, atol=1e-5, rtol=1e-5)
+    rwkv = {"r": given["q"], "w": given["gk"], **{name: given[name] for name in ("k", "v", "a", "b")}}
+    torch.testing.assert_close(from_fla("chunk_rwkv7", **rwkv)[0], want * 8**0.5, atol=1e-5, rtol=1e-5)
     want = naive("generalized_delta_rule.iplr.naive", "iplr_recurrence")(*order[:5])[0].transpose(1, 2)
     given.pop("gk")
     torch.testing.assert_close(from_fla("chunk_iplr_delta_rule", **given)[0], want, atol=1e-5, rtol=1e-5)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from workbench.adapters.sdpa import SdpaCall, capture_sdpa
 from workbench.attention_map import AttentionMap
-from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.errors import Refused, UnknownName
 from workbench.kernels.mask import Mask
 from workbench.mixers.channel_attention import davit_channel_attention, davit_channel_attention_v2
 from workbench.mixers.convit import gated_positional_attention
@@ -222,9 +222,7 @@ def _halo(run: _Run) -> Made:
 
 def _gpsa(run: _Run) -> Made:
     module, n = run.module, run.x.shape[1]
-    side = math.isqrt(n)
-    if side * side != n:
-        raise WorkbenchError(f"GPSA works on square images without a class token; got {n} tokens")
+    side = math.isqrt(n)  # the module takes square images alone
     q, k = _parts(run["qk"], module.num_heads, 2)
     v = _parts(run["v"], module.num_heads, 1)[0]
     _, found = gated_positional_attention(
