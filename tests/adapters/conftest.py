@@ -1,6 +1,6 @@
 """Other libraries, for the tests of one file at a time.
 
-`make install` puts them into a folder of their own (the Makefile says why). They are imported from there and forgotten again, as
+`make test` puts them into a folder of their own (the Makefile says why). They are imported from there and forgotten again, as
 other code behaves differently where it can import them. timm imports torchvision, of which its attention modules use nothing:
 where no torchvision fits the installed torch, empty modules stand in for it. fla comes without its models, which would register
 themselves with transformers.
