@@ -39,7 +39,8 @@ def token_aware_pooling_attention(
 
     q ``[B, H, N, E]``, k ``[B, G, N, E]``, v ``[B, G, N, V]`` of the tokens before averaging; ``mix`` ``[B, N, S]`` the weights
     c_i(s) of no averaging (s = 0) and of 3x3 averages with dilations 1 to S - 1, a softmax in the paper. The map is the product
-    of the attention among averaged tokens and the averaging. Source: Guo, Stutz, Schiele, arXiv:2303.11126.
+    of the attention among averaged tokens and the averaging. ``mask`` is about averaged tokens: one that it hides still enters
+    the averages of its neighbours. Source: Guo, Stutz, Schiele, arXiv:2303.11126.
     """
     b, h, n, _ = checked(q, k, v, mask)
     grid = check_grid(grid, n)

@@ -46,6 +46,7 @@ def rcmha_attention(
     ``q_filter`` ``[H, E, W]``, ``k_filter`` ``[G, E, W]`` and ``v_filter`` ``[G, V, W]`` hold W taps per channel: with a causal
     mask tap t is for the token t steps back, else the middle tap is for the token itself and W is odd. ``relative``,
     ``content_bias``, ``position_bias`` and ``first`` are those of ``transformer_xl_attention``. Queries stand on the keys.
+    ``mask`` is about convolved keys: a token that it hides still enters the convolutions of its neighbours.
     Source: RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling.
     """
     _, h, n, m = checked(q, k, v, mask)
