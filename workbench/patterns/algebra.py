@@ -19,6 +19,22 @@ from workbench.maps import head_index, state_metadata
 from workbench.mods import Mod
 
 
+def block_sums(amap: AttentionMap, size: int, reduce: str) -> Tensor:
+    """Block sums or means of a map whose products are fast: which key is in which block goes through as values, and rows are
+    never made."""
+    b, h, q, k = amap.shape
+    like = amap.rows(0, 1)
+    number, blocks = torch.arange(k, device=like.device) // size, -(-k // size)
+    step = max(1, min(blocks, attention_map.CHUNK // (b * h * max(q, k))))
+    parts = []
+    for lo in range(0, blocks, step):
+        inside = (number[:, None] - lo == torch.arange(min(step, blocks - lo), device=like.device)).to(like.dtype)
+        mass = amap.matvec(inside.expand(b, amap.kv_heads, -1, -1))
+        parts.append(torch.nn.functional.pad(mass, (0, 0, 0, -q % size)).unflatten(2, (-1, size)).sum(3))
+    sums = torch.cat(parts, -1)
+    return sums / block_cells(q, k, size, sums) if reduce == "mean" else sums
+
+
 class _Joined(AttentionMap):
     """Parts of which the whole takes over domain, value space and the weakest exactness, unless told otherwise."""
 
@@ -144,18 +160,7 @@ class ProductMap(_Joined):
         linear = reduce in ("sum", "mean") or (reduce == "abs" and self.sign == "nonnegative")
         if self.channelwise or not linear:
             return super()._blocks(size, reduce)
-        b, h, q, k = self.shape
-        like = self.left.rows(0, 1)[..., :1] * self.right.rows(0, 1)[..., :1]
-        number = torch.arange(k, device=like.device) // size
-        step = max(1, attention_map.CHUNK // (b * h * max(q, k)))
-        parts = []
-        for lo in range(0, -(-k // size), step):
-            # Which key is in which block, as values: both factors pass them on, rows of the product are never made.
-            inside = (number[:, None] - lo == torch.arange(step, device=like.device)).to(like.dtype)
-            mass = self.matvec(inside.expand(b, self.kv_heads, -1, -1))
-            parts.append(torch.nn.functional.pad(mass, (0, 0, 0, -q % size)).unflatten(2, (-1, size)).sum(3))
-        blocks = torch.cat(parts, -1)[..., : -(-k // size)]
-        return blocks / block_cells(q, k, size, blocks) if reduce == "mean" else blocks
+        return block_sums(self, size, "mean" if reduce == "mean" else "sum")
 
     def _mass(self, mod: Mod | Tensor) -> Tensor:
         if isinstance(mod, Tensor):

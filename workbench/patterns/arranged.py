@@ -6,10 +6,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from workbench.attention_map import AttentionMap
+from workbench.attention_map import AttentionMap, block_cells
 from workbench.errors import WorkbenchError
 from workbench.maps import head_index, state_metadata
+from workbench.patterns.algebra import block_sums
+
+NEAR = 8
+"""Rows that are wanted so close to each other are taken together, with those in between."""
+
+
+def _runs(places: list[int], longest: int) -> list[tuple[int, int]]:
+    """Spans ``[first, last)`` over ascending places, each at most ``longest`` long."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and place - runs[-1][1] < NEAR and place - runs[-1][0] < longest:
+            runs[-1] = (runs[-1][0], place + 1)
+        else:
+            runs.append((place, place + 1))
+    return runs
 
 
 class PermutedMap(AttentionMap):
@@ -49,13 +65,9 @@ class PermutedMap(AttentionMap):
             return self._columns(self.inner.rows(lo, hi))
         wanted = self.queries[..., lo:hi]
         out: Tensor | None = None
-        step = max(1, hi - lo)
-        b, h, q, k = self.shape
-        for first in range(0, q, step):
-            last = min(q, first + step)
+        b, h, _, k = self.shape
+        for first, last in _runs(wanted.unique().tolist(), max(1, hi - lo)):
             here = (wanted >= first) & (wanted < last)
-            if not bool(here.any()) and out is not None:
-                continue
             part = self.inner.rows(first, last)
             out = part.new_zeros(b, h, hi - lo, k) if out is None else out
             at = (wanted - first).clamp(0, last - first - 1).expand(b, h, -1)[..., None].expand(-1, -1, -1, k)
@@ -90,6 +102,28 @@ class PermutedMap(AttentionMap):
 
     def _received(self) -> Tensor:
         return _taken(self.inner.received(), self.keys)
+
+    def _blocks(self, size: int, reduce: str) -> Tensor:
+        """Sums by products of the inner map with block indicators; other reductions take every inner row once, where it is."""
+        if reduce == "abs" and self.sign == "nonnegative":
+            return self.blocks(size, "sum")
+        if reduce in ("sum", "mean") and not self.channelwise:
+            return block_sums(self, size, reduce)
+        b, h, q, k = self.shape
+        nq, nk = -(-q // size), -(-k // size)
+        target = None if self.queries is None else self.queries.argsort(-1)
+        empty = float("-inf") if reduce == "max" else 0.0
+        out: Tensor | None = None
+        for lo, hi, rows in self.inner._chunks():
+            values = self._columns(rows.abs() if reduce == "abs" else rows)
+            values = pad(values, (0, nk * size - k), value=empty).unflatten(-1, (nk, size))
+            values = values.amax(-1) if reduce == "max" else values.sum(-1)
+            at = torch.arange(lo, hi, device=rows.device)[None, None] if target is None else target[..., lo:hi]
+            out = values.new_full((b, h, nq, nk), empty) if out is None else out
+            where = (at // size).expand(b, h, -1)[..., None].expand_as(values)
+            out.scatter_reduce_(2, where, values, "amax" if reduce == "max" else "sum")
+        assert out is not None
+        return out / block_cells(q, k, size, out) if reduce == "mean" else out
 
     def _entropy(self) -> Tensor:
         return _taken(self.inner.entropy(), self.queries)

@@ -83,20 +83,23 @@ class PrefixSoftmaxMap(AttentionMap):
         for name, part in (("decay", decay), ("bonus", bonus)):
             if part is not None and tuple(part.shape) != (h,):
                 raise WorkbenchError(f"{name} is [H] = {[h]}; got {list(part.shape)}")
-        if decay is not None and not bool((decay >= 0).all()):
-            raise WorkbenchError("decay is a rate, not negative and not NaN")
+        if decay is not None and not bool((decay >= 0).all() and decay.isfinite().all()):
+            raise WorkbenchError("decay is a rate, finite and not negative")
         work = working_dtype(scores.dtype)
         self.scores = scores.detach().to(work)
         self.decay = None if decay is None else decay.detach().to(self.scores)
         self.bonus = None if bonus is None else bonus.detach().to(self.scores)
         self.gate: Tensor | None = None
+        self._lse: Tensor | None = None
         state_metadata(self, metadata)
 
     @property
     def lse(self) -> Tensor:
         """Natural logarithms of the row denominators, ``[B, H, N]``."""
-        nothing = torch.zeros_like(self.scores)[..., None]
-        return self._remember(("lse",), lambda: prefix_softmax(self.scores, nothing, self.decay, self.bonus)[1])
+        if self._lse is None:
+            nothing = torch.zeros_like(self.scores)[..., None]
+            self._lse = prefix_softmax(self.scores, nothing, self.decay, self.bonus)[1]
+        return self._lse
 
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")

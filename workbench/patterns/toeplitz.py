@@ -144,10 +144,15 @@ class ToeplitzMap(AttentionMap):
         return self._backward(self._ones(self.shape[2]))[..., 0]
 
     def _distance(self, window: int | None) -> Tensor:
-        return super()._distance(window) if self.circular else self._weighted(window, 1)
+        return self._weighted(window, 1) if self._even else super()._distance(window)
 
     def _distance2(self) -> Tensor:
-        return super()._distance2() if self.circular else self._weighted(None, 2)
+        return self._weighted(None, 2) if self._even else super()._distance2()
+
+    @property
+    def _even(self) -> bool:
+        """Whether a tap spans the same number of tokens everywhere."""
+        return not self.circular and self.queries[1:] == self.keys[1:]
 
     def _weighted(self, window: int | None, power: int) -> Tensor:
         """Row sums of the map with every tap times the distance it spans."""
