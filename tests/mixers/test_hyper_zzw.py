@@ -92,3 +92,11 @@ def test_refusals() -> None:
         variants()["hyper-zzw"](**{**p, "leave": p["leave"][:2]})
     with pytest.raises(WorkbenchError, match=r"enter is floating point \[width, 3\]"):
         variants()["hyper-zzw"](**{**p, "enter": p["enter"][:, :2]})
+
+
+def test_half_precision_is_transformed_in_the_working_type() -> None:
+    p = variants()["hyper-zzw"].example(3, 12, torch.bfloat16)
+    out, _ = variants()["hyper-zzw"](**p)
+    wanted, _ = variants()["hyper-zzw"](**{k: x.double() if isinstance(x, Tensor) else x for k, x in p.items()})
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=3e-2 * float(wanted.abs().max()))

@@ -173,3 +173,15 @@ def test_refusals() -> None:
         hyena(**{**p, "enter": p["enter"][:, :4]})
     with pytest.raises(WorkbenchError, match="leave_gate is floating point"):
         hyena(**{**p, "leave_gate": p["leave_gate"][:, :, 1:]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["base-conv", "h3", "hyena", "orchid", "orchid-correlation"])
+def test_half_precision_is_transformed_in_the_working_type(name: str, dtype: torch.dtype) -> None:
+    p = variants()[name].example(3, 40, dtype)
+    wide = {key: x.double() if isinstance(x, Tensor) else x for key, x in p.items()}
+    out, found = variants()[name](**p)
+    wanted, _ = variants()[name](**wide)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=3e-2 * float(wanted.abs().max()))
+    torch.testing.assert_close(found.matvec(p["v"]).double(), wanted, rtol=0, atol=3e-2 * float(wanted.abs().max()))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.attention_map import AttentionMap
 from workbench.errors import WorkbenchError
+from workbench.kernels.scores import working_dtype
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.diagonal import DiagonalMap
 from workbench.patterns.per_channel import PerChannelMap
@@ -54,6 +55,21 @@ def check_sides(grid: Any, count: int, axes: int | None = None, name: str = "gri
         kinds = "one to three" if axes is None else str(axes)
         raise WorkbenchError(f"{name} is {kinds} positive sides with {count} cells; got {grid!r}")
     return tuple(grid)
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """The value; raises unless it is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise WorkbenchError(f"{name} is a whole number of at least {least}; got {value!r}")
+    return value
+
+
+def check_square(name: str, kernel: Tensor, *leading: int | str) -> None:
+    """Raise unless ``kernel`` is ``[*leading, s, s]`` with an odd side s."""
+    check_tensor(name, kernel, (*leading, "s", "s"))
+    if kernel.shape[-1] != kernel.shape[-2] or kernel.shape[-1] % 2 == 0:
+        wanted = ", ".join(str(axis) for axis in (*leading, "s", "s"))
+        raise WorkbenchError(f"{name} is [{wanted}] with an odd size s; got {list(kernel.shape)}")
 
 
 def check_odd(name: str, kernel: Tensor, channels: int, axes: int) -> None:
@@ -109,10 +125,10 @@ def correlation_map(
 
 
 def causal_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """sum_{j <= i} kernel_{i-j} x_j for ``[B, C, N]`` and ``[C, L]`` or ``[B, C, L]``, by FFT."""
-    n, length = x.shape[2], min(kernel.shape[-1], x.shape[2])
+    """sum_{j <= i} kernel_{i-j} x_j for ``[B, C, N]`` and ``[C, L]`` or ``[B, C, L]``, by FFT in the working type of x."""
+    n, length, work = x.shape[2], min(kernel.shape[-1], x.shape[2]), working_dtype(x.dtype)
     size = n + length - 1
-    spectrum = torch.fft.rfft(x, n=size) * torch.fft.rfft(kernel[..., :length].to(x.dtype), n=size)
+    spectrum = torch.fft.rfft(x.to(work), n=size) * torch.fft.rfft(kernel[..., :length].to(work), n=size)
     return torch.fft.irfft(spectrum, n=size)[..., :n]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
+from workbench.kernels.scores import working_dtype
 from workbench.mixers.channels import channel_map, check_sides, check_values, planes, tokens
 from workbench.mixers.gating import UNUSED, head_values, small
 from workbench.mixers.image import Grid, grid_of
@@ -51,10 +52,11 @@ def hyper_zzw_convolution(
     sides = check_sides(grid, n, 2)
     kernel = _context(z, enter, hidden, leave, sides)
     sizes = [2 * side - 1 for side in sides]
-    seen = torch.fft.rfft2(planes(v).unflatten(2, sides), s=sizes) * torch.fft.rfft2(kernel.to(v.dtype), s=sizes)
-    whole = torch.fft.irfft2(seen, s=sizes)
+    work = torch.promote_types(working_dtype(v.dtype), kernel.dtype)
+    image = planes(v).to(work).unflatten(2, sides)
+    whole = torch.fft.irfft2(torch.fft.rfft2(image, s=sizes) * torch.fft.rfft2(kernel.to(work), s=sizes), s=sizes)
     top, left = (side // 2 for side in sides)
-    out = whole[..., top : top + sides[0], left : left + sides[1]].flatten(2)
+    out = whole[..., top : top + sides[0], left : left + sides[1]].flatten(2).to(v.dtype)
     inner = ToeplitzMap(kernel, queries=sides, keys=sides, first=(-top, -left))
     return tokens(out, h), channel_map(inner, e)
 
@@ -82,9 +84,12 @@ def hyper_zzw_product(
 
 def _context(z: Tensor, enter: Tensor, hidden: Tensor, leave: Tensor, sides: tuple[int, ...]) -> Tensor:
     """W * z, ``[B, C, rows, columns]``."""
+    for name, part, shape in (("enter", enter, ("width", 3)), ("hidden", hidden, ("width", "width"))):
+        check_tensor(name, part, shape)
     check_tensor("leave", leave, (z.shape[1] * z.shape[3], "width"))
     grid = (sides[0], sides[1])
-    return hyper_kernel(enter, hidden, leave, grid).to(z.dtype) * planes(z).unflatten(2, grid)
+    work = working_dtype(z.dtype)
+    return hyper_kernel(enter.to(work), hidden.to(work), leave.to(work), grid) * planes(z).unflatten(2, grid)
 
 
 def _example(square: bool) -> Any:

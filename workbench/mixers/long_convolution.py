@@ -18,7 +18,16 @@ from torch import Tensor
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.mixers.channels import causal_convolution, channel_map, check_odd, check_values, planes, tokens
+from workbench.kernels.scores import working_dtype
+from workbench.mixers.channels import (
+    causal_convolution,
+    channel_map,
+    check_odd,
+    check_values,
+    check_whole,
+    planes,
+    tokens,
+)
 from workbench.mixers.gating import SOURCE, UNUSED, head_values, small
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.toeplitz import ToeplitzMap
@@ -39,7 +48,7 @@ def base_convolution(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, kernel:
     check_tensor("bias", bias, (c,))
     check_tensor("kernel", kernel, (c, "L"))
     gate = weight.to(x.dtype) @ planes(x) + bias.to(x.dtype)[:, None]
-    out = gate.to(v.dtype) * causal_convolution(planes(v), kernel)
+    out = (gate * causal_convolution(planes(v), kernel)).to(v.dtype)
     return tokens(out, h), _causal(kernel[None], n, e, gate, None)
 
 
@@ -83,8 +92,12 @@ def h3(
     check_tensor("skip", skip, (c,))
     keys = planes(k)
     shifted = causal_convolution(keys, shift) + shift_skip.to(k.dtype)[:, None] * keys
+    work = working_dtype(v.dtype)
+    decay, frequency, cosine, sine = (
+        part.to(torch.promote_types(work, part.dtype)) for part in (decay, frequency, cosine, sine)
+    )
     kernel = _with_skip(state_kernel(decay, frequency, cosine, sine, n), skip)
-    out = planes(q) * causal_convolution((shifted * planes(v)).to(v.dtype), kernel)
+    out = planes(q) * causal_convolution((shifted * planes(v)).to(work), kernel)
     return tokens(out.to(v.dtype), h), _causal(kernel[None], n, e, planes(q), shifted)
 
 
@@ -135,11 +148,13 @@ def hyena(
     check_tensor("leave", leave, (c, order))
     check_tensor("decay", decay, (c,))
     check_tensor("skip", skip, (c,))
-    if n > longest:
+    if n > check_whole("longest", longest):
         raise WorkbenchError(f"{n} tokens are more than longest={longest}")
-    kernel = _with_skip(hyena_kernel(enter, hidden, leave, decay, n, longest=longest), skip)
-    out = planes(leave_gate) * causal_convolution(planes(enter_gate * v), kernel)
-    return tokens(out, h), _causal(kernel[None], n, e, planes(leave_gate), planes(enter_gate))
+    work = working_dtype(v.dtype)
+    enter, hidden, leave, decay = (part.to(work) for part in (enter, hidden, leave, decay))
+    kernel = _with_skip(hyena_kernel(enter, hidden, leave, decay, n, longest=longest), skip.to(work))
+    out = planes(leave_gate) * causal_convolution(planes(enter_gate * v).to(work), kernel)
+    return tokens(out.to(v.dtype), h), _causal(kernel[None], n, e, planes(leave_gate), planes(enter_gate))
 
 
 def orchid(
@@ -168,15 +183,16 @@ def orchid(
     c = h * e
     for name, tensor in (("first", first), ("second", second), ("spectral", spectral)):
         check_odd(name, tensor, c, 1)
-    image = planes(x)
+    work = working_dtype(v.dtype)
+    image = planes(x).to(work)
     one = torch.fft.fft(_circular(image, first))
     two = torch.fft.fft(_circular(image, second))
     spectrum = one.abs() if conditioning == "magnitude" else one.conj() * two
     spectrum = _circular(spectrum, (spectral + spectral.flip(1)) / 2)
     kernel = torch.fft.ifft(spectrum).real / math.sqrt(n)
     left, right = planes(leave_gate), planes(enter_gate)
-    seen = torch.fft.rfft(right * planes(v)) * torch.fft.rfft(kernel.to(v.dtype))
-    out = left * torch.fft.irfft(seen, n=n)
+    seen = torch.fft.rfft((right * planes(v)).to(work)) * torch.fft.rfft(kernel)
+    out = (left * torch.fft.irfft(seen, n=n)).to(v.dtype)
     inner = ToeplitzMap(kernel, queries=n, keys=n, circular=True, left=left, right=right)
     return tokens(out, h), channel_map(inner, e)
 
@@ -213,7 +229,7 @@ def _h3_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, Any]:
 def _hyena_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, Any]:
     features = dict.fromkeys(("enter_gate", "leave_gate", "v"), (2, 3, count, 1))
     network = {"enter": (6, 5), "hidden": (6, 6), "leave": (3, 6), "decay": (3,), "skip": (3,)}
-    return {**example_tensors(seed, dtype, **features, **network), "longest": 16}
+    return {**example_tensors(seed, dtype, **features, **network), "longest": max(16, count)}
 
 
 def _orchid_example(conditioning: str) -> Any:
