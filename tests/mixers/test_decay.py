@@ -213,3 +213,28 @@ def test_wrong_arguments_are_named() -> None:
         decay.minimax_attention(q[:, :, :3], k, v, layer=0, layers=2)
     with pytest.raises(WorkbenchError, match="got mask.window"):
         decay._activated({**given, "mask": Mask(causal=True, window=2)})
+
+
+def test_an_infinite_rate_leaves_each_token_to_itself() -> None:
+    given = drawn()
+    out, found = decay.lightning_attention_2(**given, slopes=torch.full((4,), math.inf).double(), block=4)
+    own = (given["q"] * given["k"].repeat_interleave(2, 1)).sum(-1)
+    close(out, own[..., None] * given["v"].repeat_interleave(2, 1))
+    close(found.dense(), torch.diag_embed(own))
+
+
+def test_layers_are_whole_numbers() -> None:
+    for layer, layers in ((0.5, 4), (None, 4), (0, "4")):
+        with pytest.raises(WorkbenchError, match="layers? is a whole number"):
+            decay.lightning_attention(**drawn(), layer=layer, layers=layers)
+
+
+def test_block_sums_in_both_directions_follow_the_numbers() -> None:
+    shape = (2, 3, 37, 4)
+    made = drawn(37, heads=3, groups=3, forward_gate=shape, backward_gate=shape)
+    _, found = decay.bidirectional_gated_linear_attention(**made)
+    dense = found.dense()
+    for name, part in (("sum", dense), ("abs", dense.abs())):
+        pooled = torch.stack([rows.sum(2) for rows in part.split(8, 2)], 2)
+        pooled = torch.stack([columns.sum(3) for columns in pooled.split(8, 3)], 3)
+        close(found.blocks(8, name), pooled)

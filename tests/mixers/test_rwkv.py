@@ -147,3 +147,22 @@ def test_wrong_arguments_are_named() -> None:
         rwkv.rwkv6_attention(**{**made, "bonus": torch.zeros(6)})
     with pytest.raises(WorkbenchError, match="the 3 heads of r; got 1"):
         rwkv.rwkv6_attention(**{**made, "k": made["k"][:, :1], "v": made["v"][:, :1]})
+
+
+def test_a_rate_beyond_all_numbers_forgets_and_has_gradients() -> None:
+    given = channels(tokens=6)
+    for rate in (100.0, 1000.0, torch.inf):
+        leaves = {**given, "decay": torch.full((5, 1), rate).double()}
+        leaves = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        out, found = rwkv.rwkv4_attention(**leaves)
+        # Only the token before and the token itself are left.
+        assert not found.dense().tril(-2).any()
+        close(found.dense().sum(-1), torch.ones(2, 5, 6).double())
+        out.sum().backward()
+        assert all(torch.isfinite(x.grad).all() for x in leaves.values())
+    made = rwkv._rwkv6_example(0, 5, torch.float32)
+    made["decay"] = torch.full_like(made["decay"], 200.0).requires_grad_()
+    out, _ = rwkv.rwkv6_attention(**made)
+    out.sum().backward()
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(made["decay"].grad).all()

@@ -33,6 +33,8 @@ from workbench.patterns.decays import channel_scan
 from workbench.patterns.linear import ChannelDecayMap, LinearMap
 
 ROTATION_BASE = 10000.0
+FASTEST = 1e30
+"""Rates of decay are cut here: exp(-1e30) is 0 in every type, and 0 times it is 0."""
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -108,8 +110,9 @@ def tiled_product(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, block: int) -
     work = torch.promote_types(working_dtype(q.dtype), v.dtype)
     b, h, n, e = q.shape
     g, width = v.shape[1], v.shape[3]
+    slopes = slopes.to(work).clamp(max=FASTEST)  # as good as infinite, and 0 tokens of it are still no decay
     rows, keys, values = q.to(work).view(b, g, h // g, n, e), k.to(work)[:, :, None], v.to(work)[:, :, None]
-    rate = slopes.to(work).view(g, h // g, 1)
+    rate = slopes.view(g, h // g, 1)
     state = rows.new_zeros(b, g, h // g, e, width)
     parts = []
     for lo in range(0, n, block):
@@ -210,6 +213,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _check_layer(layer: int, layers: int) -> None:
+    for name, value in (("layer", layer), ("layers", layers)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise WorkbenchError(f"{name} is a whole number; got {value!r}")
     if not 0 <= layer < layers:
         raise WorkbenchError(f"layer counts from 0 to layers - 1; got layer={layer} of layers={layers}")
 
@@ -251,7 +257,10 @@ def _grouped(seed: int, tokens: int, dtype: torch.dtype, **more: tuple[int, ...]
 
 
 def _layer_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {**_grouped(seed, tokens, dtype), "layer": 3, "layers": 12}
+    """6 heads, no power of 2, where the rates of the two networks differ."""
+    wide, narrow = (2, 6, tokens, 6), (2, 2, tokens, 6)
+    shapes = {"q": wide, "k": narrow, "v": (2, 2, tokens, 5)}
+    return {**example_tensors(seed, dtype, **shapes), "layer": 3, "layers": 12}
 
 
 def _slopes_example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -26,6 +26,9 @@ from workbench.patterns.linear import ChannelDecayMap
 from workbench.patterns.per_channel import PerChannelMap
 from workbench.patterns.prefix import PrefixSoftmaxMap, prefix_softmax
 
+FASTEST = 60.0
+"""Logarithms of rates are cut here: exp(-exp(60)) is 0 in every type."""
+
 
 def rwkv4_attention(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> tuple[Tensor, AttentionMap]:
     """RWKV-4's weighted mean of the past, in every channel for itself: k, v ``[B, H, N, E]``, decay w and bonus u ``[H, E]``.
@@ -59,6 +62,7 @@ def rwkv6_attention(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tenso
     o_i = r_i^T (S_{i-1} + diag(u) k_i v_i^T), S_i = diag(exp(-exp(w_i))) S_{i-1} + k_i v_i^T; no scale. Source: Peng et al.,
     arXiv:2404.05892; norm and gate of the output come after.
     """
+    check_tensor("r", r, ("B", "H", "N", "R"))
     check_linear(r, k, v, True)
     b, h, n, width = r.shape
     if k.shape[1] != h:
@@ -66,7 +70,7 @@ def rwkv6_attention(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, bonus: Tenso
     check_tensor("decay", decay, (b, h, n, width))
     check_tensor("bonus", bonus, (h, width))
     work = torch.promote_types(working_dtype(r.dtype), v.dtype)
-    r, k, log = r.to(work), k.to(work), -decay.to(work).exp()
+    r, k, log = r.to(work), k.to(work), -_rate(decay.to(work))
     own = (r * bonus.to(work)[:, None] * k).sum(-1)
     out = channel_scan(r, k, v.to(work), log, diagonal=own).to(v.dtype)
     return out, ChannelDecayMap(r, k, log, diagonal=own)
@@ -81,9 +85,14 @@ def _weighted_mean(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> tuple[
     work = torch.promote_types(working_dtype(k.dtype), v.dtype)
     scores = k.to(work).transpose(2, 3).flatten(1, 2)
     values = v.to(work).transpose(2, 3).flatten(1, 2)[..., None]
-    rate, own = decay.to(work).flatten().exp(), bonus.to(work).flatten()
+    rate, own = _rate(decay.to(work)).flatten(), bonus.to(work).flatten()
     out, _ = prefix_softmax(scores, values, rate, own)
     return out, PrefixSoftmaxMap(scores, rate, own)
+
+
+def _rate(decay: Tensor) -> Tensor:
+    """exp(decay), cut where nothing of the past is left anyway, so that it and its gradient stay finite."""
+    return decay.clamp(max=FASTEST).exp()
 
 
 def _joined(out: Tensor, v: Tensor) -> Tensor:
