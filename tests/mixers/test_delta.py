@@ -191,3 +191,28 @@ def test_errors_name_the_argument() -> None:
     for name, wrong in (("rate", given["rate"][..., 0]), ("v", given["v"][:, :3]), ("kappa", given["kappa"][..., :2])):
         with pytest.raises(WorkbenchError, match=f"^{name} "):
             RECORDS["rwkv-7"](**{**given, name: wrong})
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    for record, names in (("gated-deltanet", ("q", "k", "v", "beta")), ("rwkv-7", ("r", "k", "v", "kappa", "rate"))):
+        given = example(record, 5)
+        for name in names:
+            with pytest.raises(WorkbenchError, match=f"^{name} is floating point"):
+                RECORDS[record](**{**given, name: None})
+
+
+def test_decays_of_any_strength() -> None:
+    """Nothing, exp(-200), and everything forgotten, with writing strengths from 0 to 2, against the recurrence."""
+    for record in ("gated-deltanet", "kimi-delta-attention"):
+        given = example(record, 130)
+        weak = torch.full_like(given["log_decay"], -0.01)
+        strong = given["log_decay"] < -1.0
+        for number in (0.0, -200.0, -torch.inf):
+            for strength in (0.0, 1.0, 2.0):
+                given["beta"] = torch.full_like(given["beta"], strength)
+                given["log_decay"] = weak.masked_fill(strong, number)
+                agree(
+                    RECORDS[record].operator,
+                    given,
+                    *parts(given["q"], given["k"], given["beta"], given["log_decay"], 4),
+                )

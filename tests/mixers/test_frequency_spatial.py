@@ -167,3 +167,17 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(WorkbenchError, match=message):
             triple_feature_fusion_attention(**{**given, name: value})
+
+
+def test_oblong_kernels_and_negative_scales_are_refused() -> None:
+    for name, argument in (
+        ("frequency-spatial-attention", "kernel"),
+        ("adaptive-cross-fusion-attention", "kernel"),
+        ("adaptive-cross-fusion-attention", "convolution"),
+    ):
+        given = example(name)
+        with pytest.raises(WorkbenchError, match=f"{argument} is .* odd size s"):
+            variants()[name](**{**given, argument: given[argument][:, 1:]})
+    given = example("triple-feature-fusion-attention")
+    with pytest.raises(WorkbenchError, match="scales of wavelets are positive"):
+        variants()["triple-feature-fusion-attention"](**{**given, "scales": -given["scales"]})

@@ -152,3 +152,11 @@ def test_errors_name_the_argument() -> None:
             RECORDS["mamba"](**{**given, name: wrong})
     with pytest.raises(WorkbenchError, match="grid"):
         RECORDS["lamamba-continuous-scan"](**{**example("lamamba-continuous-scan", 6), "grid": (4, 4)})
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    for record in ("mamba", "lamamba-continuous-scan"):
+        given = example(record, 6)
+        for name in ("x", "dt", "a", "b", "c"):
+            with pytest.raises(WorkbenchError, match=f"^{name} is floating point"):
+                RECORDS[record](**{**given, name: None})

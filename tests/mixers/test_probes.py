@@ -145,3 +145,13 @@ def test_refusals() -> None:
         variants()["block-probe"](**{**given, "v": given["k"]})
     with pytest.raises(WorkbenchError, match="k is"):
         identity_probed_attention(Q, K[..., :3], V)
+
+
+def test_types_that_differ_and_sizes_that_are_no_number_are_refused() -> None:
+    for name in ("identity-probe", "block-probe", "transpose-probe", "softmax-probe"):
+        given = variants()[name].example(1, 11, torch.float64)
+        with pytest.raises(WorkbenchError, match="v has the type of q"):
+            variants()[name](**{**given, "v": given["v"].float()})
+        if "size" in given:
+            with pytest.raises(WorkbenchError, match="a block has at least one token; got size='4'"):
+                variants()[name](**{**given, "size": "4"})

@@ -161,3 +161,9 @@ def test_refusals() -> None:
         waveblock_non_local(**{**p, "grid": (5, 2)})
     with pytest.raises(WorkbenchError, match=r"head is floating point \[8\]"):
         variants()["medusa"](**given("medusa", head=torch.ones(3)))
+
+
+def test_waves_over_many_places_need_no_pairs() -> None:
+    q, k, v = (torch.randn(1, 1, 40_000, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    out, found = waveblock_non_local(q, k, v, grid=(200, 200), start=3)
+    torch.testing.assert_close(found.rows(39_999, 40_000) @ v, out[:, :, 39_999:], rtol=1e-3, atol=1e-3)

@@ -82,7 +82,8 @@ def channel_similarity_attention(x: Tensor, v: Tensor) -> tuple[Tensor, ChannelS
     The released code takes the softmax of the row's maximum minus the products; the paper writes that of the products. Residual
     and its learned factor follow outside. Source: Sinha and Dolz, arXiv:1906.02849, after Fu et al., arXiv:1809.02983.
     """
-    _check(x, x, v)
+    check_tensor("x", x, ("B", "H", "C", "N"))
+    check_tensor("v", v, tuple(x.shape))
     return _between_channels(x, x, v, -1.0)
 
 

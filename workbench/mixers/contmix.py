@@ -54,6 +54,9 @@ def context_mixing(
     grid = check_grid(grid, n)
     check_tensor("context", context, (b, h, "M", e))
     check_tensor("v", v, (b, 2 * h, n, "V"))
+    for name, size in (("small", small), ("large", large)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise WorkbenchError(f"{name} is the side of a kernel, a whole number of at least 1; got {size!r}")
     check_tensor("projection", projection, (context.shape[2], small * small + large * large))
     if projection_bias is not None:
         check_tensor("projection_bias", projection_bias, (projection.shape[1],))

@@ -133,7 +133,8 @@ def taylor_attention(
     """Approximate: softmax attention with the exponential cut off after its square, normalised per row.
 
     q ``[B, H, N, E]``, k ``[B, G, N, E]``, v ``[B, G, N, V]``; ``scale=None`` is ``E ** -0.5``. Weights are positive, as
-    1 + s + s^2 / 2 = ((1 + s)^2 + 1) / 2.
+    1 + s + s^2 / 2 = ((1 + s)^2 + 1) / 2. The output is computed with all pairs of tokens; the map holds 1 + E + E^2 features
+    of each token.
     """
     _, _, n, m = checked(q, k, v, Mask(causal=causal))
     scale = q.shape[3] ** -0.5 if scale is None else scale

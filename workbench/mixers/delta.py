@@ -80,7 +80,7 @@ def rwkv7(r: Tensor, k: Tensor, v: Tensor, kappa: Tensor, rate: Tensor, log_deca
     r, k, kappa, ``rate`` (a, in 0..1) and ``log_decay`` (log w) are ``[B, H, N, E]``, v ``[B, G, N, V]``; kappa is normalised
     here, r is not scaled. The bonus (r . (rho * k)) v is added after the layer's group norm and not part of this.
     """
-    _check_values(r, k, v)
+    _check_values(r, k, v, "r")
     for name, part in (("kappa", kappa), ("rate", rate), ("log_decay", log_decay)):
         check_tensor(name, part, tuple(r.shape))
     work = working_dtype(r.dtype)
@@ -94,6 +94,9 @@ def _rule(
 ) -> tuple[Tensor, DeltaMap]:
     for name, part in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, part, ("B", "heads", "N", "width"))
+    check_tensor("beta", beta, ("B", "H", "N"))
+    if log_decay is not None:
+        check_tensor("log_decay", log_decay, tuple(beta.shape))
     work = torch.promote_types(working_dtype(q.dtype), v.dtype)
     q, k = unit(q).to(work), unit(k).to(work)
     try:
@@ -111,9 +114,9 @@ def _recurrent(read: Tensor, write: Tensor, decay: Tensor, x: Tensor, y: Tensor,
     return out.to(v.dtype), StateMap(read, write, step, kv_heads=v.shape[1])
 
 
-def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_values(q: Tensor, k: Tensor, v: Tensor, name: str = "q") -> None:
     """q and k alike; value heads that divide the heads."""
-    check_tensor("q", q, ("B", "H", "N", "E"))
+    check_tensor(name, q, ("B", "H", "N", "E"))
     check_tensor("k", k, tuple(q.shape))
     check_tensor("v", v, (q.shape[0], "G", q.shape[2], "width"))
     if q.shape[1] % v.shape[1]:

@@ -27,7 +27,16 @@ from workbench.attention_map import AttentionMap
 from workbench.catalogue import Learned, Parameter, Recipe, Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
 from workbench.kernels.scores import working_dtype
-from workbench.mixers.channels import channel_map, check_values, correlate, correlation_map, planes, token_gate, tokens
+from workbench.mixers.channels import (
+    channel_map,
+    check_square,
+    check_values,
+    correlate,
+    correlation_map,
+    planes,
+    token_gate,
+    tokens,
+)
 from workbench.mixers.image import Grid, check_grid, grid_of, spread
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.algebra import HeadsMap, SumMap
@@ -57,8 +66,10 @@ def frequency_spatial_attention(
     _, h, n, e = check_values(v, x=x)
     sides = check_grid(grid, n)
     _check_gates(squeeze, expand, kernel, h * e)
-    if not frequencies or (h * e) % len(frequencies):
-        raise WorkbenchError(f"frequencies split the {h * e} channels evenly; got {len(frequencies)} frequencies")
+    pairs = isinstance(frequencies, Sequence) and all(isinstance(p, Sequence) and len(p) == 2 for p in frequencies)
+    if not pairs or not frequencies or (h * e) % len(frequencies):
+        got = f"{len(frequencies)} frequencies" if pairs else repr(frequencies)
+        raise WorkbenchError(f"frequencies are pairs that split the {h * e} channels evenly; got {got}")
     flat = planes(x)
     basis = torch.stack([_cosines(sides, pair, flat) for pair in frequencies])
     summed = (flat * basis.repeat_interleave(h * e // len(frequencies), 0)).sum(2)
@@ -98,9 +109,7 @@ def adaptive_cross_fusion_attention(
     check_tensor("plane", plane, (quarter, n))
     check_tensor("column", column, (quarter, sides[0]))
     check_tensor("row", row, (quarter, sides[1]))
-    check_tensor("convolution", convolution, (quarter, "t", convolution.shape[-1]))
-    if convolution.shape[-1] % 2 == 0:
-        raise WorkbenchError(f"convolution has an odd size; got {list(convolution.shape)}")
+    check_square("convolution", convolution, quarter)
     flat = planes(x)
 
     def excited(pooled: Tensor) -> Tensor:
@@ -147,6 +156,8 @@ def triple_feature_fusion_attention(
     check_tensor("spectrum", spectrum, (h * e, sides[0], sides[1] // 2 + 1))
     check_tensor("scales", scales, (h * e, 2))
     check_tensor("shifts", shifts, (h * e, 2))
+    if not bool((scales > 0).all()):
+        raise WorkbenchError(f"scales of wavelets are positive; got {float(scales.min()):.4g}")
     if taps < 1 or taps % 2 == 0:
         raise WorkbenchError(f"taps is odd; got {taps}")
     work = working_dtype(v.dtype)
@@ -174,9 +185,7 @@ def triple_feature_fusion_attention(
 def _check_gates(squeeze: Tensor, expand: Tensor, kernel: Tensor, channels: int) -> None:
     check_tensor("squeeze", squeeze, ("hidden", channels))
     check_tensor("expand", expand, (channels, squeeze.shape[0]))
-    check_tensor("kernel", kernel, (2, "s", kernel.shape[-1]))
-    if kernel.shape[-1] % 2 == 0:
-        raise WorkbenchError(f"kernel is [2, s, s] of odd size; got {list(kernel.shape)}")
+    check_square("kernel", kernel, 2)
 
 
 def _cosines(sides: Grid, pair: tuple[int, int], like: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ def recursive_gated_convolution(
     """
     b, h, n, e = check_values(v)
     sides = check_sides(grid, n, 2)
+    if not isinstance(points, Sequence) or isinstance(points, str) or not alpha:
+        raise WorkbenchError(
+            f"points is a list of matrices and alpha not 0; got a {type(points).__name__} and {alpha!r}"
+        )
     order = len(points) + 1
     widths = [h * e // 2 ** (order - 1 - k) for k in range(order)]
     if widths[0] << (order - 1) != h * e or order < 2:
@@ -94,7 +98,7 @@ def recursive_gated_convolution(
     first, last = kernel.split([sum(widths[:-1]), widths[-1]])
     state = p
     for k, factor in enumerate(correlate(q, first, sides).split(widths[:-1], 1)):
-        state = points[k].to(q.dtype) @ (factor * state / alpha)
+        state = points[k].to(q.dtype) @ (factor * state.to(q.dtype) / alpha)
     gate = state / alpha
     out = gate.to(v.dtype) * correlate(planes(v), last, sides)
     return tokens(out, h), channel_map(correlation_map(last, sides, left=gate.detach()), e)

@@ -62,7 +62,7 @@ def resolution_aware_channel_attention(
     channels = x.shape[1] * x.shape[2]
     check_tensor("squeeze", squeeze, ("R", "hidden", channels))
     check_tensor("expand", expand, (squeeze.shape[0], channels, squeeze.shape[1]))
-    if not 0 <= resolution < len(squeeze):
+    if not isinstance(resolution, int) or not 0 <= resolution < len(squeeze):
         raise UnknownName("resolution", resolution, range(len(squeeze)))
     return _channel_gate(v, _excited(x.flatten(1, 2).mean(2), squeeze[resolution], expand[resolution]))
 

@@ -105,9 +105,10 @@ def histogram_self_attention(
     Arguments as in ``histogram_attention``, with queries and keys for each branch. The map holds the second branch fixed as a
     gate; its ``raw`` is the map of the first.
     """
-    out, raw = histogram_bin_attention(q, k, v, x, temperature, bins=bins)
+    _check(q, k, v, x, temperature, bins)
     for name, part in (("q_frequency", q_frequency), ("k_frequency", k_frequency)):
         check_tensor(name, part, tuple(q.shape))
+    out, raw = histogram_bin_attention(q, k, v, x, temperature, bins=bins)
     other, _ = histogram_frequency_attention(q_frequency, k_frequency, x.reshape(v.shape), x, temperature, bins=bins)
     return out * other, GatedMap(raw, other.squeeze(-1))
 

@@ -26,6 +26,7 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.linear_attention import linear_attention as recurrent
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
+from workbench.mixers.image import check_grid
 from workbench.mixers.local import check_qkv
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.algebra import ProductMap
@@ -141,7 +142,7 @@ def l2vit_attention(
     check_qkv(q, k, v)
     h, n = q.shape[1:3]
     check_tensor("temperature", temperature, (h,))
-    _check_grid(grid, n)
+    grid = check_grid(grid, n)
     work = working_dtype(q.dtype)
     q, k = q.to(work).relu(), k.to(work).relu()
     norm = key_mass(q, k, False).clamp(min=floor)
@@ -179,10 +180,8 @@ def dual_gated_linear_attention(
     b, h, n, _ = q.shape
     if k.shape[1] != h:
         raise WorkbenchError(f"k and v have the {h} heads of q, over which the rotations run; got {k.shape[1]}")
-    if v.shape[3] != gate.shape[-1]:
-        raise WorkbenchError(f"gate has the width of v, {v.shape[3]}; got {list(gate.shape)}")
     check_tensor("gate", gate, (b, h, n, v.shape[3]))
-    _check_grid(grid, n)
+    grid = check_grid(grid, n)
     work = working_dtype(q.dtype)
     q, k = elu_plus_one(q.to(work)), elu_plus_one(k.to(work))
     norm = key_mass(q, k, False) / n + 1e-6
@@ -250,11 +249,6 @@ def _delta(shape: tuple[int, ...]) -> Tensor:
     kernel = torch.zeros(shape)
     kernel[..., shape[-1] // 2] = 1.0
     return kernel
-
-
-def _check_grid(grid: tuple[int, int], tokens: int) -> None:
-    if len(grid) != 2 or grid[0] * grid[1] != tokens:
-        raise WorkbenchError(f"grid is (rows, columns) of {tokens} tokens; got {grid}")
 
 
 def _example(seed: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:

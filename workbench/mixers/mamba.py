@@ -42,7 +42,14 @@ def selective_scan(
     them), ``d`` ``[H, E]`` (the skip) or None. With E = 1 every channel is a head with a map of its own; with E > 1 the map is
     a ``PerChannelMap``. Linear time; gradients flow to all arguments.
     """
-    check_scan(x, dt[:, None], a[None], b[:, None], c[:, None], None if d is None else d[None], 1)
+    check_tensor("x", x, ("B", "H", "N", "E"))
+    batch, h, n, e = x.shape
+    check_tensor("dt", dt, (batch, h, n, e))
+    check_tensor("a", a, (h, e, "S"))
+    check_tensor("b", b, (batch, n, a.shape[2]))
+    check_tensor("c", c, (batch, n, a.shape[2]))
+    if d is not None:
+        check_tensor("d", d, (h, e))
     out, found = _scan(x, dt, a, b, c, d, None)
     return out, _by_heads(found, x)
 
@@ -66,8 +73,8 @@ def continuous_scan(
 
     Arguments as in ``vision_mamba`` with four directions, in the order of ``snakes(grid)``; tokens are numbered row by row.
     """
-    grid = check_grid(grid, x.shape[2])
     check_scan(x, dt, a, b, c, d, 4)
+    grid = check_grid(grid, x.shape[2])
     return _paths(x, dt, a, b, c, d, snakes(grid, x.device))
 
 

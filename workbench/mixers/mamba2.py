@@ -91,10 +91,10 @@ def rotary_major_scan(
         raise UnknownName("scan order", order, ORDERS)
     boxes, places = _boxes(grid, review, x.device)
     n, reviews = x.shape[2], len(places)
+    check_tensor("b", b, (x.shape[0], 2, "G", reviews + n, "S"))
     for name, part, shape in (
         ("dt", dt, (x.shape[0], 2, x.shape[1], reviews + n)),
         ("a", a, (2, x.shape[1])),
-        ("b", b, (x.shape[0], 2, "G", reviews + n, "S")),
         ("c", c, tuple(b.shape)),
         ("d", d, (2, x.shape[1])),
     ):

@@ -81,16 +81,23 @@ def softmax_probe(
     """Row entropy and mean attended position of plain softmax attention, two values' worth of runs in linear memory.
 
     H_i = LSE_i - scale q_i . (P K)_i from the values V := K, and sum_j P_ij j from V := (j div 256, j mod 256), which bfloat16
-    holds exactly. ``q`` ``[B, H, Q, E]`` and ``k`` ``[B, G, K, E]`` are those that the operator uses, ``lse`` ``[B, H, Q]``
-    natural logarithms of its denominators, as most fused kernels return them; without it they are computed from q, k, ``mask``
-    and ``scale``. Rows of softmax with extra logits, caps or biases are not what this reads.
+    holds exactly up to 65,536 keys. ``q`` ``[B, H, Q, E]`` and ``k`` ``[B, G, K, E]`` are those that the operator uses,
+    ``lse`` ``[B, H, Q]`` natural logarithms of its denominators, as most fused kernels return them; without it they are computed
+    from q, k, ``mask`` and ``scale``. Rows of softmax with extra logits, caps or biases are not what this reads.
     """
     probed = ProbedSoftmaxMap(operator, q, k, _lse(q, k, lse, mask, scale), scale=scale, offset=mask.offset)
     return SoftmaxProbe(probed.entropy(), probed.position())
 
 
+def _check_size(size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise WorkbenchError(f"a block has at least one token; got size={size!r}")
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention`` under any mask: output ``[B, H, Q, V]``."""
+    """``torch.nn.functional.scaled_dot_product_attention`` under any mask: output ``[B, H, Q, V]``. All of one type."""
+    if v.dtype != q.dtype:
+        raise WorkbenchError(f"v has the type of q, {q.dtype}, as fused kernels want it; got {v.dtype}")
     n, m = q.shape[2], k.shape[2]
     allowed = mask.tile(slice(0, n), slice(0, m), q.device)
     group = q.shape[1] // k.shape[1]
@@ -121,8 +128,7 @@ def block_probed_attention(
     v ``[B, G, blocks, V]`` holds one value per block of the keys k ``[B, G, K, E]``, blocks = ceil(K / size). The map is tokens
     by blocks, exact for such values; for others it is the mass that each row puts on each block.
     """
-    if size < 1:
-        raise WorkbenchError(f"a block has at least one token; got size={size}")
+    _check_size(size)
     check_tensor("k", k, ("B", "G", "K", "E"))
     check_tensor("v", v, (k.shape[0], k.shape[1], -(-k.shape[2] // size), "V"))
     keys = k.shape[2]
@@ -145,8 +151,7 @@ def transpose_probed_attention(
     Output ``[B, H, ceil(Q / size), V]``. The map is query blocks by keys: the mean rows of each block, from one backward run per
     V / (H/G) blocks with the block's indicator as gradient of the output.
     """
-    if size < 1:
-        raise WorkbenchError(f"a block has at least one token; got size={size}")
+    _check_size(size)
     b, h, n, _ = checked(q, k, v, mask)
     which = torch.arange(n, device=q.device) // size
     blocks = torch.arange(-(-n // size), device=q.device)

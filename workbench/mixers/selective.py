@@ -20,7 +20,7 @@ from torch.nn import functional
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Variant, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
-from workbench.mixers.channels import channel_map, planes
+from workbench.mixers.channels import channel_map, check_square, planes
 from workbench.mixers.image import Grid, check_grid
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.algebra import KeysMap
@@ -54,9 +54,7 @@ def selective_place_attention(
     """
     b, h, n, e = _check(x, v, layers)
     sides = check_grid(grid, n)
-    check_tensor("kernel", kernel, (layers, 2, "s", kernel.shape[-1]))
-    if kernel.shape[-1] % 2 == 0:
-        raise WorkbenchError(f"kernel has an odd size; got {list(kernel.shape)}")
+    check_square("kernel", kernel, layers, 2)
     fused = planes(x).unflatten(2, (layers, n)).sum(2)
     summary = torch.stack([fused.mean(1), fused.amax(1)], 1).unflatten(2, sides)
     logits = functional.conv2d(summary, kernel.to(x.dtype), padding=kernel.shape[-1] // 2)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from workbench.attention_map import AttentionMap
 from workbench.catalogue import Parameter, Recipe, example_tensors, nearest_grid
 from workbench.errors import WorkbenchError
-from workbench.mixers.channels import check_sides, check_values, planes, token_gate, tokens
+from workbench.mixers.channels import check_sides, check_values, check_whole, planes, token_gate, tokens
 from workbench.mixers.gating import (
     SOURCE,
     UNUSED,
@@ -30,6 +30,7 @@ from workbench.mixers.gating import (
     small,
 )
 from workbench.mixers.image import Grid, grid_of
+from workbench.mixers.linear import linear_product
 from workbench.mixers.scored import check_tensor
 from workbench.patterns.diagonal import DiagonalMap
 from workbench.patterns.linear import LinearMap
@@ -56,7 +57,7 @@ def efficient_local_attention(
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         check_tensor(name, tensor, (channels,))
-    if groups < 1 or channels % groups:
+    if channels % check_whole("groups", groups):
         raise WorkbenchError(f"groups divides the {channels} channels; got {groups}")
     image = planes(x).unflatten(2, (rows, columns))
 
@@ -147,12 +148,14 @@ def waveblock_non_local(
     check_tensor("k", k, tuple(q.shape))
     rows, columns = check_sides(grid, n, 2)
     kept = round(rate * rows)
+    check_whole("start", start, 0)
     if not 0 <= start <= rows - kept:
         raise WorkbenchError(f"the calm rows start at 0 .. {rows - kept}; got start={start}")
     calm = (torch.arange(rows, device=v.device) >= start) & (torch.arange(rows, device=v.device) < start + kept)
     waves = torch.where(calm, 1.0, wave).to(q.dtype).repeat_interleave(columns)[:, None]
-    left, right = waves * q, waves.square() * k
-    return (left @ right.transpose(2, 3) / n).to(v.dtype) @ v, LinearMap(left, right, causal=False, scale=1 / n)
+    left, right = waves * q, waves.square() * k.to(q.dtype)
+    out = linear_product(left, right, v, causal=False, scale=1 / n)
+    return out, LinearMap(left, right, causal=False, scale=1 / n)
 
 
 def _local_example(seed: int, count: int, dtype: torch.dtype) -> dict[str, Any]:

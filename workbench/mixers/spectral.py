@@ -60,8 +60,8 @@ def spectral_or_attention(
     q, k ``[B, H, N, E]``, v ``[B, H, N, V]``, ``spectrum`` as in ``global_filter``. Layer ``layer`` (from 0) uses what
     it needs.
     """
-    if layer < 0 or spectral_layers < 0:
-        raise WorkbenchError(f"layers count from 0; got layer={layer}, spectral_layers={spectral_layers}")
+    if not all(isinstance(number, int) and number >= 0 for number in (layer, spectral_layers)):
+        raise WorkbenchError(f"layers count from 0; got layer={layer!r}, spectral_layers={spectral_layers!r}")
     if layer < spectral_layers:
         return global_filter(v, spectrum, grid=grid)
     return softmax_attention(q, k, v, mask=Mask(), scale=scale)
@@ -245,7 +245,8 @@ VARIANTS = (
         operator=spectral_or_attention,
         example=_spectformer_example,
         reference="badripatro/SpectFormers SpectralGatingNetwork",
-        note="The example is the last of four spectral layers; a native model runs spectral layers.",
+        note="Its spectral layers are global filters; what is its own are the attention layers after them. The example is the "
+        "last of four spectral layers; a native model runs spectral layers.",
         recipe=Recipe(parameters={"spectrum": _SPECTRUM}, prepare=_spectformer_parts, ignores=UNUSED),
     ),
     Variant(
