@@ -19,11 +19,10 @@ from workbench.maps import head_index, state_metadata
 from workbench.mods import Mod
 
 
-def block_sums(amap: AttentionMap, size: int, reduce: str) -> Tensor:
+def block_sums(amap: AttentionMap, size: int, reduce: str, like: Tensor) -> Tensor:
     """Block sums or means of a map whose products are fast: which key is in which block goes through as values, and rows are
-    never made."""
+    never made. ``like`` has the type and device of the answer."""
     b, h, q, k = amap.shape
-    like = amap.rows(0, 1)
     number, blocks = torch.arange(k, device=like.device) // size, -(-k // size)
     step = max(1, min(blocks, attention_map.CHUNK // (b * h * max(q, k))))
     parts = []
@@ -160,7 +159,8 @@ class ProductMap(_Joined):
         linear = reduce in ("sum", "mean") or (reduce == "abs" and self.sign == "nonnegative")
         if self.channelwise or not linear:
             return super()._blocks(size, reduce)
-        return block_sums(self, size, "mean" if reduce == "mean" else "sum")
+        like = self.left.rows(0, 1)[..., :1] * self.right.rows(0, 1)[..., :1]
+        return block_sums(self, size, "mean" if reduce == "mean" else "sum", like)
 
     def _mass(self, mod: Mod | Tensor) -> Tensor:
         if isinstance(mod, Tensor):

@@ -108,7 +108,7 @@ class PermutedMap(AttentionMap):
         if reduce == "abs" and self.sign == "nonnegative":
             return self.blocks(size, "sum")
         if reduce in ("sum", "mean") and not self.channelwise:
-            return block_sums(self, size, reduce)
+            return block_sums(self, size, reduce, self.inner.rows(0, 1))
         b, h, q, k = self.shape
         nq, nk = -(-q // size), -(-k // size)
         target = None if self.queries is None else self.queries.argsort(-1)
