@@ -4,6 +4,7 @@ from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
+from workbench.patterns.diagonal import DiagonalMap
 
 
 def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -101,3 +102,13 @@ def test_entropy_of_gates_above_one_is_refused() -> None:
     raw = AttentionMap.from_dense(rows([0.5, 0.5]))
     with pytest.raises(Refused, match=r"a gate of 1.5 .* raw.entropy\(\)"):
         GatedMap(raw, torch.full((1, 1, 1), 1.5)).entropy()
+
+
+def test_gates_over_rows_without_a_contract_have_none_and_no_entropy() -> None:
+    weights = 5 * torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = GatedMap(AttentionMap.from_dense(weights, offset=0), torch.full((1, 2, 4), 0.5))
+    assert (found.sign, found.row_sum) == ("nonnegative", "free")
+    with pytest.raises(Refused, match="no distribution"):
+        found.entropy()
+    with pytest.raises(Refused, match="a gate of 1.5 makes rows that are no distribution"):
+        DiagonalMap(torch.full((1, 2, 4), 1.5)).entropy()

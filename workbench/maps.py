@@ -90,6 +90,8 @@ class GatedMap(AttentionMap):
         self.gate = gate.detach()
         negative = bool((self.gate < 0).any())
         self.sign = "signed" if raw.sign == "signed" or negative else "nonnegative"
+        if raw.row_sum in ("free", "columns"):
+            self.row_sum = "free"
         self.value_space, self.exactness, self.domain = raw.value_space, raw.exactness, raw.domain
         self.channelwise = self.channelwise or raw.channelwise
         self._fast = None if negative else raw._scaled(self.gate)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.attention_map import AttentionMap
-from workbench.errors import WorkbenchError
+from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.scores import working_dtype
 from workbench.maps import head_index, state_metadata
 
@@ -40,6 +40,12 @@ class DiagonalMap(AttentionMap):
     def heads(self, indices: Sequence[int]) -> DiagonalMap:
         chosen = self.gate[:, head_index(indices, self.shape[1])]
         return DiagonalMap(chosen, domain=self.domain, value_space=self.value_space, row_sum=self.row_sum)
+
+    def entropy(self) -> Tensor:
+        """That of rows with one entry, refused if a gate exceeds 1, as such rows are no sub-distributions."""
+        if self.row_sum == "gate" and bool((self.gate > 1).any()):
+            raise Refused(f"a gate of {float(self.gate.max()):.4g} makes rows that are no distribution")
+        return super().entropy()
 
     def row_sums(self) -> Tensor:
         return self.gate.to(working_dtype(self.gate.dtype))
