@@ -69,7 +69,8 @@ def figure(family: str, columns: int = 6) -> Figure:
         amap, common = map_of(variant)
         weights = amap.heads([0]).dense()[0, 0]
         top = float(weights.abs().max()) or 1.0
-        ax.imshow((weights / top).numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+        shown = weights.sign() * (weights.abs() / top).sqrt()
+        ax.imshow(shown.numpy(), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
         ax.set_title(_wrapped(variant.name) + ("" if common else " *"), fontsize=7)
         ax.set_axis_on()
         ax.set_xticks([])

@@ -204,7 +204,8 @@ def table(
     aligned = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "left")
     out = Table(header_style="bold")
     for name, side in aligned.items():
-        out.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+        whole = name == "name"  # names are for copying
+        out.add_column(name, justify="right" if side == "right" else "left", overflow="fold", no_wrap=whole)
     for i, row in enumerate(rows):
         out.add_row(*(Text(cell(value)) for value in row), style=styles[i] if styles else None)
     return Group(Text(title, style="bold"), out)

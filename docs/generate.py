@@ -3,8 +3,8 @@
     python docs/generate.py            write the pages of PAGES, the figures of the variants, and build/api/
     python docs/generate.py --check    write nothing; exit 1 if a page is not what would be written
 
-The tables come from the code: the families from the builders of the conformance suite, so a family is listed if and only if it
-is tested.
+The tables come from the code: the families from the builders of the conformance suite, so a family is listed if and
+only if it is tested.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def command_line() -> str:
 
 VARIANTS_HEAD = """# Attention variants
 
-{count} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records; `workbench variants NAME` shows
-one with its map. A record is called with its own example, or with your tensors:
+{count} mechanisms, each an operator with an exact map. `wb.variants()` is this table as records; `workbench variants
+NAME` shows one with its map. A record is called with its own example, or with your tensors:
 
 ```python
 import torch
@@ -139,10 +139,10 @@ run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))
 print(run.maps[0])
 ```
 
-Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns), causal=False, ...)`.
-The pictures show the first head of each variant for one input: 36 tokens, or an image of 6 x 6 patches, whose second half repeats
-the first, with one projection for queries and keys. Blue is positive, red negative. Those with a star take other inputs and show
-their own example.
+Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns),
+causal=False, ...)`. The pictures show the first head of each variant for one input: 36 tokens, or an image of 6 x 6
+patches, whose second half repeats the first, with one projection for queries and keys. Blue is positive, red negative,
+on a square-root scale. Those with a star take other inputs and show their own example.
 """
 FAMILY_LINES = {
     "softmax": "Softmax over what a mask lets through. Rows sum to 1 over the visible keys.",
@@ -214,8 +214,8 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def mirror() -> None:
-    """The package with real folders in place of the links, because the reference generator does not follow packages without
-    ``__init__.py``."""
+    """The package with real folders in place of the links, because the reference generator does not follow packages
+    without ``__init__.py``."""
     target = ROOT / "build" / "api" / "workbench"
     shutil.rmtree(target.parent, ignore_errors=True)
     skip = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json", "*.parquet", "*.html")

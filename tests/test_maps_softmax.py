@@ -228,5 +228,5 @@ def test_bad_arguments_raise_the_users_error(options: dict[str, Any], said: str)
 
 def test_values_that_do_not_fit_are_refused() -> None:
     q = torch.zeros(1, 2, 5, 4)
-    with pytest.raises(WorkbenchError, match=r"v is \[B, G, K, width\]"):
+    with pytest.raises(WorkbenchError, match=r"v is floating point \[1, 2, 5, width\]"):
         softmax_attention(q, q, q[:, :, :4], mask=Mask())

@@ -47,7 +47,7 @@ def variants(
         if family not in set(rows["family"]):
             raise UnknownName("family of variants", family, dict.fromkeys(rows["family"]))
         rows = rows[rows["family"] == family]
-    shown = rows[["name", "family", "priority", "paper", "in models"]]
+    shown = rows[["name", "family", "paper", "in models"]]
 
     def show(console: Console) -> None:
         cells = [["yes" if cell is True else "" if cell is False else cell for cell in row] for row in shown.values]

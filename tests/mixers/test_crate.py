@@ -35,5 +35,5 @@ IDENTITIES: dict[str, Callable[[Operator], None]] = {"subspace-self-attention": 
 
 def test_values_need_a_head_for_every_subspace() -> None:
     given = variants()["subspace-self-attention"].example(0, 5, torch.float64)
-    with pytest.raises(WorkbenchError, match=r"v is \[B, G, K, width\] = \[2, 4, 5"):
+    with pytest.raises(WorkbenchError, match=r"v is floating point \[2, 4, 5, width\]; got torch.float64 \[2, 2, 5"):
         subspace_self_attention(given["w"], given["v"][:, :2])

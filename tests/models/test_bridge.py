@@ -2,6 +2,7 @@
 
 import builders as B
 import pytest
+import random_nets
 import torch
 from bridges import IDS, boot, state
 from transformer_lens.model_bridge import TransformerBridge
@@ -98,7 +99,7 @@ def test_a_long_run_never_builds_the_pattern(monkeypatch):
             self.seen = max([self.seen, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
             return out
 
-    net = B._decoder("LlamaForCausalLM", "LlamaConfig", max_position_embeddings=4096)(dtype=torch.float32)
+    net = random_nets.decoder("LlamaForCausalLM", "LlamaConfig", max_position_embeddings=4096)(dtype=torch.float32)
     net.config.architectures = ["LlamaForCausalLM"]
     model = wb.load(TransformerBridge.boot_transformers("llama", hf_model=net, tokenizer=B.tokenizer()))
     monkeypatch.setattr(module, "EAGER_LIMIT", 2**20)

@@ -9,6 +9,7 @@ J v and J^T y, not only its diagonal in the channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,14 +64,18 @@ class JacobianMap(AttentionMap):
         self._check_outputs(y)
         return self._backward(y.to(self.at.dtype)[None])[0].to(y.dtype)
 
-    def native(self) -> Callable[[Tensor], Tensor]:
+    def native(self) -> Any:
         """The function of the values itself."""
         return self._function
 
     def _backward(self, outputs: Tensor) -> Tensor:
         """J^T of several outputs ``[M, B, H, Q, E]`` at once: ``[M, B, G, K, E]``."""
-        _, pull = torch.func.vjp(self._function, self.at)
-        return torch.func.vmap(pull)(outputs)[0]
+        return torch.func.vmap(self._pull())(outputs)[0]
+
+    def _pull(self) -> Callable[[Tensor], tuple[Tensor]]:
+        """The backward pass at the values: outputs to values, J^T."""
+        found: Any = torch.func.vjp(self._function, self.at)
+        return found[1]
 
     def _derivatives(self, lo: int, hi: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """``reduce`` of the blocks d o_i / d v_j, laid out as ``[B, E out, K, E in]``, per head and row: one forward pass, and a
@@ -80,7 +85,7 @@ class JacobianMap(AttentionMap):
         made = self.at.new_zeros(b, h, hi - lo, k)
         wanted = [(head, row) for row in range(lo, hi) for head in range(h)]
         step = max(1, _AT_ONCE // (width * b * max(h * q, self.kv_heads * k) * width))
-        _, pull = torch.func.vjp(self._function, self.at)
+        pull = self._pull()
         for first in range(0, len(wanted), step):
             some = wanted[first : first + step]
             ask = self.at.new_zeros(len(some), width, *self.shape[:3], width)
