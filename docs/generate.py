@@ -139,10 +139,21 @@ run = model.run(torch.arange(20)[None], maps=wb.capture(blocks=4))
 print(run.maps[0])
 ```
 
-Variants that look ahead or read images run in a model of image patches, `NativeConfig(grid=(rows, columns),
-causal=False, ...)`. The pictures show the first head of each variant for one input: 36 tokens, or an image of 6 x 6
-patches, whose second half repeats the first, with one projection for queries and keys. Blue is positive, red negative,
-on a square-root scale. Those with a star take other inputs and show their own example.
+Variants that look ahead or want an image run in a model of image patches:
+
+```python
+config = NativeConfig(
+    layers=2, heads=4, width=32, head_width=8, vocab=10, mixer="neighborhood-attention", positions="learned",
+    causal=False, grid=(8, 8), patch=4,
+)
+images = NativeModel(NativeNet(config).eval())
+run = images.run(torch.randn(2, 3, 32, 32), maps=wb.capture(stats=("received", "entropy")))
+print(run.logits.shape, run.maps[0])
+```
+
+The pictures show the first head of each variant for one input: 36 tokens, or an image of 6 x 6 patches, whose second half repeats
+the first, with one projection for queries and keys. Blue is positive, red negative, on a square-root scale. Those with a star
+take other inputs and show their own example.
 """
 FAMILY_LINES = {
     "softmax": "Softmax over what a mask lets through. Rows sum to 1 over the visible keys.",

@@ -176,6 +176,11 @@ def test_a_causal_mixer_sees_images_too() -> None:
         m.run(pictures(), cache=True)
 
 
+def test_the_manifest_says_what_is_a_derivative() -> None:
+    assert {record.exactness for record in model("yaad").manifest().layers} == {"jacobian"}
+    assert {record.exactness for record in model("gated-deltanet").manifest().layers} == {"exact"}
+
+
 def test_what_cannot_be_a_mixer_is_refused() -> None:
     with pytest.raises(UnknownName, match="no mixer 'sofmax'; known: softmax, gated-softmax"):
         replace(BASE, mixer="sofmax")

@@ -159,8 +159,11 @@ class NativeModel:
         raise UnknownName("weight", f"{prefix}{name}", parameters)
 
     def manifest(self) -> Manifest:
+        blocks: Any = self.net.blocks
         mixer = self.net.config.mixer
-        records = tuple(LayerRecord(layer, mixer, "native", "exact") for layer in range(self.shape.layers))
+        records = tuple(
+            LayerRecord(layer, mixer, "native", block.attn.mixer.exactness) for layer, block in enumerate(blocks)
+        )
         return Manifest(self.name, records, tuple(map(str, self.sites())))
 
     def run(

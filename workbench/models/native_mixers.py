@@ -38,6 +38,7 @@ class SoftmaxMixer(nn.Module):
     ignores: tuple[str, ...] = ()
     """Those of q, k and v that it has no use for."""
     steps = True
+    exactness = "exact"
     """Whether tokens can be added one by one."""
 
     def __init__(self, config: NativeConfig) -> None:

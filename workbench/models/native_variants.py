@@ -58,6 +58,7 @@ class VariantMixer(nn.Module):
         assert recipe is not None
         self.variant, self.recipe, self.causal, self.grid = variant, recipe, config.causal, config.grid
         self.ignores, self.steps = recipe.ignores, recipe.steps
+        self.exactness = "exact" if variant.value_input is not None else "jacobian"
         self.sizes = {"H": config.heads, "G": config.kv_heads or config.heads, "E": config.head_width}
         for name, learned in recipe.learned.items():
             axes = self._axes(learned.axes)
