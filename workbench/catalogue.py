@@ -167,8 +167,8 @@ class Variant:
 
     ``paper`` is ``#n Title (year)`` with the number in the project's list of papers, or ``Title (year)``. ``value_input`` names
     the argument that the output is linear in, with ``output == map.matvec(arguments[value_input])``; None where there is none.
-    ``causal`` tells that query i has no weight on keys after it. ``reference`` says where the mathematics was checked,
-    ``note`` what is doubtful. Calling the record calls the operator.
+    ``causal`` tells that query i has no weight on keys after it. ``reference`` says where the mathematics was checked (empty: no
+    code was found, only the paper's text), ``note`` what is doubtful. Calling the record calls the operator.
     """
 
     name: str

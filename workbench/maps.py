@@ -74,8 +74,9 @@ class DenseMap(AttentionMap):
 class GatedMap(AttentionMap):
     """Effective map of an attention whose head outputs are scaled per token: rows g_i M_ij.
 
-    ``raw`` is the inner map, ``gate`` ``[B, H, Q]`` the factor (head-wise gated attention, arXiv 2505.06708). Entropy is
-    refused if a gate exceeds 1, as such rows are no sub-distributions.
+    ``raw`` is the inner map, ``gate`` ``[B, H, Q]`` the factor (head-wise gated attention, arXiv 2505.06708). The row-sum
+    contract ``"gate"`` says that rows sum to their gate times what the rows of ``raw`` sum to. Entropy is refused if a gate
+    exceeds 1, as such rows are no sub-distributions.
     """
 
     row_sum = "gate"
