@@ -120,6 +120,18 @@ class AttentionMap(ABC):
         """The map in its own domain; for token maps the map itself."""
         return self
 
+    def parts(self) -> dict[str, Any] | None:
+        """What ``of_parts`` makes the map again from, or None if it cannot be stored.
+
+        Values are tensors, maps, tuples of either, types, and plain JSON values. Metadata, ``offset`` and remembered answers are
+        stored beside them. A subclass that holds more than its base is not stored by the base's parts (``stored_as``)."""
+        return None
+
+    @classmethod
+    def of_parts(cls, **parts: Any) -> AttentionMap:
+        """The map with these parts, which are keyword arguments of the class unless it says otherwise."""
+        return cls(**parts)
+
     # -------------------------------------------------------------- reductions
 
     def blocks(self, size: int, reduce: str = "sum") -> Tensor:

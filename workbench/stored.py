@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.kernels.scores import Relative
-from workbench.maps import METADATA, AttentionMap, DenseMap, GatedMap, SummaryMap, TopK
+from workbench.maps import METADATA, AttentionMap, DenseMap, GatedMap, SummaryMap, TopK, state_metadata
 from workbench.patterns.explicit import ExplicitMap
 from workbench.patterns.per_channel import ChannelGatedMap
 from workbench.patterns.softmax import SoftmaxMap
@@ -33,6 +34,19 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
+_FAMILIES = {
+    name: module
+    for module, names in {
+        "algebra": ("SumMap", "ProductMap", "HeadsMap", "KeysMap", "QueriesMap"),
+        "arranged": ("PermutedMap", "LastRowsMap", "BatchMap", "SomeHeadsMap"),
+        "delta": ("DeltaMap",), "diagonal": ("DiagonalMap",), "fourier": ("FourierMap",),
+        "linear": ("LinearMap", "ChannelDecayMap"), "per_channel": ("PerChannelMap",), "prefix": ("PrefixSoftmaxMap",),
+        "selective": ("SelectiveScanMap",), "sparse": ("SparseMap",), "state": ("StateMap",), "toeplitz": ("ToeplitzMap",),
+        "union": ("UnionMap",), "windows": ("WindowsMap",),
+    }.items()
+    for name in names
+}  # fmt: skip
+"""The classes in ``workbench/patterns`` that are stored by their ``parts()``, and their modules. No other name is looked up."""
 
 
 def prepare(folder: Path) -> None:
@@ -180,7 +194,8 @@ def _record(amap: AttentionMap, at: str, tensors: dict[str, Tensor], where: str)
     elif isinstance(amap, GatedMap) and type(amap) in (GatedMap, ChannelGatedMap):
         tensors[f"{at}gate"] = getattr(amap, "channel_gate", amap.gate)
         told["raw"] = _record(amap.raw, f"{at}raw.", tensors, where)
-    elif isinstance(amap, DenseMap):
+    elif type(amap) in (DenseMap, ExplicitMap):
+        assert isinstance(amap, DenseMap)
         tensors[f"{at}weights"] = amap.weights
         told |= {"offset": amap.offset, "kv_heads": amap.kv_heads}
         if isinstance(amap, ExplicitMap):
@@ -192,15 +207,60 @@ def _record(amap: AttentionMap, at: str, tensors: dict[str, Tensor], where: str)
         if amap.lse is not None:
             tensors[f"{at}lse"] = amap.lse
     else:
-        raise Refused(f"{where}: a {type(amap).__name__} cannot be stored; leave the layer out with layers=[...]")
+        parts = amap.parts() if _keeps_all(amap, told["class"]) else None
+        if parts is None:
+            raise Refused(f"{where}: a {type(amap).__name__} cannot be stored; leave the layer out with layers=[...]")
+        told["parts"] = {name: _part(value, f"{at}{name}", tensors, where) for name, value in parts.items()}
     told["impl"] = str(getattr(amap, "impl", ""))
+    told |= {"offset": amap.offset, "channelwise": amap.channelwise}
     told["metadata"] = {name: getattr(amap, name) for name in METADATA}
     told["answers"] = []
     for i, (key, value) in enumerate(amap._memo.items()):
         told["answers"].append(list(key))
-        parts = {"values": value.values, "indices": value.indices} if isinstance(value, TopK) else {"": value}
-        tensors |= {f"{at}answer.{i}{'.' * bool(name)}{name}": part for name, part in parts.items()}
+        found = {"values": value.values, "indices": value.indices} if isinstance(value, TopK) else {"": value}
+        tensors |= {f"{at}answer.{i}{'.' * bool(name)}{name}": part for name, part in found.items()}
     return told
+
+
+def _family(name: str) -> type[AttentionMap]:
+    """The class of that name, of those that are stored by their parts."""
+    if name not in _FAMILIES:
+        raise ValueError(f"it describes a {name}, which this version does not know")
+    found: type[AttentionMap] = getattr(import_module(f"workbench.patterns.{_FAMILIES[name]}"), name)
+    return found
+
+
+def _keeps_all(amap: AttentionMap, name: str) -> bool:
+    """Whether the class that is stored is the map's own, or one that the map says it may be stored as."""
+    if name not in _FAMILIES:
+        return False
+    return isinstance(amap, _family(name)) if hasattr(amap, "stored_as") else type(amap) is _family(name)
+
+
+def _part(value: Any, at: str, tensors: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """A part of a map: what kind it is, beside its tensors, whose names begin with ``at``."""
+    if isinstance(value, Tensor):
+        tensors[at] = value
+        return {"is": "tensor"}
+    if isinstance(value, AttentionMap):
+        return {"is": "map", "map": _record(value, f"{at}.", tensors, where)}
+    if isinstance(value, torch.dtype):
+        return {"is": "dtype", "dtype": _DTYPES[value]}
+    if isinstance(value, tuple):
+        return {"is": "tuple", "items": [_part(one, f"{at}.{i}", tensors, where) for i, one in enumerate(value)]}
+    return {"is": "value", "value": value}
+
+
+def _part_of(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> Any:
+    if told["is"] == "tensor":
+        return tensors[at]
+    if told["is"] == "map":
+        return _map(told["map"], f"{at}.", tensors)
+    if told["is"] == "dtype":
+        return {name: dtype for dtype, name in _DTYPES.items()}[told["dtype"]]
+    if told["is"] == "tuple":
+        return tuple(_part_of(one, f"{at}.{i}", tensors) for i, one in enumerate(told["items"]))
+    return told["value"]
 
 
 def _map(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> AttentionMap:
@@ -223,7 +283,8 @@ def _map(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> Att
         gated = ChannelGatedMap if kind == "ChannelGatedMap" else GatedMap
         amap = gated(_map(told["raw"], f"{at}raw.", tensors), tensors[f"{at}gate"])
         ran: Any = amap._fast or amap.raw
-        ran.impl = told["impl"]
+        if "impl" in vars(ran):
+            ran.impl = told["impl"]
     elif kind == "ExplicitMap":
         where = {"offset": told["offset"], "kv_heads": told["kv_heads"]}
         amap = ExplicitMap(tensors[f"{at}weights"], tensors[f"{at}lse"], **where)
@@ -236,7 +297,12 @@ def _map(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> Att
             (b, h, q_length, k_length), told["kv_heads"], told["offset"], metadata, held("lse"), mask, told["impl"]
         )
     else:
-        raise ValueError(f"it describes a {kind}, which this version does not know")
+        family = _family(kind)
+        amap = family.of_parts(**{name: _part_of(part, f"{at}{name}", tensors) for name, part in told["parts"].items()})
+        if "impl" in vars(amap):
+            vars(amap)["impl"] = told["impl"]
+    state_metadata(amap, metadata)
+    amap.offset, amap.channelwise = told.get("offset", amap.offset), told.get("channelwise", amap.channelwise)
     for i, key in enumerate(told["answers"]):
         value: Any = held(f"answer.{i}")
         if value is None:

@@ -50,6 +50,13 @@ class _Joined(AttentionMap):
         self.row_sum = "free"
         state_metadata(self, metadata)
 
+    def parts(self) -> dict[str, Any] | None:
+        return {"maps": self.maps}
+
+    @classmethod
+    def of_parts(cls, **parts: Any) -> AttentionMap:
+        return cls(*parts["maps"])
+
     def _told(self) -> dict[str, str]:
         """What some heads of this map have in common with all of them."""
         return {name: getattr(self, name) for name in METADATA}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ class PermutedMap(AttentionMap):
         for name in ("domain", "sign", "row_sum", "value_space", "exactness", "channelwise"):
             setattr(self, name, getattr(inner, name))
         state_metadata(self, metadata)
+
+    def parts(self) -> dict[str, Any] | None:
+        return {"inner": self.inner, "queries": self.queries, "keys": self.keys}
 
     def _checked(self, name: str, index: Tensor | None, length: int) -> Tensor | None:
         if index is None:
@@ -145,6 +149,9 @@ class LastRowsMap(AttentionMap):
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         return self.inner.rows(lo + self.lo, hi + self.lo)
 
+    def parts(self) -> dict[str, Any] | None:
+        return {"inner": self.inner, "lo": self.lo}
+
     def heads(self, indices: Sequence[int]) -> LastRowsMap:
         return LastRowsMap(self.inner.heads(indices), self.lo)
 
@@ -205,6 +212,9 @@ class BatchMap(AttentionMap):
             out[b, :, at] = one.rmatvec(y[b : b + 1, :, at])[0]
         return out
 
+    def parts(self) -> dict[str, Any] | None:
+        return {"maps": self.maps, "places": self.places, "length": self.shape[2]}
+
     def native(self) -> tuple[AttentionMap, ...]:
         """The maps of the examples."""
         return self.maps
@@ -222,6 +232,9 @@ class SomeHeadsMap(AttentionMap):
 
     def rows(self, lo: int, hi: int) -> Tensor:
         return self.inner.rows(lo, hi)[:, self._chosen]
+
+    def parts(self) -> dict[str, Any] | None:
+        return {"inner": self.inner, "indices": self._chosen}
 
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         return self.inner.heads([self._chosen[i] for i in head_index(indices, self.shape[1])])

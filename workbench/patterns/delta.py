@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ class DeltaMap(TransportedMap):
         if lo == hi:
             return torch.zeros(*self.shape[:2], 0, self.shape[3], dtype=self.dtype, device=self.device)
         return delta_rows(self.q, self.k, self.beta, self.log_decay, lo=lo, hi=hi, scale=self.scale)
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "q": self.q,
+            "k": self.k,
+            "beta": self.beta,
+            "log_decay": self.log_decay,
+            "scale": self.scale,
+            "kv_heads": self.kv_heads,
+        }
 
     def heads(self, indices: Sequence[int]) -> DeltaMap:
         h = self.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class DiagonalMap(AttentionMap):
 
     def native(self) -> Tensor:
         return self.gate
+
+    def parts(self) -> dict[str, Any] | None:
+        return {"gate": self.gate, "domain": self.domain}
 
     def heads(self, indices: Sequence[int]) -> DiagonalMap:
         chosen = self.gate[:, head_index(indices, self.shape[1])]

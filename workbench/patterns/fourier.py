@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,10 @@ class FourierMap(AttentionMap):
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         return self._tile(lo, hi, 0, self.shape[3])
+
+    def parts(self) -> dict[str, Any] | None:
+        b, h, n, _ = self.shape
+        return {"batch": b, "heads": h, "tokens": n, "scale": self.scale, "dtype": self._work}
 
     def heads(self, indices: Sequence[int]) -> FourierMap:
         told = {name: getattr(self, name) for name in METADATA}

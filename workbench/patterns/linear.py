@@ -10,6 +10,7 @@ it is a product of sums; with one, sums go chunk by chunk through a state of R x
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,18 @@ class LinearMap(AttentionMap):
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         return self._weights(lo, hi, 0, self.shape[3])
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "q": self.q,
+            "k": self.k,
+            "log_decay": self.log_decay,
+            "causal": self.causal,
+            "scale": self.scale,
+            "norm": self.norm,
+            "kv_heads": self.kv_heads,
+            "offset": self.offset,
+        }
 
     def heads(self, indices: Sequence[int]) -> LinearMap:
         chosen = head_index(indices, self.shape[1])
@@ -243,6 +256,16 @@ class ChannelDecayMap(AttentionMap):
     def rows(self, lo: int, hi: int) -> Tensor:
         lo, hi = self._span(lo, hi, self.shape[2], "rows")
         return self._weights(lo, hi, 0, self.shape[3])
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "q": self.q,
+            "k": self.k,
+            "log_decay": self.log_decay,
+            "scale": self.scale,
+            "diagonal": self.diagonal,
+            "kv_heads": self.kv_heads,
+        }
 
     def heads(self, indices: Sequence[int]) -> ChannelDecayMap:
         chosen = head_index(indices, self.shape[1])

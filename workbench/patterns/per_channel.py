@@ -7,6 +7,7 @@ one at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,9 @@ class PerChannelMap(AttentionMap):
     def native(self) -> AttentionMap:
         """The maps of the channels."""
         return self.inner
+
+    def parts(self) -> dict[str, Any] | None:
+        return {"inner": self.inner, "width": self.width, "kv_heads": self.kv_heads}
 
     def row_sums(self) -> Tensor:
         return self._mean(self.inner.row_sums())

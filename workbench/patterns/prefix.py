@@ -10,6 +10,7 @@ nothing overflows whatever the scores. Plain differentiable torch, linear in the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,11 @@ class PrefixSoftmaxMap(AttentionMap):
 
     def native(self) -> Tensor:
         return self.scores
+
+    def parts(self) -> dict[str, Any] | None:
+        if self.gate is not None:
+            return None
+        return {"scores": self.scores, "decay": self.decay, "bonus": self.bonus, "kv_heads": self.kv_heads}
 
     def heads(self, indices: Sequence[int]) -> PrefixSoftmaxMap:
         chosen = head_index(indices, self.shape[1])

@@ -9,6 +9,7 @@ and the rest is made when something is asked, and let go again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,16 @@ class SelectiveScanMap(AttentionMap):
 
     def rmatvec(self, y: Tensor) -> Tensor:
         return self.native().rmatvec(y)
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "step": self.step,
+            "a": self.a,
+            "write": self.write,
+            "read": self.read,
+            "skip": self.skip,
+            "real": self.real,
+        }
 
     def heads(self, indices: Sequence[int]) -> SelectiveScanMap:
         chosen = head_index(indices, self.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ class SparseMap(AttentionMap):
             raise WorkbenchError(f"indices are keys 0 .. {keys - 1}, or -1; got {span}")
         super().__init__((b, h, q, keys), kv_heads=kv_heads, offset=offset)
         self.indices = indices.detach()
-        self.weights = weights.detach().masked_fill(indices < 0, 0.0)
+        self.weights, nothing = weights.detach(), self.indices < 0
+        if bool((nothing & (self.weights != 0)).any()):  # else memory-mapped weights stay so
+            self.weights = self.weights.masked_fill(nothing, 0.0)
         order = self.indices.sort(-1).values
         self._unique = not bool(((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any())
         negative = bool((self.weights < 0).any())
@@ -60,6 +63,15 @@ class SparseMap(AttentionMap):
         weights = weights.to(working_dtype(weights.dtype))
         out = weights.new_zeros(*weights.shape[:3], self.shape[3])
         return out.scatter_add_(-1, at.expand_as(weights), weights)
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "indices": self.indices,
+            "weights": self.weights,
+            "keys": self.shape[3],
+            "kv_heads": self.kv_heads,
+            "offset": self.offset,
+        }
 
     def heads(self, indices: Sequence[int]) -> SparseMap:
         chosen = head_index(indices, self.shape[1])

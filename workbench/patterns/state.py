@@ -76,6 +76,19 @@ class StateMap(TransportedMap):
                 carried[:, :, start:] = self._over(rows, over[:, :, chunk])
         return out[..., :n]
 
+    def parts(self) -> dict[str, Any] | None:
+        """Those of a diagonal or a ``dplr`` step; any other step is a function."""
+        found = {"read": self.read, "write": self.write, "kv_heads": self.kv_heads}
+        step = self.recurrence.step
+        if step is None:
+            return {**found, "diagonal": self.recurrence.diagonal}
+        return {**found, "decay": step.decay, "x": step.x, "y": step.y} if type(step) is Dplr else None
+
+    @classmethod
+    def of_parts(cls, **parts: Any) -> AttentionMap:
+        factors = [parts.pop(name) for name in ("decay", "x", "y") if name in parts]
+        return cls(**parts, step=dplr(*factors) if factors else None)
+
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         chosen = head_index(indices, self.shape[1])
         read, write = self.read[:, chosen], self.write[:, chosen]

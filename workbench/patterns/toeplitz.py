@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,19 @@ class ToeplitzMap(AttentionMap):
     def rmatvec(self, y: Tensor) -> Tensor:
         self._check_outputs(y)
         return self._backward(y).unflatten(1, (self.kv_heads, -1)).sum(2).to(y.dtype)
+
+    def parts(self) -> dict[str, Any] | None:
+        return {
+            "kernel": self.kernel,
+            "queries": self.queries,
+            "keys": self.keys,
+            "first": self.first,
+            "circular": self.circular,
+            "left": self.left,
+            "right": self.right,
+            "kv_heads": self.kv_heads,
+            "offset": self.offset,
+        }
 
     def heads(self, indices: Sequence[int]) -> ToeplitzMap:
         chosen = head_index(indices, self.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ class WindowsMap(SparseMap):
     """``[B, H, W S, W S]`` from the maps ``[B W, H, S, S]`` of W windows of S tokens each, all windows of an example in turn.
 
     ``places`` int64 ``[W S]`` says which token stands at each place of the windows laid end to end, and names every token once.
+    ``weights`` ``[B, H, W S, S]`` are those of the tokens in their order, for who has them; made from the windows if not given.
     ``native()`` and ``windows`` are the map as given, ``lse`` is its own in the order of the tokens.
     """
 
-    def __init__(self, windows: AttentionMap, places: Tensor) -> None:
+    def __init__(self, windows: AttentionMap, places: Tensor, *, weights: Tensor | None = None) -> None:
         several, _, size, keys = windows.shape
         tokens = places.numel()
         if size != keys or places.ndim != 1 or tokens % size or several % (tokens // size):
@@ -33,7 +35,8 @@ class WindowsMap(SparseMap):
         count = tokens // size
         self._back = places.argsort()
         table = places.view(count, size).repeat_interleave(size, 0)[self._back]
-        weights = windows.dense().unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, self._back]
+        if weights is None:
+            weights = windows.dense().unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, self._back]
         super().__init__(
             table[None, None],
             weights,
@@ -58,6 +61,9 @@ class WindowsMap(SparseMap):
             raise AttributeError("the maps of these windows have no log-sum-exp")
         count = self.shape[2] // self.windows.shape[2]
         return inner.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)[:, :, self._back]
+
+    def parts(self) -> dict[str, Any] | None:
+        return {"windows": self.windows, "places": self.places, "weights": self.weights}
 
     def heads(self, indices: Sequence[int]) -> WindowsMap:
         return WindowsMap(self.windows.heads(head_index(indices, self.shape[1])), self.places)
