@@ -208,9 +208,10 @@ class Numbers(DenseMap):
         StateMap(rand(B, H, N, R), rand(B, H, N, R), lambda rows, t: rows),
         RoutedSparseMap(sparse(), rand(3)),
         Marked(sparse(), linear()),
+        type("SumMap", (Marked,), {})(sparse(), linear()),
         Numbers(rand(B, H, N, N)),
     ],
-    ids=["closure", "closure inside", "step", "routed", "subclass", "numbers"],
+    ids=["closure", "closure inside", "step", "routed", "subclass", "subclass of the same name", "numbers"],
 )
 def test_maps_that_would_come_back_as_less_are_refused(amap: AttentionMap, tmp_path: Path) -> None:
     folder = tmp_path / "maps"
