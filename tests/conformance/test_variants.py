@@ -128,8 +128,8 @@ def test_no_two_variants_are_the_same(variant: Variant) -> None:
             fits |= {k: v for k, v in theirs.items() if k not in mine}
             try:
                 same = variant.operator(**fits)[0]
-            except Exception:
-                continue
+            except (WorkbenchError, TypeError, RuntimeError):
+                continue  # the other record's arguments belong to another case of the operator
             assert same.shape != out.shape or not torch.allclose(same, out), (
                 f"{variant.name} computes what {other.name} does"
             )
