@@ -131,7 +131,7 @@ def heads(work: Work) -> list[str]:
 def retrieval(work: Work) -> list[str]:
     """Retrieval heads, and what removing them does."""
     from workbench.apps.sentences import masking_lines, retrieval_lines
-    from workbench.probes.masking import masking
+    from workbench.probes.retrieval.masking import masking
 
     model = _model(work, SOFTMAX)
     result = wb.retrieval_heads(model, lengths=RETRIEVAL_LENGTHS, depths=DEPTHS, seed=SEED, progress=work.tick)

@@ -10,10 +10,10 @@ import pandas as pd
 from workbench.apps.terminal import cell, percent, visible
 
 if TYPE_CHECKING:
-    from workbench.probes.heads import HeadScores
-    from workbench.probes.masking import MaskingResult
-    from workbench.probes.retrieval import RetrievalResult
-    from workbench.probes.sinks import Sink, SinkResult
+    from workbench.probes.heads.kinds import HeadScores
+    from workbench.probes.retrieval.copying import RetrievalResult
+    from workbench.probes.retrieval.masking import MaskingResult
+    from workbench.probes.sinks.scores import Sink, SinkResult
 
 
 def head_name(layer: int | str, head: int) -> str:

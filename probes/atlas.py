@@ -18,7 +18,7 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.probes.padding import padding
-from workbench.probes.sinks import sinks
+from workbench.probes.sinks.scores import sinks
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 

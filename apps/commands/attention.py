@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from workbench.probes.sinks import SinkResult
+    from workbench.probes.sinks.scores import SinkResult
 
 _SHOWN = 12
 _SAMPLE = 255

@@ -265,7 +265,7 @@ def test_prints_of_other_packages_stay_off_stdout(workbench, model, monkeypatch)
 def test_warnings_of_others_are_silenced_and_ours_are_one_line(capsys):
     with quiet():
         warnings.warn_explicit("theirs", FutureWarning, "f.py", 1, module="transformers.models")
-        warnings.warn_explicit("ours", UserWarning, "g.py", 1, module="workbench.probes.sinks")
+        warnings.warn_explicit("ours", UserWarning, "g.py", 1, module="workbench.probes.sinks.scores")
     assert capsys.readouterr().err == "warning: ours\n"
 
 

@@ -9,7 +9,7 @@ import workbench as wb
 from workbench.captures import capture
 from workbench.models.hf import HFModel
 from workbench.patterns.per_channel import ChannelGatedMap
-from workbench.probes.sinks import sinks
+from workbench.probes.sinks.scores import sinks
 
 GATED = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 

@@ -29,8 +29,8 @@ from workbench.models.protocol import Model
 from workbench.models.requests import check_length
 from workbench.pairs import Pairs
 from workbench.probes.bootstrap import interval
-from workbench.probes.decoding import Decoded, decode
-from workbench.probes.haystack import Prompts, default_prompts
+from workbench.probes.retrieval.decoding import Decoded, decode
+from workbench.probes.retrieval.haystack import Prompts, default_prompts
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance
 

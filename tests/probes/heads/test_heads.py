@@ -9,8 +9,8 @@ from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Manifest, Shape, Tokens
 from workbench.patterns.softmax import SoftmaxMap
-from workbench.probes.heads import head_scores
-from workbench.probes.repeats import repeats
+from workbench.probes.heads.kinds import head_scores
+from workbench.probes.heads.repeats import repeats
 from workbench.results import load_result
 from workbench.run import EMPTY, Maps, Provenance, Run
 

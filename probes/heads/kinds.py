@@ -30,10 +30,10 @@ from workbench.maps import AttentionMap
 from workbench.models.protocol import Model, Tokens
 from workbench.mods import Mod
 from workbench.probes.bootstrap import interval
+from workbench.probes.heads.repeats import repeats, task_words
 from workbench.probes.masses import mean_masses
 from workbench.probes.padding import padding
-from workbench.probes.repeats import repeats, task_words
-from workbench.probes.shares import maps_of
+from workbench.probes.sources import maps_of
 from workbench.probes.visibility import Visibility, visibility
 from workbench.results import Result, head_map
 from workbench.run import Provenance, Run

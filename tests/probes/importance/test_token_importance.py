@@ -9,7 +9,7 @@ import workbench as wb
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
-from workbench.probes.token_importance import token_importance
+from workbench.probes.importance.token_importance import token_importance
 from workbench.run import Run
 
 

@@ -25,7 +25,8 @@ from workbench.errors import UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.probes.bootstrap import interval, resampled_means
-from workbench.probes.shares import maps_of, shares
+from workbench.probes.sinks.shares import shares
+from workbench.probes.sources import maps_of
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance, Run
 from workbench.sites import Site

@@ -7,7 +7,7 @@ import workbench as wb
 from workbench.errors import WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
-from workbench.probes.sharing import replaced, sharing
+from workbench.probes.similarity.sharing import replaced, sharing
 from workbench.run import Run
 
 

@@ -7,7 +7,7 @@ import workbench as wb
 from workbench.datasets.words import words
 from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs
-from workbench.probes.masking import masking
+from workbench.probes.retrieval.masking import masking
 
 
 @pytest.fixture(scope="module")

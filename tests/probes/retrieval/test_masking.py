@@ -6,8 +6,8 @@ from copier import VOCAB, Copier, prompts
 
 from workbench.errors import Refused, WorkbenchError
 from workbench.models.protocol import Tokens
-from workbench.probes.masking import masking
-from workbench.probes.retrieval import retrieval_heads
+from workbench.probes.retrieval.copying import retrieval_heads
+from workbench.probes.retrieval.masking import masking
 from workbench.run import Run
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.models.protocol import Edit, Model
 from workbench.probes.bootstrap import interval
-from workbench.probes.haystack import Prompts, default_prompts
-from workbench.probes.retrieval import RetrievalResult
+from workbench.probes.retrieval.copying import RetrievalResult
+from workbench.probes.retrieval.haystack import Prompts, default_prompts
 from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site

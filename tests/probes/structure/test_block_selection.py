@@ -7,7 +7,7 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
 from workbench.patterns.softmax import SoftmaxMap
-from workbench.probes.block_selection import block_mean_scores, chunk_scores, selection_curves
+from workbench.probes.structure.block_selection import block_mean_scores, chunk_scores, selection_curves
 
 GENERATOR = torch.Generator().manual_seed(0)
 Q = torch.randn(2, 4, 22, 8, generator=GENERATOR, dtype=torch.float64)

@@ -2,7 +2,7 @@ import pytest
 from copier import Copier
 
 from workbench.errors import WorkbenchError
-from workbench.probes.haystack import haystack_prompts
+from workbench.probes.retrieval.haystack import haystack_prompts
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.pairs import Pairs
-from workbench.probes.masking import masking
-from workbench.probes.retrieval import retrieval_heads
+from workbench.probes.retrieval.copying import retrieval_heads
+from workbench.probes.retrieval.masking import masking
 from workbench.results import load_result
 from workbench.run import Maps
 

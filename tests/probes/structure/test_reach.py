@@ -9,7 +9,7 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
 from workbench.mixers.block_masks import power_blocks
-from workbench.probes.reach import reach
+from workbench.probes.structure.reach import reach
 
 
 def searched(sees: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Tokens
 from workbench.probes.bootstrap import interval, standard_error
-from workbench.probes.sinks import compare_sinks, sinks
+from workbench.probes.sinks.scores import compare_sinks, sinks
 from workbench.results import load_result
 from workbench.run import Activations, Maps, Provenance, Run
 from workbench.sites import Site
@@ -136,7 +136,7 @@ def test_a_key_nobody_may_see_is_undefined():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side, monkeypatch):
-    monkeypatch.setattr("workbench.probes.shares._CHUNK", 2 * 2 * 2 * T)
+    monkeypatch.setattr("workbench.probes.sinks.shares._CHUNK", 2 * 2 * 2 * T)
     short, long = softmax_rows(1, 2, 4, 4, seed=1), softmax_rows(1, 2, T, T, seed=2)
     lo = 2 if side == "left" else 0
     padded = torch.full((1, 2, T, T), 1 / T, dtype=torch.float64)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import Refused
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Tokens
 from workbench.probes.bootstrap import standard_error
 from workbench.probes.padding import Padding, padding
 from workbench.probes.visibility import Visibility, visibility
-from workbench.run import Run
 
 _CHUNK = 2**24
 
@@ -48,7 +46,7 @@ def shares(
     raw: bool = False,
     mask: Mask | None = None,
 ) -> Shares:
-    """Shares of the first ``keys`` keys of the layer ``name``; see ``probes/sinks.py`` for the quantities."""
+    """Shares of the first ``keys`` keys of the layer ``name``; see ``probes/sinks/scores.py`` for the quantities."""
     if amap.domain in ("channel", "frequency"):
         raise Refused(f"layer {name!r}: columns of a {amap.domain} map are no tokens, so no token can be a sink")
     if raw and amap.row_sum == "gate" and not isinstance(amap, GatedMap):
@@ -74,35 +72,6 @@ def shares(
         tokens=pad.labels(width),
         forced=_forced(seen, pad),
     )
-
-
-def maps_of(source: object) -> dict[int | str, AttentionMap]:
-    """The maps of a run, of a mapping, of a list, or the one map given, by layer."""
-    if isinstance(source, Run):
-        if not source.maps:
-            raise WorkbenchError(
-                "this run captured no attention; run it again with model.run(text, maps=wb.capture(stats=('received',)))"
-            )
-        return dict(source.maps)
-    if isinstance(source, AttentionMap):
-        return {0: source}
-    if isinstance(source, Mapping):
-        found = dict(source)
-    elif isinstance(source, Sequence) and not isinstance(source, str):
-        found = dict(enumerate(source))
-    else:
-        raise WorkbenchError(
-            f"expected a Run or attention maps; got {type(source).__name__} (a tensor of weights becomes a map with "
-            "AttentionMap.from_dense)"
-        )
-    for name, amap in found.items():
-        if not isinstance(amap, AttentionMap):
-            raise WorkbenchError(
-                f"layer {name!r} is a {type(amap).__name__}, not an attention map; use AttentionMap.from_dense"
-            )
-    if not found:
-        raise WorkbenchError("no attention maps given")
-    return found
 
 
 def _received(amap: AttentionMap, pad: Padding, seen: Visibility) -> Tensor:
