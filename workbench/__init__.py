@@ -52,18 +52,30 @@ _NAMES: dict[str, str] = {
     "tasks": "workbench.datasets.catalogue:tasks",
     "Circuit": "workbench.circuits:Circuit",
     "circuit_graph": "workbench.circuits:circuit_graph",
-    # analyses
-    "sinks": "workbench.probes.sinks.scores:sinks",
-    "compare_sinks": "workbench.probes.sinks.scores:compare_sinks",
-    "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
-    "masking": "workbench.probes.retrieval.masking:masking",
-    "head_scores": "workbench.probes.heads.kinds:head_scores",
-    "reach": "workbench.probes.structure.reach:reach",
-    "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
-    "sharing": "workbench.probes.similarity.sharing:sharing",
+    # analyses: all of them, and the instruments they share
+    "analyses": "workbench.probes.catalogue:analyses",
+    "Analysis": "workbench.probes.catalogue:Analysis",
+    "ablation_curve": "workbench.probes.ablation:ablation_curve",
     "map_error": "workbench.probes.map_errors:map_error",
     "held_key_errors": "workbench.probes.map_errors:held_key_errors",
+    # analyses: sinks
+    "sinks": "workbench.probes.sinks.scores:sinks",
+    "compare_sinks": "workbench.probes.sinks.scores:compare_sinks",
+    # analyses: retrieval
+    "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
+    "masking": "workbench.probes.retrieval.masking:masking",
+    # analyses: rhythm
+    # analyses: heads
+    "head_scores": "workbench.probes.heads.kinds:head_scores",
+    # analyses: similarity
+    "sharing": "workbench.probes.similarity.sharing:sharing",
+    # analyses: importance
     "token_importance": "workbench.probes.importance.token_importance:token_importance",
+    # analyses: structure
+    "reach": "workbench.probes.structure.reach:reach",
+    "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
+    # analyses: vision
+    # circuits
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",
     "faithfulness": "workbench.probes.circuits.faithfulness:faithfulness",

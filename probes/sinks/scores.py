@@ -14,7 +14,7 @@ every share is what the key would get if each query spread its weight evenly ove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import GatedMap
 from workbench.probes.bootstrap import interval, resampled_means
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import random_maps
 from workbench.probes.sinks.shares import shares
-from workbench.probes.sources import maps_of
+from workbench.probes.sources import Source, maps_of
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -180,7 +182,7 @@ class SinkResult(Result):
 
 
 def sinks(
-    source: Run | AttentionMap | Mapping[int | str, AttentionMap] | Sequence[AttentionMap],
+    source: Source,
     epsilon: float = 0.3,
     *,
     keys: int | None = None,
@@ -317,3 +319,16 @@ def _known(value: float | None) -> float:
 
 def _mean(values: Tensor) -> float:
     return float(values.nanmean())
+
+
+ANALYSES = (
+    Analysis(
+        name="sinks",
+        question="Which keys collect attention whatever the query asks for?",
+        function=sinks,
+        example=lambda: {"source": random_maps()},
+        paper="Gu et al. 2024 (arXiv 2410.10781), section 3; Qiu et al. 2025 (arXiv 2505.06708)",
+        source="maps",
+        null="evenly spread attention",
+    ),
+)
