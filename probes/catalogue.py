@@ -28,8 +28,8 @@ class Analysis:
     ``function`` answers it, ``example()`` gives keyword arguments for a call that takes a second or two and needs nothing from
     outside. ``paper`` is its source; ``definition`` is empty if it follows the source, else it says what is our own reading,
     as where only an abstract was published. ``source`` is one of ``SOURCES``. ``null`` says what the numbers stand beside,
-    ``cause`` what intervention tests the claim (empty: it claims none). ``reads`` are the sites that a run must have read, ``{l}``
-    standing for every layer, as in ``blocks.{l}.hook_resid_post``.
+    ``cause`` what intervention tests the claim (empty: it claims none). ``reads`` are the sites that a run must have read,
+    ``{l}`` standing for every layer, as in ``blocks.{l}.hook_resid_post``.
     """
 
     name: str
