@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import attention, bench, circuits, models, variants
+from workbench.apps.commands import analyses, attention, bench, circuits, models, variants
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ for command in (
     attention.sinks,
     attention.retrieval,
     attention.heads,
+    analyses.analyses,
+    analyses.analyse,
     circuits.circuit,
     circuits.faithfulness,
     models.report,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,6 +96,22 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         ) from None
     if any(number < 1 for number in found):
         raise WorkbenchError(f"{option} wants numbers of at least 1; got {text!r}")
+    return found
+
+
+def assignments(given: list[str] | None, option: str) -> dict[str, Any]:
+    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise."""
+    found: dict[str, Any] = {}
+    for text in given or []:
+        name, equals, said = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise WorkbenchError(f"{option} wants name=value; got {text!r}")
+        if name in found:
+            raise WorkbenchError(f"{option} {name} is given twice")
+        try:
+            found[name] = json.loads(said)
+        except ValueError:
+            found[name] = said
     return found
 
 

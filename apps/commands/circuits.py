@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -230,26 +229,10 @@ def faithfulness(
     answer(as_json, payload, show)
 
 
-def assignments(given: list[str] | None, option: str) -> dict[str, Any]:
-    """``name=value`` texts as keywords; values are read as JSON where they are JSON, as text otherwise."""
-    found: dict[str, Any] = {}
-    for text in given or []:
-        name, equals, said = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise WorkbenchError(f"{option} wants name=value; got {text!r}")
-        if name in found:
-            raise WorkbenchError(f"{option} {name} is given twice")
-        try:
-            found[name] = json.loads(said)
-        except ValueError:
-            found[name] = said
-    return found
-
-
 def _task(name: str, options: list[str] | None) -> Task:
     import workbench as wb
 
-    return wb.task(name, **assignments(options, "--task-option"))
+    return wb.task(name, **inputs.assignments(options, "--task-option"))
 
 
 def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
@@ -282,7 +265,7 @@ def _find(
 ) -> Circuit:
     import workbench as wb
 
-    keywords = assignments(options, "--option")
+    keywords = inputs.assignments(options, "--option")
     return wb.find_circuit(model, pairs, method=method, level=level, ablation=ablation, **keywords)
 
 
