@@ -193,6 +193,72 @@ def variants() -> str:
     return "\n".join(parts)
 
 
+ANALYSES_HEAD = """# Analyses
+
+{count} analyses. Each is a function from maps, a run or a model to a result with `.frame()`, `.plot()` and `.save()`, and each
+stands beside a null. `wb.analyses()` is this table as records with an example each; `workbench analyses NAME` tells about one and
+runs its example; `workbench analyse NAME MODEL` runs one on a model.
+
+```python
+import workbench as wb
+
+record = wb.analyses()["sinks"]
+print(record.question, record.paper)
+print(record(**record.example()).frame().head())
+```
+
+*Reads* says what an analysis needs: attention maps of any variant; a run that also read activations; the model itself; or plain
+arrays. *Cause* names the intervention that tests the claim; where it is empty, the numbers describe and claim no cause. Where a
+paper was published without the formula, or with constants of one model, *our reading* says what we chose.
+"""
+GROUP_LINES = {
+    "sinks": (
+        "Which tokens collect attention, how that comes about, and what it is for.",
+        "sinks.md",
+        "sink-levels.md",
+    ),
+    "retrieval": ("Which heads fetch a fact from far back.", "retrieval.md", "retrieval-scores.md"),
+    "rhythm": ("How attention moves through a text as it is written.", "rhythm.md"),
+    "heads": ("What each head does, by its pattern and by its weights.", "heads.md"),
+    "similarity": ("Which maps look alike, and how much of a map there is.", "similarity.md"),
+    "importance": ("Which heads, tokens and layers the output depends on.", "importance.md"),
+    "structure": ("Where information can flow, and where it does.", "structure.md", "relevance.md", "sparse.md"),
+    "vision": ("What vision transformers, and language models that see, look at.", "vision.md", "vision-language.md"),
+}
+READS = {"maps": "maps", "run": "maps, activations", "model": "model", "tensors": "arrays"}
+
+
+def analyses() -> str:
+    import workbench as wb
+
+    known = wb.analyses()
+    parts = [ANALYSES_HEAD.format(count=len(known))]
+    for group, (line, *pages) in GROUP_LINES.items():
+        guides = ", ".join(f"[{page.removesuffix('.md')}]({page})" for page in pages)
+        rows = []
+        for record in known.values():
+            if record.group == group:
+                paper = record.paper + (f" *Our reading:* {record.definition}" if record.definition else "")
+                cells = f"`{record.name}`", record.question, READS[record.source], record.null, record.cause, paper
+                rows.append(cells)
+        head = ("analysis", "question", "reads", "beside it", "cause", "from")
+        parts.append(f"## {group.capitalize()}\n\n{line} Guide: {guides}.\n\n{table(head, rows)}")
+    return "\n".join(parts)
+
+
+def analyses_reference() -> str:
+    parts = [
+        "# Analyses: Python API\n\nTables, ablation curves and the catalogue, then every analysis by its module.\n"
+    ]
+    shared = ("catalogue", "tables", "ablation", "map_errors", "atlas")
+    parts += [f"::: workbench.probes.{name}\n" for name in shared]
+    for group in GROUP_LINES:
+        parts.append(f"## {group.capitalize()}\n")
+        for path in sorted((ROOT / "probes" / group).glob("*.py")):
+            parts.append(f"::: workbench.probes.{group}.{path.stem}\n")
+    return "\n".join(parts)
+
+
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring, on one line."""
     joined = " ".join(text.split("\n\n")[0].split())
@@ -237,7 +303,14 @@ def mirror() -> None:
                 (path / "__init__.py").touch()
 
 
-PAGES = {"families.md": families, "bundled.md": bundled, "cli.md": command_line, "variants.md": variants}
+PAGES = {
+    "families.md": families,
+    "bundled.md": bundled,
+    "cli.md": command_line,
+    "variants.md": variants,
+    "analyses.md": analyses,
+    "api-analyses.md": analyses_reference,
+}
 
 
 def main() -> int:

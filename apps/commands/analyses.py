@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +21,7 @@ from workbench.apps.inputs import (
     assignments,
 )
 from workbench.apps.terminal import answer, table, working
-from workbench.errors import UnknownName, WorkbenchError
+from workbench.errors import UnknownName, WorkbenchError, check_types
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,8 +124,9 @@ def analyse(
         raise WorkbenchError("give either --task or a text; got both")
     if task is None and task_options:
         raise WorkbenchError("--task-option belongs to --task, which is not given")
-    chosen = assignments(options, "--option")
+    chosen = {key: _tuples(value) for key, value in assignments(options, "--option").items()}
     needed = _needed(record, chosen)
+    _check(record, chosen)
     words = inputs.prompt(text, file) if text is not None or file is not None else None
     if words is None and task is None and needed != ["model"]:
         raise WorkbenchError(f"{name} looks at prompts: give --text, --file or --task")
@@ -192,6 +195,22 @@ def _needed(record: Analysis, chosen: Mapping[str, Any]) -> list[str]:
             f"(`workbench analyses {record.name}` shows how)"
         )
     return found
+
+
+def _check(record: Analysis, chosen: Mapping[str, Any]) -> None:
+    """Refuse options of a type that the function does not take; types that only exist for checkers are let through."""
+    import typing
+
+    function = record.function
+    kinds: dict[str, Any] = {}
+    for key in chosen:
+        with contextlib.suppress(NameError, TypeError):
+            kinds[key] = eval(str(function.__annotations__[key]), vars(sys.modules[function.__module__]), vars(typing))
+    check_types(record.name, kinds, {key: chosen[key] for key in kinds})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _run(record: Analysis, model: Model, prompts: Any, layer: list[str] | None) -> Any:
