@@ -75,6 +75,8 @@ _NAMES: dict[str, str] = {
     "reach": "workbench.probes.structure.reach:reach",
     "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
     # analyses: vision
+    "Grid": "workbench.probes.vision.grid:Grid",
+    "grid_of": "workbench.probes.vision.grid:grid_of",
     # circuits
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",
