@@ -1,0 +1,47 @@
+"""Where the rows of a map stand in the text, and sums along its columns a fixed distance below the diagonal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.maps import AttentionMap
+
+_ROWS = 512
+
+
+def check(amap: AttentionMap, name: int | str = 0) -> None:
+    """Refuse maps in which there is no such thing as an earlier token or a share of attention."""
+    if amap.domain in ("channel", "frequency"):
+        raise Refused(f"layer {name!r}: rows of a {amap.domain} map are no tokens, so they have no distance")
+    if amap.sign == "signed":
+        raise Refused(f"layer {name!r}: weights of a signed map cancel, so a mean distance says nothing")
+
+
+def first_key(prompt: int, keys: int) -> int:
+    """The first key that counts, with a prompt of ``prompt`` tokens left out."""
+    if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < keys:
+        raise WorkbenchError(
+            f"prompt is a number of tokens, from 0 and fewer than the {keys} of the text; got {prompt!r}"
+        )
+    return prompt
+
+
+def band_sums(amap: AttentionMap, near: int, far: int) -> tuple[Tensor, Tensor]:
+    """Sum over the queries t with ``near <= t - s <= far`` of the weight on key s, ``[B, H, K]`` in float64, and how
+    many such queries the map has, ``[K]``. Work and memory are those of the band, not of the map."""
+    b, h, queries, keys = amap.shape
+    total = torch.zeros(b, h, keys, dtype=torch.float64)
+    count = torch.zeros(keys, dtype=torch.float64)
+    for lo in range(0, queries, _ROWS):
+        hi = min(queries, lo + _ROWS)
+        left, right = max(0, lo + amap.offset - far), min(keys, hi - 1 + amap.offset - near + 1)
+        if left >= right:
+            continue
+        apart = torch.arange(lo, hi)[:, None] + amap.offset - torch.arange(left, right)
+        inside = (apart >= near) & (apart <= far)
+        part = amap.tile(slice(lo, hi), slice(left, right)).detach().cpu().double()
+        total[..., left:right] += part.masked_fill(~inside, 0.0).sum(2)
+        count[left:right] += inside.sum(0)
+    return total, count
