@@ -6,17 +6,17 @@ key with the largest weight in its last attention row lies in the needle and hol
     score = |tokens of the needle that the head copied| / |tokens of the needle|,
 
 averaged over the trials in which the model retrieved the needle (recall of its tokens above one half). Heads at or
-above 0.1 are retrieval heads. ``form="published"`` counts repeats as the authors' code does, so it may exceed 1.
+above 0.1 are retrieval heads. ``form="published"`` adds 1 / |needle| at every copy as the authors' code does, so that
+repeats count and a score may exceed 1; see ``copy_scores``.
 
 Trials the model fails are left out, because a head cannot be seen copying what was not said; if none is left the
-score is undefined. Nulls: the same statistic for as many random positions outside the needle; and, causally,
-``masking``.
+score is undefined. Nulls: the same statistic for as many random positions outside the needle, and for a head that
+looks anywhere evenly; and, causally, ``masking``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,8 +29,12 @@ from workbench.models.protocol import Model
 from workbench.models.requests import check_length
 from workbench.pairs import Pairs
 from workbench.probes.bootstrap import interval
-from workbench.probes.retrieval.decoding import Decoded, decode
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import bundled
+from workbench.probes.retrieval.copy_scores import FORMS, Answer, recall_of, trial
+from workbench.probes.retrieval.decoding import decode
 from workbench.probes.retrieval.haystack import Prompts, default_prompts
+from workbench.probes.retrieval.score_files import counts_of, write_scores
 from workbench.results import Result, axis, head_map
 from workbench.run import Provenance
 
@@ -38,11 +42,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-FORMS = ("unique", "published")
 TARGETS = ("VALUE", "NEEDLE", "needle")
 RECALL = 0.5
 LONGEST = 2048
-_CONTROLS = 16
+STEPS = 50
 
 
 class RetrievalHead(NamedTuple):
@@ -56,20 +59,25 @@ class RetrievalHead(NamedTuple):
 
 @dataclass(frozen=True)
 class RetrievalResult(Result):
-    """``copied null looks looks_null`` are ``[R, L, H]`` over R trials, ``length depth recall`` ``[R]``.
+    """``copied null looks looks_null beyond`` are ``[R, L, H]`` over R trials, ``length depth recall uniform example`` ``[R]``.
 
     ``copied``: copy score of each trial; ``looks``: part of the steps whose largest weight lies on the needle,
-    whatever was written; ``null`` and ``looks_null``: the same for as many random positions. Scores average the
-    trials with recall above ``RECALL``. ``reason`` says why they are undefined if none is.
+    whatever was written; ``null`` and ``looks_null``: the same for as many random positions; ``uniform``: the copy score
+    of a head that looks anywhere evenly; ``beyond``: the part copied where an induction head would not have looked.
+    ``example``: the trial's number among those of its length and depth (which needle). Scores average the trials with recall
+    above ``RECALL``. ``reason`` says why they are undefined if none is.
     """
 
     copied: Tensor
     null: Tensor
     looks: Tensor
     looks_null: Tensor
+    beyond: Tensor
+    uniform: Tensor
     length: Tensor
     depth: Tensor
     recall: Tensor
+    example: Tensor
     layers: tuple[int | str, ...]
     form: str
     threshold: float
@@ -101,9 +109,10 @@ class RetrievalResult(Result):
         return sorted(found, key=lambda head: -head.score)
 
     def frame(self) -> pd.DataFrame:
-        """One row per head: ``layer, head, score, low, high, null, looks, looks_null, retrieval, trials``.
+        """One row per head: ``layer, head, score, low, high, null, uniform, looks, looks_null, beyond, retrieval, trials``.
 
-        ``low high`` is the 95% bootstrap interval over the trials used, whose number is ``trials``.
+        ``low high`` is the 95% bootstrap interval over the trials used, whose number is ``trials``; ``beyond`` is NaN if every
+        copy could have been made by following a repeat.
         """
         import pandas as pd
 
@@ -118,12 +127,19 @@ class RetrievalResult(Result):
                 "low": low.flatten().numpy(),
                 "high": high.flatten().numpy(),
                 "null": self._mean(self.null).flatten().numpy(),
+                "uniform": float(self._mean(self.uniform)),
                 "looks": self._mean(self.looks).flatten().numpy(),
                 "looks_null": self._mean(self.looks_null).flatten().numpy(),
+                "beyond": self._mean(self.beyond).flatten().numpy(),
                 "retrieval": (score >= self.threshold).flatten().numpy(),
                 "trials": int(self.used.sum()),
             }
         )
+
+    def counts(self) -> pd.DataFrame:
+        """How many heads reach the threshold and how many score exactly 0, as the published tables count, with the share by
+        chance: see ``score_files.counts_of``. Empty if scores are undefined."""
+        return counts_of(self.copied[self.used], self.threshold, self.null[self.used])
 
     def grid(self) -> pd.DataFrame:
         """One row per length and depth: ``length, depth, recall`` (mean over trials), ``retrieved`` and ``trials``."""
@@ -155,24 +171,13 @@ class RetrievalResult(Result):
 
     def to_json(self, path: str | Path) -> Path:
         """Write ``{"layer-head": [score of every trial used]}``, the exchange format of published score files."""
-        path = Path(path)
         if self.reason:
             raise WorkbenchError(f"nothing to export: {self.reason}")
-        used = self.copied[self.used]
-        table = {
-            f"{layer}-{head}": [float(x) for x in used[:, i, head]]
-            for i, layer in enumerate(self.layers)
-            for head in range(used.shape[2])
-        }
-        try:
-            path.write_text(json.dumps(table))
-        except OSError as error:
-            raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
-        return path
+        return write_scores(path, self.layers, self.copied[self.used])
 
     def _mean(self, values: Tensor) -> Tensor:
         used = values[self.used]
-        return used.mean(0) if len(used) else torch.full(values.shape[1:], float("nan"), dtype=values.dtype)
+        return used.nanmean(0) if len(used) else torch.full(values.shape[1:], float("nan"), dtype=values.dtype)
 
 
 def retrieval_heads(
@@ -181,10 +186,11 @@ def retrieval_heads(
     depths: Sequence[float] | int = 5,
     *,
     prompts: Prompts | None = None,
-    needles: Sequence[tuple[str, str]] | None = None,
-    texts: str | Sequence[str] | None = None,
+    needles: Sequence[Sequence[str]] | None = None,
+    texts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     trials: int = 4,
     max_new_tokens: int | None = None,
+    stop: Collection[int] = (),
     form: str = "unique",
     threshold: float = 0.1,
     seed: int = 0,
@@ -196,10 +202,15 @@ def retrieval_heads(
     ``lengths`` in tokens; by default a quarter and all of what the model was made for (``Shape.trained``, else
     ``Shape.context``), 2,048 at most.
     ``depths``: how many, spread evenly over [0, 1], or the depths themselves. Prompts are ``trials`` examples per
-    cell of ``wb.task("needle")``; with ``needles`` (pairs of fact and question) and ``texts`` (the haystack) they
-    are made from those; or ``prompts(length, depth, seed)`` gives them, with the copied part named by the span
-    ``VALUE`` or ``NEEDLE``. ``max_new_tokens``: 1 for one-token needles and 50 otherwise, unless given.
-    ``cache=False`` decodes without a key-value cache. ``progress(done, total)`` is called after every cell.
+    cell of ``wb.task("needle")``; with ``needles`` (fact, question and, if only a part is asked for, the answer) and
+    ``texts`` (the haystack, or a list of texts for each needle) every needle is a trial of every cell; or
+    ``prompts(length, depth, seed)`` gives them, with the copied part named by the span ``VALUE`` or ``NEEDLE``.
+    ``max_new_tokens``: 1 for one-token needles and 50 otherwise, unless given; ``stop``: tokens that end an answer (the
+    authors end it at a line break). ``cache=False`` decodes without a key-value cache. ``progress(done, total)`` is called
+    after every cell.
+
+    The authors' setting: three needles, each with a haystack of its own, 20 lengths from 1,000 to 50,000 and 10 depths; recall
+    counts stemmed words there, tokens here.
     """
     if form not in FORMS:
         raise UnknownName("form of the copy score", form, FORMS)
@@ -221,8 +232,8 @@ def retrieval_heads(
     for done, (length, depth) in enumerate(cells):
         pairs = source(length, depth, seed + done)
         parts += [
-            _cell(model, group, length, depth, max_new_tokens, form, cache, torch.Generator().manual_seed(seed + done))
-            for group in _by_position(pairs)
+            _cell(model, pairs, rows, (length, depth), max_new_tokens, stop, form, cache, seed + done)
+            for rows in _by_position(pairs)
         ]
         if progress is not None:
             progress(done + 1, len(cells))
@@ -265,48 +276,57 @@ def _depths(depths: Sequence[float] | int) -> tuple[float, ...]:
     return places
 
 
-def _by_position(pairs: Pairs) -> list[Pairs]:
-    """The prompts up to the answer, in batches of one length."""
-    found = []
-    for position in pairs.position.unique().tolist():
-        rows = (pairs.position == position).nonzero()[:, 0].tolist()
-        one = [pairs[i : i + 1] for i in rows]
-        found += one if len(rows) < len(pairs) else [pairs]
-    return found
+def _by_position(pairs: Pairs) -> list[list[int]]:
+    """The examples in groups whose prompts, up to the answer, can share a batch."""
+    if len(pairs.position.unique()) == 1:
+        return [list(range(len(pairs)))]
+    return [[i] for i in range(len(pairs))]
 
 
 def _cell(
     model: Model,
     pairs: Pairs,
-    length: int,
-    depth: float,
+    rows: list[int],
+    cell: tuple[int, float],
     max_new_tokens: int | None,
+    stop: Collection[int],
     form: str,
     cache: bool,
-    generator: torch.Generator,
+    seed: int,
 ) -> _Cell:
-    spans = _target(pairs)
-    longest = int((spans[:, 1] - spans[:, 0]).max())
-    steps = max_new_tokens if max_new_tokens is not None else 1 if longest == 1 else 50
-    if steps < 1:
-        raise WorkbenchError(f"max_new_tokens is at least 1; got {steps}")
-    prompt = pairs.clean[:, : int(pairs.position[0]) + 1]
+    """The trials ``rows`` of one length and depth."""
+    group = pairs[rows[0] : rows[-1] + 1]
+    spans = target(group)
+    prompt = group.clean[:, : int(group.position[0]) + 1]
     check_length(prompt.shape[1], model.shape)
-    if model.shape.context is not None:
-        steps = min(steps, model.shape.context - prompt.shape[1] + 1)
-    decoded = decode(model, prompt, steps, cache=cache)
-    rows = [_trial(decoded, b, prompt[b].cpu(), spans[b].tolist(), form, generator) for b in range(len(prompt))]
-    recall = [_recall(decoded, b, prompt[b].cpu(), spans[b].tolist(), pairs.answer[b]) for b in range(len(prompt))]
-    tensors = dict(
-        zip(("copied", "null", "looks", "looks_null"), map(torch.stack, zip(*rows, strict=True)), strict=True)
-    )
-    tensors["length"] = torch.full((len(prompt),), length)
-    tensors["depth"] = torch.full((len(prompt),), depth, dtype=torch.float64)
-    tensors["recall"] = torch.tensor(recall, dtype=torch.float64)
+    decoded = decode(model, prompt, steps_of(model, prompt, spans, max_new_tokens), cache=cache, stop=stop)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[str, Tensor]] = []
+    for b, line in enumerate(prompt.cpu()):
+        alive = decoded.alive[b].nonzero()[:, 0]
+        lo, hi = spans[b].tolist()
+        answer = Answer(line, (lo, hi), decoded.tokens[b, alive], decoded.keys[alive, b])
+        recall = recall_of(answer.written, answer.needle, group.answer[b])
+        found.append(trial(answer, form, generator) | {"recall": torch.tensor(recall, dtype=torch.float64)})
+    tensors = {name: torch.stack([each[name] for each in found]) for name in found[0]}
+    tensors["length"] = torch.full((len(prompt),), cell[0])
+    tensors["depth"] = torch.full((len(prompt),), cell[1], dtype=torch.float64)
+    tensors["example"] = torch.tensor(rows)
     return _Cell(tensors, decoded.layers, decoded.last.provenance)
 
 
-def _target(pairs: Pairs) -> Tensor:
+def steps_of(model: Model, prompt: Tensor, spans: Tensor, asked: int | None = None) -> int:
+    """Tokens to decode: as asked, else 1 for one-token needles and ``STEPS``; no more than the context holds."""
+    longest = int((spans[:, 1] - spans[:, 0]).max())
+    steps = asked if asked is not None else 1 if longest == 1 else STEPS
+    if steps < 1:
+        raise WorkbenchError(f"max_new_tokens is at least 1; got {steps}")
+    if model.shape.context is not None:
+        steps = min(steps, model.shape.context - prompt.shape[1] + 1)
+    return steps
+
+
+def target(pairs: Pairs) -> Tensor:
     """Span ``[B, 2]`` of the part of the context that the answer repeats."""
     for name in TARGETS:
         if name in pairs.spans:
@@ -319,44 +339,21 @@ def _target(pairs: Pairs) -> Tensor:
     )
 
 
-def _trial(
-    decoded: Decoded, b: int, prompt: Tensor, span: list[int], form: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one trial: copy score, its null, looks and their null, each ``[L, H]``."""
-    lo, hi = span
-    steps = decoded.alive[b].nonzero()[:, 0]
-    keys, written = decoded.keys[steps, b], decoded.tokens[b, steps]  # [S, L, H], [S]
-    inside = (keys >= 0) & (keys < len(prompt))  # -1: a row without weight
-    at = keys.clamp(0, len(prompt) - 1)
-    same = inside & (prompt[at] == written[:, None, None])
-    needle = (keys >= lo) & (keys < hi)
-    size = hi - lo if form == "published" else len(prompt[lo:hi].unique())
-    others = torch.cat([torch.arange(lo), torch.arange(hi, len(prompt))])
-    nulls = []
-    for _ in range(_CONTROLS if len(others) >= hi - lo else 0):
-        chosen = torch.zeros(len(prompt), dtype=torch.bool)
-        chosen[others[torch.randperm(len(others), generator=generator)[: hi - lo]]] = True
-        nulls.append(_copied(same & chosen[at], written, size, form))
-    null = torch.stack(nulls).mean(0) if nulls else torch.full(keys.shape[1:], float("nan"), dtype=torch.float64)
-    chance = (inside & ~needle).double().mean(0) * min(1.0, (hi - lo) / max(1, len(others)))
-    return _copied(same & needle, written, size, form), null, needle.double().mean(0), chance
-
-
-def _copied(hits: Tensor, written: Tensor, size: int, form: str) -> Tensor:
-    """Copy score ``[L, H]`` from the steps ``[S, L, H]`` that copied: repeats count in the published form only."""
-    if form == "published":
-        return hits.sum(0, dtype=torch.float64) / size
-    found = torch.zeros(hits.shape[1:], dtype=torch.float64)
-    for token in written.unique():
-        found += hits[written == token].any(0)
-    return found / size
-
-
-def _recall(decoded: Decoded, b: int, prompt: Tensor, span: list[int], answer: Tensor) -> float:
-    """Part of the needle's tokens that were written, each as often as it occurs (ROUGE-1 recall); for a needle of one
-    token, whether it or one of the accepted answers was written."""
-    written = decoded.tokens[b][decoded.alive[b]].tolist()
-    wanted = prompt[span[0] : span[1]].tolist()
-    if len(wanted) == 1:
-        return float(bool({*wanted, *(a for a in answer.tolist() if a >= 0)} & set(written)))
-    return sum(min(written.count(token), wanted.count(token)) for token in set(wanted)) / len(wanted)
+ANALYSES = (
+    Analysis(
+        name="retrieval-heads",
+        question="Which heads copy the answer out of a long context?",
+        function=retrieval_heads,
+        example=lambda: {
+            "model": bundled("compiled-needle"),
+            "lengths": (48, 64),
+            "depths": 2,
+            "trials": 2,
+        },
+        paper="Wu et al. 2024 (arXiv 2404.15574), section 2 and the authors' code",
+        source="model",
+        null="as many random positions outside the needle; a head that looks anywhere evenly",
+        cause="masking, masking_curve",
+        definition="recall over tokens instead of stemmed words; ties go to the first key",
+    ),
+)
