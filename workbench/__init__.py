@@ -60,7 +60,7 @@ _NAMES: dict[str, str] = {
     "held_key_errors": "workbench.probes.map_errors:held_key_errors",
     # analyses: sinks
     "sinks": "workbench.probes.sinks.scores:sinks",
-    "compare_sinks": "workbench.probes.sinks.scores:compare_sinks",
+    "compare_sinks": "workbench.probes.sinks.compare:compare_sinks",
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
     "masking": "workbench.probes.retrieval.masking:masking",

@@ -5,8 +5,14 @@ The share of key k in one head is the mean weight that a query which may see the
     alpha_k = sum_i A[i, k] / |{i : query i may see k}|
 
 which for a causal map is the mean over queries i >= k (Gu et al., arXiv 2410.10781, section 3). The sink score is the
-part of (layer, head) pairs whose first token has alpha > epsilon. F-Attn is the attention paid to the first token,
-averaged over all queries, heads and layers (Qiu et al., arXiv 2505.06708). Both need column sums of the map only.
+part of (layer, head) pairs whose first token has alpha > epsilon; any other token is asked for with ``token=k``. F-Attn is
+the attention paid to the first token, averaged over all queries, heads and layers (Qiu et al., arXiv 2505.06708). Both need
+column sums of the map only.
+
+Signed weights are no shares. Of a signed map A_ik stands for |A_ik| / sum_j |A_ij|, as in the code of Gu et al. for kernels
+that may be negative: a row of absolute weights sums to 1, and a gate g scales it by |g|. ``relative=True`` takes the rows of
+non-negative maps the same way, which makes unnormalised attention (sigmoid) comparable with softmax; by default their
+weights count as they are. The mean signed weight is told beside the share.
 
 Padding queries and padding keys do not count, and "first" means the first real token of a sequence. The null beside
 every share is what the key would get if each query spread its weight evenly over what it may see.
@@ -23,13 +29,12 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import GatedMap
-from workbench.probes.bootstrap import interval, resampled_means
+from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sinks.shares import shares
 from workbench.probes.sources import Source, maps_of
-from workbench.results import Result, axis, head_map
+from workbench.results import Result, head_map
 from workbench.run import Provenance, Run
 from workbench.sites import Site
 
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-FORCED = "the first token is seen only by queries that see nothing else, so its share is 1 by necessity"
+FORCED = "the sink token is seen only by queries that see nothing else, so its share is 1 by necessity"
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -58,10 +63,12 @@ class SinkResult(Result):
 
     ``share`` layer -> ``[H, K]``: mean over the sequences in which some query may see the key, NaN where there is
     none. ``error`` layer -> ``[H, K]``: its standard error over sequences, NaN for fewer than two. ``uniform``
-    layer -> ``[H, K]``: the null. ``queries`` layer -> ``[K]``: queries per sequence that may see the key.
-    ``first`` and ``paid`` layer -> ``[B, H]``: the first token's share, and the attention it gets averaged over all
-    queries. ``gate`` layer -> ``[H]``: mean gate of gated layers. ``largest`` is the largest absolute value among
-    the residual streams that were read (else None). ``undefined`` names layers without a sink score and why.
+    layer -> ``[H, K]``: the null, NaN where a map was captured without its row sums and these are free. ``signed`` layer ->
+    ``[H, K]``: mean signed weight, of signed maps. ``queries`` layer -> ``[K]``: queries per sequence that may see the key.
+    ``first`` and ``paid`` layer -> ``[B, H]``: share of the sink token (``token``, the first by default), and the attention
+    it gets averaged over all queries. ``gate`` layer -> ``[H]``: mean gate of gated layers. ``activations`` ``[B]``: largest
+    absolute value of a real token in the residual streams that were read, ``later`` ``[B]`` of the tokens after the first (None
+    if none were read). ``undefined`` names layers without a sink score and why.
     """
 
     share: Mapping[int | str, Tensor]
@@ -74,7 +81,10 @@ class SinkResult(Result):
     tokens: Mapping[int | str, tuple[str, ...]]
     epsilon: float
     raw: bool
-    largest: float | None = None
+    token: int = 0
+    signed: Mapping[int | str, Tensor] = field(default_factory=dict)
+    activations: Tensor | None = None
+    later: Tensor | None = None
     undefined: Mapping[int | str, str] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
 
@@ -88,13 +98,26 @@ class SinkResult(Result):
         """Attention to the first token, averaged over queries, heads, layers and sequences."""
         return _mean(self.per_sequence("f_attn"))
 
+    @property
+    def largest(self) -> float | None:
+        """Largest absolute value among the residual streams that were read, over all sequences; None if none were."""
+        return None if self.activations is None else float(self.activations.max())
+
+    def mean(self, quantity: str = "f_attn") -> float:
+        """Mean over sequences of ``sink_score``, ``f_attn``, ``largest`` (the mean of the sequences' largest) or
+        ``largest_later`` (without the first token, whose stream is the same in all sequences that begin alike)."""
+        return _mean(self.per_sequence(quantity))
+
     def interval(self, quantity: str = "f_attn") -> tuple[float, float]:
-        """95% bootstrap interval over sequences of ``sink_score`` or ``f_attn``; NaN for a single sequence."""
+        """95% bootstrap interval of ``mean(quantity)`` over sequences; NaN for a single sequence."""
         low, high = interval(self.per_sequence(quantity))
         return float(low), float(high)
 
     def per_sequence(self, quantity: str) -> Tensor:
-        """``sink_score`` or ``f_attn`` of every sequence, ``[B]``: layers count equally."""
+        """``sink_score``, ``f_attn`` (layers count equally), ``largest`` or ``largest_later`` of every sequence, ``[B]``."""
+        if quantity in ("largest", "largest_later"):
+            found = self.activations if quantity == "largest" else self.later
+            return torch.full((1,), float("nan"), dtype=torch.float64) if found is None else found
         rows = [row for layer in self.share if layer not in self.undefined for row in [self._layer(quantity, layer)]]
         if not rows:
             return torch.full((1,), float("nan"), dtype=torch.float64)
@@ -106,7 +129,7 @@ class SinkResult(Result):
         if quantity == "f_attn":
             return self.paid[layer].mean(1)
         if quantity != "sink_score":
-            raise UnknownName("sink quantity", quantity, ("sink_score", "f_attn"))
+            raise UnknownName("sink quantity", quantity, ("sink_score", "f_attn", "largest", "largest_later"))
         first = self.first[layer]
         return torch.where(first.isnan(), float("nan"), (first > self.epsilon).double()).mean(1)
 
@@ -124,32 +147,34 @@ class SinkResult(Result):
                     values = torch.full_like(values, float("nan"))
                 low, high = interval(values)
                 row |= {quantity: _mean(values), f"{quantity}_low": float(low), f"{quantity}_high": float(high)}
-            row["uniform"] = _mean(self.uniform[layer][:, 0])
+            known = self.token < self.uniform[layer].shape[1]
+            row["uniform"] = _mean(self.uniform[layer][:, self.token]) if known else float("nan")
             row["mean_gate"] = float(self.gate[layer].mean()) if layer in self.gate else float("nan")
             rows.append({**row, "reason": self.undefined.get(layer, "")})
         return pd.DataFrame(rows)
 
     def frame(self) -> pd.DataFrame:
-        """One row per layer, head and key: ``layer, head, key, token, share, error, uniform, queries``."""
+        """One row per layer, head and key: ``layer, head, key, token, share, error, uniform, queries``, and ``signed`` (NaN in
+        non-negative layers) where a map is signed."""
         import pandas as pd
 
         parts = []
         for layer, share in self.share.items():
             heads, keys = share.shape
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "layer": layer,
-                        "head": torch.arange(heads).repeat_interleave(keys).numpy(),
-                        "key": torch.arange(keys).repeat(heads).numpy(),
-                        "token": list(self.tokens[layer]) * heads,
-                        "share": share.flatten().numpy(),
-                        "error": self.error[layer].flatten().numpy(),
-                        "uniform": self.uniform[layer].flatten().numpy(),
-                        "queries": self.queries[layer].repeat(heads).numpy(),
-                    }
-                )
-            )
+            part = {
+                "layer": layer,
+                "head": torch.arange(heads).repeat_interleave(keys).numpy(),
+                "key": torch.arange(keys).repeat(heads).numpy(),
+                "token": list(self.tokens[layer]) * heads,
+                "share": share.flatten().numpy(),
+                "error": self.error[layer].flatten().numpy(),
+                "uniform": self.uniform[layer].flatten().numpy(),
+                "queries": self.queries[layer].repeat(heads).numpy(),
+            }
+            if self.signed:
+                signed = self.signed.get(layer)
+                part["signed"] = float("nan") if signed is None else signed.flatten().numpy()
+            parts.append(pd.DataFrame(part))
         return pd.concat(parts, ignore_index=True)
 
     def strongest(self) -> list[Sink]:
@@ -186,13 +211,17 @@ def sinks(
     epsilon: float = 0.3,
     *,
     keys: int | None = None,
+    token: int = 0,
     raw: bool = False,
+    relative: bool = False,
     mask: Mask | None = None,
 ) -> SinkResult:
     """Shares of the keys, sink score and F-Attn of every captured layer.
 
     ``source``: a run with captured maps, or maps alone (one, a list, or a mapping from layer names). ``keys``: only
-    the first so many keys (all by default). Gated maps count as they act (rows scaled by the gate); ``raw=True``
+    the first so many keys (all by default). ``token``: the sink of sink score and F-Attn, counted from the first real token.
+    ``relative``: rows divided by their absolute sum, as those of signed maps always are (see the top of this module; rows are
+    then walked in chunks). Gated maps count as they act (rows scaled by the gate); ``raw=True``
     looks at the attention inside the gate, which is what the published F-Attn of gated models measures. ``mask``
     says who may see whom for maps that do not know; one that neither knows nor is told is taken as causal if it
     holds no weight on any later key. Only column sums are used, so nothing of size Q x K is built; with padding
@@ -202,10 +231,16 @@ def sinks(
         raise WorkbenchError(f"epsilon is a share of attention between 0 and 1; got {epsilon!r}")
     if keys is not None and (isinstance(keys, bool) or not isinstance(keys, int) or keys < 1):
         raise WorkbenchError(f"keys is how many first keys to report, at least 1; got {keys!r}")
+    if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+        raise WorkbenchError(f"token is the position of the sink, counted from 0; got {token!r}")
     maps = maps_of(source)
     run = source if isinstance(source, Run) else None
     tokens = run.tokens if run is not None else None
-    found = {name: shares(name, amap, tokens, keys=keys, raw=raw, mask=mask) for name, amap in maps.items()}
+    found = {
+        name: shares(name, amap, tokens, keys=keys, token=token, raw=raw, mask=mask, relative=relative)
+        for name, amap in maps.items()
+    }
+    largest = None if run is None else _largest(run)
     return SinkResult(
         share={name: layer.share for name, layer in found.items()},
         error={name: layer.error for name, layer in found.items()},
@@ -217,104 +252,36 @@ def sinks(
         tokens={name: layer.tokens for name, layer in found.items()},
         epsilon=epsilon,
         raw=raw,
-        largest=_largest(run),
+        token=token,
+        signed={name: layer.signed for name, layer in found.items() if layer.signed is not None},
+        activations=None if largest is None else largest[0],
+        later=None if largest is None else largest[1],
         undefined={name: FORCED for name, layer in found.items() if layer.forced},
         provenance=run.provenance if run is not None else Provenance("maps"),
     )
 
 
-@dataclass(frozen=True)
-class SinkComparison(Result):
-    """Sinks of two models on the same texts. ``results[i]`` are the effective and, for a gated model, the raw result of
-    ``labels[i]``. ``paired`` tells whether both saw the same tokens, so that sequences were resampled together."""
-
-    labels: tuple[str, str]
-    results: tuple[tuple[SinkResult, ...], tuple[SinkResult, ...]]
-    paired: bool
-
-    def frame(self) -> pd.DataFrame:
-        """``model, map, f_attn, sink_score`` with intervals, ``mean_gate, largest``; the last row is second minus
-        first.
-
-        ``map`` is ``effective`` (rows scaled by the gate, if any) or ``raw``; the difference is of the effective maps.
-        """
-        import pandas as pd
-
-        rows = []
-        for label, found in zip(self.labels, self.results, strict=True):
-            for result in found:
-                row: dict[str, object] = {"model": label, "map": "raw" if result.raw else "effective"}
-                for quantity in ("f_attn", "sink_score"):
-                    low, high = result.interval(quantity)
-                    row |= {quantity: getattr(result, quantity), f"{quantity}_low": low, f"{quantity}_high": high}
-                gates = [gate.mean() for gate in result.gate.values()]
-                row["mean_gate"] = float(torch.stack(gates).mean()) if gates else float("nan")
-                rows.append({**row, "largest": _known(result.largest)})
-        a, b = (found[0] for found in self.results)
-        row = {"model": f"{self.labels[1]} - {self.labels[0]}", "map": "effective"}
-        for quantity in ("f_attn", "sink_score"):
-            low, high = self.difference(quantity)
-            row |= {
-                quantity: getattr(b, quantity) - getattr(a, quantity),
-                f"{quantity}_low": low,
-                f"{quantity}_high": high,
-            }
-        row["largest"] = _known(b.largest) - _known(a.largest)
-        return pd.DataFrame([*rows, row])
-
-    def difference(self, quantity: str = "f_attn") -> tuple[float, float]:
-        """95% bootstrap interval of second minus first (effective maps); NaN for a single sequence."""
-        a, b = (found[0].per_sequence(quantity) for found in self.results)
-        if len(a) < 2 or len(b) < 2:
-            return float("nan"), float("nan")
-        draws = resampled_means(b, seed=0) - resampled_means(a, seed=0 if self.paired else 1)
-        return float(draws.nanquantile(0.025)), float(draws.nanquantile(0.975))
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Attention to the first token by layer, one line per model."""
-        ax = axis(ax)
-        for label, found in zip(self.labels, self.results, strict=True):
-            for result in found:
-                table = result.layers()
-                name = f"{label}, attention inside the gate" if result.raw else label
-                ax.plot(
-                    range(len(table)), table["f_attn"], marker="o", linestyle="--" if result.raw else "-", label=name
-                )
-                ax.set_xticks(range(len(table)), [str(layer) for layer in table["layer"]])
-        ax.set(
-            xlabel="layer",
-            ylabel="mean attention to the first token",
-            title="Attention given to the first token",
-            ylim=(0, 1),
-        )
-        ax.legend()
-        return ax
-
-
-def compare_sinks(a: Run, b: Run, labels: tuple[str, str] = ("a", "b"), epsilon: float = 0.3) -> SinkComparison:
-    """Sinks of twin models side by side: F-Attn, sink score, mean gate, and the largest residual activation if
-    it was read."""
-    if len(labels) != 2:
-        raise WorkbenchError(f"two runs take two labels; got {labels!r}")
-    results = []
-    for run in (a, b):
-        gated = any(isinstance(amap, GatedMap) for amap in maps_of(run).values())
-        results.append(tuple(sinks(run, epsilon, raw=raw) for raw in ((False, True) if gated else (False,))))
-    paired = a.tokens.ids.shape == b.tokens.ids.shape and bool((a.tokens.ids.cpu() == b.tokens.ids.cpu()).all())
-    return SinkComparison((labels[0], labels[1]), (results[0], results[1]), paired)
-
-
-def _largest(run: Run | None) -> float | None:
-    if run is None:
+def _largest(run: Run) -> tuple[Tensor, Tensor] | None:
+    """Largest absolute value of a real token in the residual streams, per sequence: of all tokens, and of those after the
+    first (NaN if there are none), ``[B]`` in float64."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for key, tensor in run.acts.items():
+        try:
+            kind = Site.parse(key).kind
+        except UnknownName:  # a bridge's own hook
+            continue
+        if kind not in _RESIDUAL:
+            continue
+        values = tensor.detach().cpu().double().abs().flatten(2).amax(2)
+        real = run.tokens.mask.cpu()
+        real = real if real.shape == values.shape else torch.ones_like(values, dtype=torch.bool)
+        later = real & (real.cumsum(1) > 1)
+        most = [values.masked_fill(~part, -1.0).amax(1) for part in (real, later)]
+        found.append((most[0], most[1].masked_fill(most[1] < 0, float("nan"))))
+    if not found:
         return None
-    found = [
-        tensor.detach().abs().max().item() for site, tensor in run.acts.items() if Site.parse(site).kind in _RESIDUAL
-    ]
-    return max(found, default=None)
-
-
-def _known(value: float | None) -> float:
-    return float("nan") if value is None else value
+    whole, later = (torch.stack(parts).amax(0) for parts in zip(*found, strict=True))
+    return whole, later
 
 
 def _mean(values: Tensor) -> float:

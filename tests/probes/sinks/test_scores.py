@@ -10,10 +10,9 @@ from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Tokens
 from workbench.probes.bootstrap import interval, standard_error
-from workbench.probes.sinks.scores import compare_sinks, sinks
+from workbench.probes.sinks.scores import sinks
 from workbench.results import load_result
-from workbench.run import Activations, Maps, Provenance, Run
-from workbench.sites import Site
+from workbench.run import Maps, Provenance, Run
 
 T = 6
 
@@ -320,40 +319,6 @@ def test_result_is_drawn_shown_and_saved(tmp_path):
     assert len(saved.frame()) == len(result.frame()) == 5 * T
 
 
-def test_twins_are_compared_sequence_by_sequence():
-    first = softmax_rows(4, 2, T, T)
-    gate = torch.full((4, 2, T), 0.25, dtype=torch.float64)
-    acts = Activations({Site("resid_post", 0): torch.tensor([1.0, -7.0])})
-    a = run_of({0: AttentionMap.from_dense(first)}, acts=acts)
-    b = run_of({0: GatedMap(AttentionMap.from_dense(first), gate)})
-    compared = compare_sinks(a, b, ("softmax", "gated"))
-    table = compared.frame()
-    assert table["model"].tolist() == ["softmax", "gated", "gated", "gated - softmax"]
-    assert table["map"].tolist() == ["effective", "effective", "raw", "effective"]
-    f = table["f_attn"].to_numpy()
-    assert f[1] == pytest.approx(f[0] / 4)
-    assert f[2] == pytest.approx(f[0])
-    assert f[3] == pytest.approx(f[1] - f[0])
-    assert table["mean_gate"].tolist()[1:3] == [0.25, 0.25]
-    assert table["largest"][0] == 7.0
-    assert math.isnan(table["largest"][1])
-    assert compared.paired
-    low, high = compared.difference("f_attn")
-    alone = sinks(a).per_sequence("f_attn")
-    assert -0.75 * alone.max() <= low <= high <= -0.75 * alone.min()
-    ax = compared.plot()
-    assert [text.get_text() for text in ax.get_legend().get_texts()][2] == "gated, attention inside the gate"
-    other = run_of({0: AttentionMap.from_dense(first)}, torch.zeros(4, T, dtype=torch.long))
-    assert not compare_sinks(a, other).paired
-    with pytest.raises(WorkbenchError, match="two labels"):
-        compare_sinks(a, b, ("one",))
-
-
-def test_identical_twins_differ_by_exactly_nothing():
-    run = run_of({0: AttentionMap.from_dense(softmax_rows(4, 2, T, T))})
-    assert compare_sinks(run, run).difference("f_attn") == (0.0, 0.0)
-
-
 def test_bootstrap_interval_is_that_of_all_resamples():
     values = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 6.0]], dtype=torch.float64)
     means = sorted(sum(pick) / 3 for pick in itertools.product([1.0, 2.0, 6.0], repeat=3))
@@ -366,3 +331,35 @@ def test_bootstrap_interval_is_that_of_all_resamples():
     assert interval(broken)[0].item() == pytest.approx(1.0)
     assert standard_error(broken).item() == pytest.approx(torch.tensor([1.0, 3.0]).std().item() / 2**0.5)
     assert interval(broken[:2])[0].isnan().all()
+
+
+def test_the_sink_score_is_that_of_the_authors_at_every_position():
+    """64 tokens and 100 sequences: column sums over T - k + 1, a threshold of .3, the mean over samples, layers and heads."""
+    scores = torch.randn(2, 100, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    scores[..., 0] += 4.0
+    scores[:, :, 1, :, 2] += 5.0
+    weights = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), float("-inf")).softmax(-1)
+    ratios = torch.arange(64, 0, -1, dtype=torch.float64)
+    strength = (weights / ratios).sum(-2)
+    expected = (strength > 0.3).double().mean((0, 1, 2))
+    maps = [AttentionMap.from_dense(layer) for layer in weights]
+    found = [sinks(maps, epsilon=0.3, token=k, keys=1).sink_score for k in (0, 1, 2, 40)]
+    assert found == pytest.approx(expected[[0, 1, 2, 40]].tolist())
+    assert found[1] == found[3] == 0.0 < found[2] < 0.5 < found[0]
+    second = sinks(maps, token=2)
+    assert second.f_attn == pytest.approx(float(weights[..., 2].mean()))
+    assert second.layers()["uniform"][0] == pytest.approx(sum(1 / (i + 1) for i in range(2, 64)) / 62)
+    assert math.isnan(sinks(maps, token=2, keys=1).layers()["uniform"][0])
+
+
+def test_a_sink_that_does_not_exist_is_refused():
+    amap = AttentionMap.from_dense(softmax_rows(1, 1, T, T))
+    with pytest.raises(WorkbenchError, match="no token 6"):
+        sinks(amap, token=T)
+    for token in (-1, True, 0.5):
+        with pytest.raises(WorkbenchError, match="counted from 0"):
+            sinks(amap, token=token)
+    assert sinks(amap, token=T - 1).undefined == {}
+    mask = torch.tensor([[False, True, True, True, True, True]])
+    padded = run_of({0: AttentionMap.from_dense(softmax_rows(1, 1, T, T))}, torch.zeros(1, T, dtype=torch.long), mask)
+    assert math.isnan(sinks(padded, token=T - 1).f_attn)
