@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,6 @@ def _order(layer: int | str) -> tuple[str, int]:
 
 def _example() -> dict[str, Any]:
     """A file of two layers with known counts, in a temporary folder."""
-    import os
     import tempfile
 
     path = Path(tempfile.gettempdir()) / f"workbench-head-scores-{os.getpid()}.json"
