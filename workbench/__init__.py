@@ -60,6 +60,8 @@ _NAMES: dict[str, str] = {
     "held_key_errors": "workbench.probes.map_errors:held_key_errors",
     # analyses: sinks
     "sinks": "workbench.probes.sinks.scores:sinks",
+    "sink_levels": "workbench.probes.sinks.levels:sink_levels",
+    "SinkLevels": "workbench.probes.sinks.levels:SinkLevels",
     "compare_sinks": "workbench.probes.sinks.compare:compare_sinks",
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
