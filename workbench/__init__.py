@@ -66,6 +66,9 @@ _NAMES: dict[str, str] = {
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
     "masking": "workbench.probes.retrieval.masking:masking",
+    "contributions": "workbench.probes.retrieval.contributions:contributions",
+    "recovery": "workbench.probes.retrieval.recovery:recovery",
+    "compare_rankings": "workbench.probes.retrieval.recovery:compare_rankings",
     # analyses: rhythm
     # analyses: heads
     "head_scores": "workbench.probes.heads.kinds:head_scores",
