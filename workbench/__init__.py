@@ -82,6 +82,10 @@ _NAMES: dict[str, str] = {
     # analyses: vision
     "Grid": "workbench.probes.vision.grid:Grid",
     "grid_of": "workbench.probes.vision.grid:grid_of",
+    "image_mods": "workbench.probes.vision.on_patches:image_mods",
+    "hops": "workbench.probes.vision.hops:hops",
+    "attention_distance": "workbench.probes.vision.distances:attention_distance",
+    "planted_images": "workbench.datasets.patches:planted_images",
     # circuits
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Grid:
     ``patch`` is a patch's (height, width) in pixels. ``start`` is the token of the first patch, ``cls`` the class token's place
     or None, ``others`` the places of further tokens of the encoder that are no patches (distillation, registers). ``step``
     tokens lie between the starts of two rows: ``cols`` unless a row ends with a token of its own, as the newlines of LLaVA-NeXT
-    do. ``tokens`` is how many tokens the map has: None if any number may follow, as text does.
+    do. ``tokens`` is how many tokens the map has: None if any number may follow, as text does. ``stack`` names the half of a
+    two-stack model that the grid belongs to (``vision``, ``text``).
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Grid:
     others: tuple[int, ...] = ()
     step: int = 0
     tokens: int | None = None
+    stack: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", self.step or self.cols)
@@ -153,8 +155,11 @@ def grid_of(model: Model, inputs: Any = None, *, stack: str | None = None, image
         stack = "text" if _image_token(config) is not None and "input_ids" in given else "vision"
     if stack not in ("vision", "text"):
         raise UnknownName("stack with an image", stack, ("vision", "text"))
-    vision = _vision_grid(model.name, module, config, given)
-    return vision if stack == "vision" else _text_grid(model.name, config, given, vision, image)
+    found = _vision_grid(model.name, module, config, given)
+    if stack == "text":
+        found = _text_grid(model.name, config, given, found, image)
+    stacks = {str(record.layer).split(".")[0] for record in model.manifest().layers if isinstance(record.layer, str)}
+    return replace(found, stack=stack if stack in stacks else "")
 
 
 def _inputs(inputs: Any) -> Mapping[str, Tensor]:

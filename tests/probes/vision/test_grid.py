@@ -91,7 +91,9 @@ def test_an_encoder_tells_its_grid_and_its_maps_fit(name, cls, others):
     model, inputs, layers = vision(name)
     grid = grid_of(model)
     start = (cls is not None) + others
-    assert grid == Grid(4, 4, (4, 4), start, cls, tuple(range(start - others, start)), tokens=start + 16)
+    stack = "vision" if name == "clip" else ""
+    others = tuple(range(start - others, start))
+    assert grid == Grid(4, 4, (4, 4), start, cls, others, tokens=start + 16, stack=stack)
     with torch.no_grad():
         run = model.run(inputs, maps=wb.capture(stats=("received",)))
     for layer in layers:
@@ -107,15 +109,15 @@ def test_other_image_sizes_are_counted_from_the_pixels():
 def test_images_inside_of_a_text_are_found_by_their_token():
     model, inputs = llava()
     grid = grid_of(model, inputs)
-    assert grid == Grid(4, 4, (4, 4), start=2)
+    assert grid == Grid(4, 4, (4, 4), start=2, stack="text")
     assert grid_of(model, inputs, stack="vision").cls == 0
     with torch.no_grad():
         run = model.run(inputs, maps=wb.capture(stats=("received",)))
     grid.check(run.maps["text.0"].shape[3])
     whole = torch.tensor([[1] + [5] * 17 + [8]])
-    assert grid_of(model, {"input_ids": whole}) == Grid(4, 4, (4, 4), start=2, cls=1)
+    assert grid_of(model, {"input_ids": whole}) == Grid(4, 4, (4, 4), start=2, cls=1, stack="text")
     merged = torch.tensor([[1] + [5] * 4 + [8]])
-    assert grid_of(model, {"input_ids": merged}) == Grid(2, 2, (8, 8), start=1)
+    assert grid_of(model, {"input_ids": merged}) == Grid(2, 2, (8, 8), start=1, stack="text")
     two = torch.tensor([[1] + [5] * 16 + [8] + [5] * 16 + [9]])
     assert grid_of(model, {"input_ids": two}, image=1).start == 18
     with pytest.raises(WorkbenchError, match="holds 2 images"):
