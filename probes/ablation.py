@@ -1,24 +1,23 @@
 """Does removing the parts that an analysis ranks first change the model more than removing others?
 
 Every ranking is a claim about cause, and this is its test: parts are removed in the order of the ranking, and as many random
-parts beside it, layer by layer the same number. What removal means is always said: ``zero``, ``mean`` (over the real tokens of
-the reference inputs), ``resample`` (the part's output on the next example of the batch) or ``counterfactual`` (on the corrupted
-prompt of the pair).
+parts beside it, layer by layer the same number. What removal means is always said; ``probes/removal.py`` has the words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.models.protocol import Edit, Model
+from workbench.models.protocol import Model
 from workbench.pairs import Pairs, accuracy, at_answer, logit_difference
 from workbench.probes.bootstrap import interval
+from workbench.probes.removal import ABLATIONS, Heads, Part, Removal, all_heads, as_part, as_site
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -27,11 +26,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-ABLATIONS = ("zero", "mean", "resample", "counterfactual")
+__all__ = [
+    "ABLATIONS", "AblationCurve", "Heads", "Part", "ablation_curve", "as_part", "as_site", "divergence", "matched",
+    "named_metric", "next_token_loss", "over_tokens",
+]  # fmt: skip
+
 Metric = Callable[[Run], Tensor]
 """One number per example, ``[B]``, from a run with logits."""
-Part = Site | tuple[int, int]
-"""A site whose tensor is replaced, or ``(layer, head)`` for the head's ``hook_z``."""
+_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -102,64 +104,54 @@ def ablation_curve(
     nats), ``kl`` (of the next-token distribution from the unchanged model's, nats), with pairs ``probability``, ``accuracy``
     and ``logit-difference`` of the answer, or a function of the run. ``counts``: how many to remove, by default up to ten steps
     from 1 to all of the ranking. ``pool``: what random parts are drawn from, by default all heads of the model, or the ranking
-    itself if it ranks other sites; of the layer of the part they stand in for, and outside of the removed ones, where there
-    are any left.
+    itself if it ranks anything else; of the layer of the part they stand in for, and outside of the removed ones, where there
+    are any left. Whole KV groups are ranked as ``Heads(layer, heads)``, sublayers as ``Site("attn_out", l)``.
     """
-    order = [as_site(part) for part in ranking]
+    order = [as_part(part) for part in ranking]
     if not order:
         raise WorkbenchError("the ranking names no parts")
     if len(set(order)) < len(order):
         raise WorkbenchError("the ranking names a part twice")
-    if ablation not in ABLATIONS:
-        raise UnknownName("ablation", ablation, ABLATIONS)
     if random < 1:
         raise WorkbenchError(f"random is the number of random rankings, at least 1; got {random}")
     steps = _counts(len(order)) if counts is None else tuple(counts)
     if not steps or min(steps) < 1 or max(steps) > len(order):
         raise WorkbenchError(f"counts lie between 1 and the {len(order)} parts of the ranking; got {list(steps)}")
-    everything = _pool(model, order) if pool is None else [as_site(part) for part in pool]
+    everything = list(dict.fromkeys(_pool(model, order) if pool is None else map(as_part, pool)))
     name, measure = named_metric(metric, inputs)
-    tokens = inputs.clean if isinstance(inputs, Pairs) else inputs
-    removed = list(dict.fromkeys([*order[: max(steps)], *everything]))
-    plain = model.run(tokens, read={part.whole for part in removed})
-    replacement = _replacements(model, inputs, plain, ablation)
-
-    def with_removed(parts: Sequence[Site]) -> Tensor:
-        edits: dict[Site | str, Edit | Tensor] = {part: replacement(part) for part in parts}
-        return measure(model.run(tokens, edit=edits), plain)
-
+    if name == "loss" and not model.shape.causal:
+        raise Refused(f"{model.name} sees the next token; its loss is none: use kl, or a metric of your own")
+    removal = Removal.of(model, inputs, [*order[: max(steps)], *everything], ablation)
     generator = torch.Generator().manual_seed(seed)
-    ranked = torch.stack([with_removed(order[:count]) for count in steps])
-    draws = [
-        torch.stack([with_removed(matched(order[:count], everything, generator)) for count in steps])
-        for _ in range(random)
-    ]
-    names = tuple(str(part) for part in order)
-    return AblationCurve(
-        name, ablation, steps, measure(plain, plain), ranked, torch.stack(draws), names, plain.provenance
+    removals = [order[:count] for count in steps]
+    removals += [matched(order[:count], everything, generator) for _ in range(random) for count in steps]
+    # Sets that were drawn twice are run once.
+    different = {frozenset(parts): parts for parts in removals}
+    found = dict(
+        zip(different, (measure(run, removal.plain) for run in removal.runs(list(different.values()))), strict=True)
     )
+    values = torch.stack([found[frozenset(parts)] for parts in removals]).unflatten(0, (1 + random, len(steps)))
+    base = measure(removal.plain, removal.plain)
+    names = tuple(map(str, order))
+    return AblationCurve(name, ablation, steps, base, values[0], values[1:], names, removal.plain.provenance)
 
 
-def as_site(part: Part) -> Site:
-    """``(layer, head)`` is the head's output before ``W_O``."""
-    if isinstance(part, Site):
-        return part
-    layer, head = part
-    return Site("z", layer, head)
+P = TypeVar("P", Site, Heads, Site | Heads)
 
 
-def matched(chosen: Sequence[Site], pool: Sequence[Site], generator: torch.Generator) -> list[Site]:
+def matched(chosen: Sequence[P], pool: Sequence[P], generator: torch.Generator) -> list[P]:
     """As many parts of the pool, none of them chosen, layer by layer where the layer has some left; chosen ones only if
     nothing else is left."""
-    left = [part for part in pool if part not in set(chosen)]
-    spare = [part for part in pool if part in set(chosen)]
-    picked = []
+    taken = set(chosen)
+    left = [part for part in dict.fromkeys(pool) if part not in taken]
+    spare = [part for part in dict.fromkeys(pool) if part in taken]
+    picked: list[P] = []
     for part in chosen:
         if not left:
             left, spare = spare, []
         if not left:
             raise Refused(f"the pool holds {len(pool)} parts, too few to draw {len(chosen)} random ones")
-        near = [other for other in left if other.layer == part.layer] or left
+        near = [other for other in left if (other.layer, other.stack) == (part.layer, part.stack)] or left
         pick = near[int(torch.randint(len(near), (1,), generator=generator))]
         left.remove(pick)
         picked.append(pick)
@@ -168,26 +160,56 @@ def matched(chosen: Sequence[Site], pool: Sequence[Site], generator: torch.Gener
 
 def next_token_loss(run: Run) -> Tensor:
     """Mean negative log probability of the next token over the real tokens of each sequence, ``[B]`` in nats."""
-    if run.logits is None or run.tokens.ids.shape[1] != run.logits.shape[1] or run.logits.shape[1] < 2:
-        raise Refused("the loss needs logits of every token of a text of two tokens or more")
-    ids, real = run.tokens.ids, run.tokens.mask
-    logp = run.logits[:, :-1].float().log_softmax(-1)
-    loss = -logp.gather(-1, ids[:, 1:, None].long().to(logp.device))[..., 0].double().cpu()
+    ids, real = predicted(run)
+    if run.logits is None or run.logits.ndim != 3 or ids.shape[1] != run.logits.shape[1] or ids.shape[1] < 2:
+        raise Refused(
+            "the loss needs logits of every token of a text of two tokens or more; for images pass a function of the run"
+        )
+    each = []
+    for logits, row in zip(run.logits[:, :-1], ids[:, 1:], strict=True):
+        logp = precise(logits).log_softmax(-1)
+        each.append(-logp.gather(-1, row[:, None].long().to(logp.device))[:, 0].double().cpu())
     both = (real[:, 1:] & real[:, :-1]).cpu()
-    return (loss * both).sum(1) / both.sum(1)
+    return (torch.stack(each) * both).sum(1) / both.sum(1)
 
 
 def divergence(run: Run, plain: Run) -> Tensor:
     """Mean KL divergence of the prediction from that of ``plain`` over real tokens, ``[B]`` in nats."""
+    return over_tokens(plain, run, lambda p, q: (p.exp() * (p - q)).sum(-1))
+
+
+def over_tokens(plain: Run, run: Run, compare: Callable[[Tensor, Tensor], Tensor], *, log: bool = True) -> Tensor:
+    """Mean over real tokens of ``compare`` of two runs' log probabilities (or logits, with ``log=False``), ``[B]``.
+
+    ``compare`` takes float64 ``[n, V]`` twice, some tokens at a time, and gives ``[n]``."""
     if run.logits is None or plain.logits is None:
-        raise Refused("the divergence compares logits; this model gives none")
-    wanted, got = (x.logits.double().log_softmax(-1) for x in (plain, run))  # type: ignore[union-attr]
-    each = (wanted.exp() * (wanted - got)).sum(-1).cpu()
+        raise Refused(f"predictions are compared by their logits; {plain.provenance.model} gives none")
+    one, two = plain.logits.flatten(0, -2), run.logits.flatten(0, -2)
+    step = max(1, _NUMBERS // one.shape[-1])
+    parts = []
+    for lo in range(0, len(one), step):
+        pair = [x[lo : lo + step].double() for x in (one, two)]
+        parts.append(compare(*(x.log_softmax(-1) if log else x for x in pair)).cpu())
+    each = torch.cat(parts).unflatten(0, plain.logits.shape[:-1])
     if each.ndim == 1:
         return each
-    mask = plain.tokens.mask.cpu()
+    mask = predicted(plain)[1].cpu()
     real = mask if mask.shape == each.shape else torch.ones_like(each, dtype=torch.bool)
     return (each * real).sum(1) / real.sum(1)
+
+
+def predicted(run: Run) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the tokens that the logits belong to: the decoder's, where the model has one."""
+    ids = run.tokens.inputs.get("decoder_input_ids")
+    if ids is None:
+        return run.tokens.ids, run.tokens.mask
+    mask = run.tokens.inputs.get("decoder_attention_mask")
+    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits in float32 at least."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def named_metric(metric: str | Metric, inputs: Any) -> tuple[str, Callable[[Run, Run], Tensor]]:
@@ -211,7 +233,7 @@ def named_metric(metric: str | Metric, inputs: Any) -> tuple[str, Callable[[Run,
     def measure(run: Run, plain: Run) -> Tensor:
         if run.logits is None:
             raise Refused(f"metric {metric!r} needs logits; this model gives none")
-        return answers[metric](run.logits.float(), inputs).detach().double().cpu()
+        return answers[metric](precise(run.logits), inputs).detach().double().cpu()
 
     return metric, measure
 
@@ -225,34 +247,7 @@ def _counts(parts: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(parts * i / 10)) for i in range(1, 11)}))
 
 
-def _pool(model: Model, order: Sequence[Site]) -> list[Site]:
-    if any(part.kind != "z" or part.head is None or part.stack for part in order):
-        return list(order)
-    return [Site("z", layer, head) for layer in range(model.shape.layers) for head in range(model.shape.heads)]
-
-
-def _replacements(model: Model, inputs: Any, plain: Run, ablation: str) -> Callable[[Site], Edit]:
-    """What stands in for a part, as an edit of its site."""
-    if ablation == "zero":
-        return lambda part: torch.zeros_like
-    if ablation == "counterfactual":
-        if not isinstance(inputs, Pairs):
-            raise WorkbenchError(f"a counterfactual is the corrupted prompt of pairs; got {type(inputs).__name__}")
-        other = model.run(inputs.corrupt, read=list(plain.acts), logits=None).acts
-        return lambda part: _constant(other[part])
-    if ablation == "resample":
-        if len(plain.tokens.mask) < 2:
-            raise WorkbenchError("resampling takes the output on another example: give two or more")
-        return lambda part: _constant(plain.acts[part].roll(1, 0))
-    real = plain.tokens.mask
-
-    def mean(part: Site) -> Edit:
-        values = plain.acts[part]
-        kept = values[real.to(values.device)] if real.shape == values.shape[:2] else values.flatten(0, 1)
-        return lambda output: kept.mean(0).to(output.dtype).expand_as(output)
-
-    return mean
-
-
-def _constant(values: Tensor) -> Edit:
-    return lambda output: values.to(output.dtype)
+def _pool(model: Model, order: Sequence[Site | Heads]) -> Sequence[Site | Heads]:
+    if all(isinstance(part, Site) and part.kind == "z" and part.head is not None and not part.stack for part in order):
+        return all_heads(model)
+    return order

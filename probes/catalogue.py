@@ -72,6 +72,9 @@ class Analyses(Mapping[str, Analysis]):
             raise UnknownName("analysis", name, self._records)
         return self._records[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._records
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
 

@@ -52,7 +52,14 @@ class HeadTable(Result):
     provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
 
     def __post_init__(self) -> None:
-        _check_measures(self, tuple(self.values))
+        _check_measures(self)
+        wanted = {layer: (len(row),) for layer, row in next(iter(self.values.values())).items()}
+        for name, part in _columns(self):
+            if {layer: tuple(row.shape) for layer, row in part.items()} != wanted:
+                raise WorkbenchError(
+                    f"{name!r} of {self.title!r} is one number per head, {_sizes(wanted)}; got "
+                    f"{_sizes({layer: tuple(row.shape) for layer, row in part.items()})}"
+                )
 
     @property
     def layers(self) -> tuple[int | str, ...]:
@@ -111,7 +118,8 @@ class LayerTable(Result):
     provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
 
     def __post_init__(self) -> None:
-        _check_measures(self, tuple(self.values))
+        _check_measures(self)
+        _check_shapes(self, (len(self.layers),))
 
     def frame(self) -> pd.DataFrame:
         """One row per layer: ``layer``, then each measure with its ``_low _high _null`` where it has them."""
@@ -153,7 +161,9 @@ class TokenTable(Result):
     provenance: Provenance = field(default_factory=lambda: Provenance("maps"))
 
     def __post_init__(self) -> None:
-        _check_measures(self, tuple(self.values))
+        _check_measures(self)
+        first = tuple(next(iter(self.values.values())).shape[-2:])
+        _check_shapes(self, (len(self.layers), *first) if self.layers else first)
 
     def frame(self) -> pd.DataFrame:
         """One row per token: ``[layer,] sequence, position, token``, then each measure with its extras."""
@@ -189,15 +199,25 @@ class TokenTable(Result):
         return ax
 
 
-def _check_measures(table: Any, measures: tuple[str, ...]) -> None:
-    if not measures:
+def _check_measures(table: Any) -> None:
+    if not table.values:
         raise WorkbenchError(f"{type(table).__name__} {table.title!r} holds no measure")
-    for name in measures:
+    for name in table.values:
         if name not in table.units:
             raise WorkbenchError(f"measure {name!r} of {table.title!r} has no unit")
     for extra in _EXTRAS:
         for name in getattr(table, extra):
             _known(table.values, name)
+
+
+def _check_shapes(table: Any, wanted: tuple[int, ...]) -> None:
+    for name, part in _columns(table):
+        if tuple(part.shape) != wanted:
+            raise WorkbenchError(f"{name!r} of {table.title!r} is {list(wanted)}; got {list(part.shape)}")
+
+
+def _sizes(shapes: Mapping[int | str, tuple[int, ...]]) -> str:
+    return ", ".join(f"layer {layer}: {list(shape)}" for layer, shape in shapes.items())
 
 
 def _columns(table: Any) -> list[tuple[str, Any]]:
