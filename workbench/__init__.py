@@ -62,6 +62,7 @@ _NAMES: dict[str, str] = {
     "sinks": "workbench.probes.sinks.scores:sinks",
     "sink_levels": "workbench.probes.sinks.levels:sink_levels",
     "SinkLevels": "workbench.probes.sinks.levels:SinkLevels",
+    "sink_alignment": "workbench.probes.sinks.alignment:sink_alignment",
     "compare_sinks": "workbench.probes.sinks.compare:compare_sinks",
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",

@@ -174,13 +174,13 @@ class SinkLevels(Result):
         (in how many)."""
         import pandas as pd
 
-        table = self.frame().assign(sequence=self.sequence.numpy())
-        grouped = table.groupby(["start", "lifetime", "kind"], as_index=False)["sequence"]
-        found = grouped.agg(tokens="size", sequences="nunique") if len(table) else None
-        if found is None:
-            return pd.DataFrame(columns=["start", "lifetime", "kind", "tokens", "sequences"])
-        order = ["tokens", "start", "lifetime"]
-        return found.sort_values(order, ascending=[False, True, True], ignore_index=True)
+        members: dict[tuple[int, int, str], list[int]] = {}
+        starts, lifetimes = self.start.tolist(), self.lifetime.tolist()
+        for sequence, start, lifetime, kind in zip(self.sequence.tolist(), starts, lifetimes, self.kind, strict=True):
+            members.setdefault((start, lifetime, kind), []).append(sequence)
+        rows = [(*level, len(found), len(set(found))) for level, found in members.items()]
+        names = ["start", "lifetime", "kind", "tokens", "sequences"]
+        return pd.DataFrame(sorted(rows, key=lambda row: (-row[3], row[0], row[1])), columns=names)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Lifetime over start, a disc per level, its area by the number of tokens."""
