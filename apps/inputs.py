@@ -156,9 +156,14 @@ def only(frame: pd.DataFrame, heads: Sequence[int] | None) -> pd.DataFrame:
 
 def run(name: str, text: str, request: Capture, read: Sequence[str] = ()) -> tuple[Model, Run]:
     """One forward pass over ``text`` that records what ``request`` and ``read`` ask for, without logits."""
+    model = load(name)
+    return model, recorded(model, text, request, read)
+
+
+def recorded(model: Model, text: str | Sequence[str], request: Capture, read: Sequence[str] = ()) -> Run:
+    """``run`` of a loaded model, over one text or several."""
     import torch
 
-    model = load(name)
     with torch.no_grad():
         found = model.run(text, read=read, maps=request, logits=None)
     unknown = getattr(model.tokenizer, "unk_token_id", None)
@@ -168,4 +173,4 @@ def run(name: str, text: str, request: Capture, read: Sequence[str] = ()) -> tup
             f"{lost} of {found.tokens.ids.numel()} tokens are unknown to the tokenizer of {model.name} "
             "and run as its unknown token"
         )
-    return model, found
+    return found

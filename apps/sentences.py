@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from workbench.probes.heads.kinds import HeadScores
     from workbench.probes.retrieval.copying import RetrievalResult
     from workbench.probes.retrieval.masking import MaskingResult
+    from workbench.probes.sinks.compare import SinkComparison
     from workbench.probes.sinks.scores import Sink, SinkResult
 
 
@@ -65,19 +67,67 @@ def compared(first: SinkResult, second: SinkResult) -> pd.DataFrame:
 
 def compared_lines(names: tuple[str, str], first: SinkResult, second: SinkResult) -> list[str]:
     """The same text in two models, in words."""
-    frame = compared(first, second)
-    lines = [
+    return [
         f"attention to the first token: {percent(first.f_attn)} in {names[0]}, {percent(second.f_attn)} in {names[1]}",
         f"sink score: {cell(first.sink_score)} in {names[0]}, {cell(second.sink_score)} in {names[1]}",
+        *furthest_lines(names, first, second),
     ]
-    both = frame.dropna(subset=["difference"])
-    if len(both):
-        rows = both.to_dict("records")
-        best = max(rows, key=lambda row: abs(row["difference"]))
+
+
+def furthest_lines(names: tuple[str, str], first: SinkResult, second: SinkResult) -> list[str]:
+    """The head whose share of the first token differs most; nothing if the models have no head in common."""
+    both = compared(first, second).dropna(subset=["difference"])
+    if not len(both):
+        return []
+    best = max(both.to_dict("records"), key=lambda row: abs(row["difference"]))
+    return [
+        f"largest difference: head {head_name(best['layer'], best['head'])} gives the first token "
+        f"{percent(best['first'])} in {names[0]} and {percent(best['second'])} in {names[1]}"
+    ]
+
+
+PUBLISHED: dict[str, Any] = {
+    "without": 0.467, "gated": 0.048, "map": "raw", "paper": "Qiu et al. 2025, arXiv 2505.06708",
+}  # fmt: skip
+"""F-Attn of a language model without and with a gate, of the attention inside the gate."""
+
+
+def spread(row: Mapping[str, Any], name: str) -> str:
+    """A number with its interval, ``0.134 [0.132, 0.136]``; without one where there is none."""
+    if math.isnan(row[f"{name}_low"]):
+        return cell(row[name])
+    return f"{cell(row[name])} [{cell(row[f'{name}_low'])}, {cell(row[f'{name}_high'])}]"
+
+
+def times(ratio: float, low: float, high: float) -> str:
+    """``13.4 times less [13.2, 13.6]`` for a ratio of 13.4, ``1.1 times more`` for one of 1 / 1.1."""
+    less = ratio >= 1
+    ends = (low, high) if less else (1 / high, 1 / low)
+    told = "" if math.isnan(low) else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
+    return f"{ratio if less else 1 / ratio:.3g} times {'less' if less else 'more'}{told}"
+
+
+def comparison_lines(found: SinkComparison) -> list[str]:
+    """How many times less the second model gives the first token, the published number beside it, and what has no interval."""
+    first, second = found.labels
+    lines = []
+    for kind in ("effective", "raw") if found.gated else ("both",):
+        ratio, low, high = found.ratio("f_attn", kind)
+        where = {"effective": "with the gate", "raw": "inside the gate", "both": "on average"}[kind]
+        if math.isnan(ratio):
+            lines.append(f"attention to the first token, {where}: none in {second}, so the ratio is undefined")
+        elif ratio > 0:
+            lines.append(
+                f"attention to the first token, {where}: {times(ratio, low, high)} in {second} than in {first}"
+            )
+    if found.gated:
+        ratio = PUBLISHED["without"] / PUBLISHED["gated"]
         lines.append(
-            f"largest difference: head {head_name(best['layer'], best['head'])} gives the first token "
-            f"{percent(best['first'])} in {names[0]} and {percent(best['second'])} in {names[1]}"
+            f"published, inside the gate: {PUBLISHED['without']} without and {PUBLISHED['gated']} with it, "
+            f"{ratio:.2g} times less ({PUBLISHED['paper']})"
         )
+    if max(found.sequences) < 2:
+        lines.append("one text: no intervals; without --text and --file several generated texts are compared")
     return lines
 
 

@@ -17,7 +17,7 @@ from workbench.apps.inputs import (
     OutOption,
     TextOption,
 )
-from workbench.apps.terminal import answer, log, table, working
+from workbench.apps.terminal import answer, cell, log, table, working
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from workbench.probes.sinks.compare import SinkComparison
     from workbench.probes.sinks.scores import SinkResult
+    from workbench.run import Run
 
 _SHOWN = 12
-_SAMPLE = 255
+_APART = 6
+_TEXTS, _TOKENS = 16, 127
 
 
 def capture(
@@ -126,11 +129,6 @@ def sinks(
 
     Which tokens collect attention whatever the query asks for, next to what even attention would give them.
     """
-    if compare and text is None and file is None:
-        from workbench.datasets.corpus import filler_text
-
-        text = filler_text(0, _SAMPLE)
-        log(f"no --text or --file: comparing on {_SAMPLE} tokens of generated text (seed 0)")
     if len(models) != (2 if compare else 1):
         wanted = "two models: sinks --compare A B" if compare else "one model (two with --compare)"
         raise WorkbenchError(f"sinks wants {wanted}; got {' '.join(models)}")
@@ -138,41 +136,107 @@ def sinks(
         raise WorkbenchError(f"sinks --compare wants two different models; got {models[0]} twice")
     if compare and out is not None:
         raise WorkbenchError("--out saves one result; run sinks on each model by itself to save it")
+    if compare:
+        _compare_sinks(models, text, file, layer, head, epsilon, raw, as_json)
+        return
     words, target = inputs.prompt(text, file), inputs.fresh(out)
-    results, frames = [], []
+    with working(f"{models[0]}: sinks"):
+        import workbench as wb
+
+        request = wb.capture(layers=inputs.layers(layer), stats=("received",))
+        result = wb.sinks(inputs.run(models[0], words, request)[1], epsilon=epsilon, raw=raw)
+        frame = inputs.only(result.frame(), head)
+        if target is not None:
+            result.save(target)
+    payload = {"command": "sinks", **_sink_payload(models[0], result, frame), "saved": target}
+    answer(as_json, payload, lambda c: _show_sinks(c, models[0], result, head, target))
+
+
+def _compare_sinks(
+    models: list[str],
+    text: str | None,
+    file: str | None,
+    layer: list[str] | None,
+    head: list[int] | None,
+    epsilon: float,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Two models on one text, or on several generated ones, which give intervals."""
+    from workbench.apps.sentences import PUBLISHED, compared
+
+    if text is None and file is None:
+        from workbench.datasets.corpus import filler_text
+
+        words = [filler_text(seed, _TOKENS) for seed in range(_TEXTS)]
+        log(f"no --text or --file: comparing on {_TEXTS} generated texts of {_TOKENS} tokens (seeds 0 to {_TEXTS - 1})")
+    else:
+        words = [inputs.prompt(text, file)]
+    runs = []
     for model in models:
         with working(f"{model}: sinks"):
-            results.append(_sinks(model, words, layer, epsilon, raw))
-            frames.append(inputs.only(results[-1].frame(), head))
-            if target is not None:
-                results[0].save(target)
-    payloads = [
-        _sink_payload(model, result, frame) for model, result, frame in zip(models, results, frames, strict=True)
-    ]
-    if not compare:
-        payload = {"command": "sinks", **payloads[0], "saved": target}
-        answer(as_json, payload, lambda c: _show_sinks(c, models[0], results[0], head, target))
-        return
-
-    from workbench.apps.sentences import compared, compared_lines
-
-    difference = inputs.only(compared(*results), head)
-
-    def show(console: Console) -> None:
-        rows = [list(row.values()) for row in records(difference)]
-        columns = ["layer", "head", models[0], models[1], "difference"]
-        console.print(table("share of the first token", dict.fromkeys(columns, "right"), rows))
-        for line in compared_lines((models[0], models[1]), *results):
-            console.print(line)
-
-    answer(as_json, {"command": "sinks", "compare": payloads, "difference": difference}, show)
-
-
-def _sinks(model: str, words: str, layer: list[str] | None, epsilon: float, raw: bool) -> SinkResult:
+            runs.append(_streams(model, words, layer))
     import workbench as wb
 
-    request = wb.capture(layers=inputs.layers(layer), stats=("received",))
-    return wb.sinks(inputs.run(model, words, request)[1], epsilon=epsilon, raw=raw)
+    found = wb.compare_sinks(*runs, labels=(models[0], models[1]), epsilon=epsilon)
+    results = [pair[-1 if raw else 0] for pair in found.results]
+    frames = [inputs.only(result.frame(), head) for result in results]
+    table, heads_apart = found.frame(), inputs.only(found.heads(), head)
+    payload = {
+        "command": "sinks",
+        "compare": [_sink_payload(*each) for each in zip(models, results, frames, strict=True)],
+        "difference": inputs.only(compared(*results), head),
+        "models": table,
+        "layers": found.layers(),
+        "heads": heads_apart,
+        "ratio": {kind: found.ratio("f_attn", kind) for kind in ("effective", "raw")},
+        "published": PUBLISHED,
+        "sequences": found.sequences,
+        "paired": found.paired,
+    }
+    answer(as_json, payload, lambda c: _show_comparison(c, found, table, heads_apart, raw))
+
+
+def _streams(model: str, words: list[str], layer: list[str] | None) -> Run:
+    """Column sums, and the residual streams of the model that can be read."""
+    import workbench as wb
+    from workbench.sites import Site
+
+    loaded = inputs.load(model)
+    streams = [site for site in loaded.manifest().sites if Site.parse(site).kind.startswith("resid_")]
+    return inputs.recorded(loaded, words, wb.capture(layers=inputs.layers(layer), stats=("received",)), streams)
+
+
+def _show_comparison(
+    console: Console, found: SinkComparison, models: pd.DataFrame, heads: pd.DataFrame, raw: bool
+) -> None:
+    from workbench.apps.sentences import comparison_lines, furthest_lines, spread
+
+    first, second = found.labels
+    quantities = ("f_attn", "sink_score", "largest", "largest_later")
+    names = ["F-Attn", "sink score", "largest activation", "after the first token"]
+    rows = []
+    for r in records(models):
+        gate = cell(r["mean_gate"]).replace("undefined", "")
+        rows.append([r["model"], r["map"], gate, *(spread(r, name) for name in quantities)])
+    console.print(
+        table(f"{found.sequences[0]} texts, 95% intervals over texts", ["model", "map", "mean gate", *names], rows)
+    )
+    pair = ("first", "second", "difference")
+    for title, at, frame in (
+        ("attention to the first token by layer", ["layer"], found.layers()),
+        (f"by head, the {_APART} that differ most", ["layer", "head"], heads),
+    ):
+        kinds = ("raw",) if raw and found.gated else ("effective", "both")
+        shown = [r for r in records(frame) if at == ["layer"] or r["map"] in kinds]
+        shown = shown if at == ["layer"] else sorted(shown, key=lambda r: -abs(r["difference"]))[:_APART]
+        lines = [[*(r[name] for name in at), r["map"], *(spread(r, name) for name in pair)] for r in shown]
+        console.print(table(title, [*at, "map", first, second, "difference"], lines))
+    for line in (
+        *comparison_lines(found),
+        *furthest_lines(found.labels, *(f[-1 if raw else 0] for f in found.results)),
+    ):
+        console.print(line)
 
 
 def _sink_payload(model: str, result: SinkResult, frame: pd.DataFrame) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,7 +161,7 @@ class SinkResult(Result):
         parts = []
         for layer, share in self.share.items():
             heads, keys = share.shape
-            part = {
+            part: dict[str, Any] = {
                 "layer": layer,
                 "head": torch.arange(heads).repeat_interleave(keys).numpy(),
                 "key": torch.arange(keys).repeat(heads).numpy(),

@@ -97,6 +97,57 @@ def test_sinks_compare_two_models(workbench, model, gated):
     assert "largest difference: head" in shown.out
 
 
+def test_twins_are_compared_on_several_texts_with_intervals(workbench, model, gated):
+    got = workbench("sinks", "--compare", model, gated, "--json").json
+    rows = {(r["model"], r["map"]): r for r in got["models"]}
+    apart = f"{gated} - {model}"
+    assert set(rows) == {(model, "both"), *((name, m) for name in (gated, apart) for m in ("effective", "raw"))}
+    for name in ("f_attn", "sink_score", "largest", "largest_later"):
+        for row in rows.values():
+            assert row[f"{name}_low"] <= row[name] + 1e-12
+            assert row[name] <= row[f"{name}_high"] + 1e-12
+        difference = rows[gated, "effective"][name] - rows[model, "both"][name]
+        assert rows[apart, "effective"][name] == pytest.approx(difference)
+    assert rows[gated, "raw"]["f_attn"] > rows[gated, "effective"]["f_attn"]
+    assert {r["layer"] for r in got["layers"]} == {0, 1}
+    assert len(got["heads"]) == 2 * 2 * 2
+    ratio, low, high = got["ratio"]["effective"]
+    assert low < ratio < high
+    assert ratio == pytest.approx(rows[model, "both"]["f_attn"] / rows[gated, "effective"]["f_attn"])
+    assert got["published"]["without"] == 0.467
+    assert got["paired"]
+    assert got["sequences"][0] > 1
+
+
+def test_the_comparison_is_a_table_and_sentences(workbench, model, gated):
+    shown = workbench("sinks", "--compare", model, gated).out
+    for text in (
+        "F-Attn",
+        "sink score",
+        "largest activation",
+        "by layer",
+        "by head",
+        "with the gate",
+        "inside the gate",
+    ):
+        assert text in shown
+    assert "published, inside the gate: 0.467 without and 0.048 with it, 9.7 times less" in shown
+    assert "no intervals" not in shown
+    one = workbench("sinks", "--compare", model, gated, "--text", TEXT).out
+    assert "one text: no intervals" in one
+    plain = workbench("sinks", "--compare", model, "compiled-induction").out
+    assert "published" not in plain
+    assert "times" in plain
+
+
+def test_ratios_are_told_the_way_round_that_is_larger_than_one():
+    from workbench.apps.sentences import times
+
+    assert times(4.0, 3.0, 5.0) == "4 times less [3, 5]"
+    assert times(0.25, 0.2, 0.5) == "4 times more [2, 5]"
+    assert times(2.0, float("nan"), float("nan")) == "2 times less"
+
+
 def test_terminals_without_unicode_lose_nothing(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     command = [sys.executable, "-m", "workbench", "models", "./d\u00fcnn"]
