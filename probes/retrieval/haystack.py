@@ -57,9 +57,9 @@ def haystack_prompts(
 
     ``answer`` is the part of the fact that is asked for, the span VALUE. The haystack is ``texts`` joined, repeated if too
     short, starting at a place drawn from ``seed``; with a list of texts for each needle, every needle has a haystack of its own.
-    The fact is moved back to the end of a sentence if there is one. With ``together`` all facts stand in one haystack, the one
-    that is asked for at ``depth`` and the others, spans ``OTHER.0``, ``OTHER.1`` ..., at the depths that a turn through the
-    text gives them: evenly apart, round the end. Refuses a fact that the haystack contains or whose words the tokenizer
+    The fact is moved back to the end of a sentence if there is one. With ``together`` all facts stand in one haystack, the first
+    at ``depth`` and the others evenly apart from there, round the end; the examples differ in the question alone, and spans
+    ``OTHER.0``, ``OTHER.1`` ... are the answers that are not asked for. Refuses a fact that the haystack contains or whose words the tokenizer
     does not know, an answer that is not part of its fact, and lengths without room.
     """
     tokenizer = model.tokenizer
@@ -96,20 +96,22 @@ def haystack_prompts(
         generator = torch.Generator().manual_seed(seed)
         clean, corrupt, answers = [], [], []
         spans: dict[str, list[tuple[int, int]]] = {}
-        drawn = 0
+        drawn, longest = 0, max(len(ids(question.format(question=asked))) for _, asked, *_ in needles)
         for n, (_, asked, *_) in enumerate(needles):
             tail = ids(question.format(question=asked))
             here = [n, *(i for i in range(len(needles)) if together and i != n)]
             room = length - len(first) - len(tail) - sum(len(facts[i]) for i in here)
-            if room < 1:
+            if room < 1 + together * (longest - len(tail)):
                 raise WorkbenchError(
                     f"{length} tokens leave no room for the haystack: needle and question take {length - room}"
                 )
             if not (together and n):
                 drawn = int(torch.randint(len(hays[n]), (1,), generator=generator))
             stretch = [hays[n][(drawn + i) % len(hays[n])] for i in range(room + len(facts[n]))]
-            depths = {i: depth if i == n else (depth + turn / len(here)) % 1.0 for turn, i in enumerate(here)}
-            places = {i: _sentence_end(stretch, round(share * room), room, stops) for i, share in depths.items()}
+            # Facts that stand together do not move with the length of the question.
+            span = room if not together else room + len(tail) - longest
+            depths = {i: (depth + i / len(needles)) % 1.0 if together and i else depth for i in here}
+            places = {i: _sentence_end(stretch, round(share * span), span, stops) for i, share in depths.items()}
             body, starts = _laid(stretch[:room], places, facts)
             clean.append([*first, *body, *tail])
             others = {i: place for i, place in places.items() if i != n}

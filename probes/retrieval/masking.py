@@ -143,7 +143,7 @@ def masking_curve(
     outside: int | None = None,
     random: int = 4,
     metric: str = "recall",
-    whole: bool = True,
+    whole: bool = False,
     lengths: Sequence[int] | None = None,
     depths: Sequence[float] | None = None,
     prompts: Prompts | None = None,
@@ -161,8 +161,8 @@ def masking_curve(
     any (the authors draw from all layers alike). The metric's name says what was drawn.
 
     ``metric``: ``recall`` of the needle in the answer, written greedily, or of its first token ``accuracy`` or
-    ``probability``. ``whole``: heads are off in the prompt and in the answer; ``False``, as published, from the last token of
-    the prompt on. Prompts are new ones (``seed``) where a ``RetrievalResult`` retrieved, else at ``lengths`` and ``depths``,
+    ``probability``. Heads are off from the last token of the prompt on, as published, which needs a key-value cache; with
+    ``whole`` in the prompt too, so that reading it suffers as well. Prompts are new ones (``seed``) where a ``RetrievalResult`` retrieved, else at ``lengths`` and ``depths``,
     by ``prompts`` as in ``retrieval_heads``. ``progress(done, total)`` is called after every set of heads.
     """
     ranked = _ranked(ranking)
