@@ -98,7 +98,7 @@ def unembedding(model: Model) -> Unembedding:
         raise Refused(f"W_U is known for native and Hugging Face models; got a {type(model).__name__}")
     if norm is None:
         raise Refused(f"{model.name}: the norm before its W_U is not known")
-    last, raw = norm, model.weight("W_U").detach()
+    last, raw = norm, _weight(model, "W_U")
     fold = folding(last, len(raw))
     matrix = fold.into(raw)
 
@@ -121,7 +121,7 @@ def embedding(model: Model, kind: str = "direct", chunk: int = 1024) -> Tensor:
     attention silenced (``effective``), which McDougall et al. (arXiv 2310.04625) use where W_E and W_U are tied."""
     if kind not in ("direct", "effective"):
         raise UnknownName("embedding", kind, ("direct", "effective"))
-    table = model.weight("W_E").detach()
+    table = _weight(model, "W_E")
     if kind == "direct":
         return table
     out = []
@@ -191,6 +191,12 @@ def folding(norm: nn.Module | None, width: int) -> Fold:
     one = norm(torch.ones_like(x[:1, None]))[0, 0]
     centred = bool(((one - shift).abs() <= 1e-3 * scale.abs() + 1e-6).all()) and bool(scale.any())
     return Fold(scale, centred, shift)
+
+
+def _weight(model: Model, name: str) -> Tensor:
+    if not isinstance(model, NativeModel | HFModel):
+        raise Refused(f"{name} is known for native and Hugging Face models; got a {type(model).__name__}")
+    return model.weight(name).detach()
 
 
 def _native(model: NativeModel, layer: int) -> HeadWeights:
