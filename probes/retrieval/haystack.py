@@ -59,8 +59,8 @@ def haystack_prompts(
     short, starting at a place drawn from ``seed``; with a list of texts for each needle, every needle has a haystack of its own.
     The fact is moved back to the end of a sentence if there is one. With ``together`` all facts stand in one haystack, the first
     at ``depth`` and the others evenly apart from there, round the end; the examples differ in the question alone, and spans
-    ``OTHER.0``, ``OTHER.1`` ... are the answers that are not asked for. Refuses a fact that the haystack contains or whose words the tokenizer
-    does not know, an answer that is not part of its fact, and lengths without room.
+    ``OTHER.0``, ``OTHER.1`` ... are the answers that are not asked for. Refuses a fact that the haystack contains or whose words
+    the tokenizer does not know, an answer that is not part of its fact, and lengths without room.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
