@@ -67,6 +67,13 @@ _NAMES: dict[str, str] = {
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
     "masking": "workbench.probes.retrieval.masking:masking",
+    "masking_curve": "workbench.probes.retrieval.masking:masking_curve",
+    "needle_choice": "workbench.probes.retrieval.choosing:needle_choice",
+    "haystack_prompts": "workbench.probes.retrieval.haystack:haystack_prompts",
+    "locate_needle": "workbench.probes.retrieval.haystack:locate_needle",
+    "retrieval_activation": "workbench.probes.retrieval.dynamics:activation",
+    "load_scores": "workbench.probes.retrieval.score_files:load_scores",
+    "induction_or_retrieval": "workbench.probes.retrieval.discriminate:induction_or_retrieval",
     "contributions": "workbench.probes.retrieval.contributions:contributions",
     "recovery": "workbench.probes.retrieval.recovery:recovery",
     "compare_rankings": "workbench.probes.retrieval.recovery:compare_rankings",
