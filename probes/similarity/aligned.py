@@ -6,7 +6,7 @@ in a batch. Nothing of size Q x K is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,7 @@ class Aligned:
             out.index_add_(2, torch.arange(lo, hi) // size, rows @ column)
         return out
 
-    def _moved(self, lo: int, hi: int, make, empty: float | bool) -> Tensor:  # type: ignore[no-untyped-def]
+    def _moved(self, lo: int, hi: int, make: Callable[[int, int], Tensor], empty: float | bool) -> Tensor:
         last = self.amap.shape[2]
         starts = self.query_start.unique().tolist()
         if len(starts) == 1:

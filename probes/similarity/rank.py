@@ -147,10 +147,8 @@ def _spectrum(layer: Aligned, size: int | None) -> Tensor:
 
 
 def _one_head(layer: Aligned, head: int) -> Aligned:
-    seen = layer.seen
-    if seen.mask.dense is not None and seen.mask.dense.shape[1] > 1:
-        seen = replace(seen, mask=replace(seen.mask, dense=seen.mask.dense[:, head : head + 1]))
-    return replace(layer, amap=layer.amap.heads([head]), seen=seen)
+    """The layer with one head's rows; who may see whom stays that of all heads."""
+    return replace(layer, amap=layer.amap.heads([head]))
 
 
 def _bounding_spectra(layer: Aligned, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +227,7 @@ def _residuals(layer: Aligned, size: int | None) -> tuple[Tensor, Tensor]:
     energy, even_energy = (torch.zeros(b, h, dtype=torch.float64) for _ in range(2))
     total, even_total = (torch.zeros(b, h, keys, dtype=torch.float64) for _ in range(2))
     for lo, hi, rows in layer.chunks(copies=2):
-        by_chance = _even(layer, rows, lo, hi)
+        by_chance = _even(layer, rows, layer.visible(lo, hi))
         energy += rows.square().sum((-2, -1))
         total += rows.sum(2)
         even_energy += by_chance.square().sum((-2, -1))
@@ -243,10 +241,9 @@ def _distance(energy: Tensor, total: Tensor, count: Tensor) -> Tensor:
     return (left / energy).sqrt()
 
 
-def _even(layer: Aligned, rows: Tensor, lo: int, hi: int) -> Tensor:
+def _even(layer: Aligned, rows: Tensor, seen: Tensor) -> Tensor:
     """Rows of even attention with the weight that the rows have, so a gate or a sink counts; with weight 1 in signed maps, whose
     sums say nothing."""
-    seen = layer.visible(lo, hi)
     if layer.amap.sign == "signed":
         return (seen / seen.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=1)).expand(rows.shape)
     return even(rows, seen)
@@ -258,7 +255,7 @@ def _even_sums(layer: Aligned, size: int) -> Tensor:
     out = torch.zeros(b, h, -(-queries // size), -(-keys // size), dtype=torch.float64)
     column = torch.nn.functional.one_hot(torch.arange(keys) // size).double()
     for lo, hi, rows in layer.chunks(copies=2):
-        out.index_add_(2, torch.arange(lo, hi) // size, _even(layer, rows, lo, hi) @ column)
+        out.index_add_(2, torch.arange(lo, hi) // size, _even(layer, rows, layer.visible(lo, hi)) @ column)
     return out
 
 
@@ -268,8 +265,11 @@ def _even_measures(layer: Aligned, size: int | None) -> dict[str, Tensor]:
     if layer.amap.row_sum != "1":
         parts = []
         for head in range(layer.shape[1]):
-            one = _one_head(layer, head)
-            whole = torch.cat([_even(one, rows, lo, hi)[:, 0] for lo, hi, rows in one.chunks(copies=2)], 1)
+            one, chunks = _one_head(layer, head), []
+            for lo, hi, rows in one.chunks(copies=2):
+                seen = layer.visible(lo, hi)
+                chunks.append(_even(one, rows, seen if seen.shape[1] == 1 else seen[:, head : head + 1])[:, 0])
+            whole = torch.cat(chunks, 1)
             parts.append(torch.linalg.svdvals(whole))
         return _measures(torch.stack(parts, 1))
     seen = layer.visible(0, layer.shape[2])  # rows of sum 1: heads differ only if the mask does
