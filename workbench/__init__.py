@@ -78,6 +78,15 @@ _NAMES: dict[str, str] = {
     "recovery": "workbench.probes.retrieval.recovery:recovery",
     "compare_rankings": "workbench.probes.retrieval.recovery:compare_rankings",
     # analyses: rhythm
+    "waad": "workbench.probes.rhythm.waad:waad",
+    "fai": "workbench.probes.rhythm.waad:fai",
+    "head_spans": "workbench.probes.rhythm.spans:head_spans",
+    "local_heads": "workbench.probes.rhythm.spans:local_heads",
+    "global_heads": "workbench.probes.rhythm.spans:global_heads",
+    "rhythm": "workbench.probes.rhythm.rhythm:rhythm",
+    "couplings": "workbench.probes.rhythm.rhythm:couplings",
+    "receiver_heads": "workbench.probes.rhythm.receivers:receiver_heads",
+    "perturbation": "workbench.probes.rhythm.perturbation:perturbation",
     # analyses: heads
     "head_scores": "workbench.probes.heads.kinds:head_scores",
     # analyses: similarity
