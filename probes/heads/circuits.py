@@ -70,9 +70,10 @@ def weight_circuits(
 ) -> HeadTable:
     """Copying, suppression and matching of every head by its weights, beside shuffled identities.
 
-    ``words``: the tokens (ids or texts) between which the circuits run, by default all. ``embed``: what stands for a token, ``direct`` W_E or ``effective``, what the first MLP makes of it (use it where W_E and W_U
-    are tied and there is an MLP: McDougall et al.). ``tokens``: how many source tokens the shares are measured on (all, if there
-    are no more). ``per``: ``query`` heads, or ``kv`` / ``kv-max`` for the mean / largest of the heads that share keys and values.
+    ``words``: the tokens (ids or texts) between which the circuits run, by default all. ``embed``: what stands for a token,
+    ``direct`` W_E or ``effective``, what the first MLP makes of it (use it where W_E and W_U are tied and there is an MLP:
+    McDougall et al.). ``tokens``: how many source tokens the shares are measured on (all, if there are no more). ``per``:
+    ``query`` heads, or ``kv`` / ``kv-max`` for the mean / largest of the heads that share keys and values.
     The table has a null for every measure and ``<measure>_z``: (value - null) / standard deviation of the null over
     ``shuffles`` draws. ``previous`` is NaN without learned positions. Attention itself, rotary positions and biases play no part.
     """

@@ -6,7 +6,8 @@ Composition scores (Elhage et al. 2021): with W_OV = W_V W_O of the writer and W
     K   |W_OV W_QK^T|  / (|W_OV| |W_QK|)         the keys read it
     V   |W_OV W_OV'|   / (|W_OV| |W_OV'|)        the values read it
 
-in Frobenius norms: 1 for matrices of rank one that meet, 1 / sqrt(E) for E equal singular values that all meet. No D x D matrix is built: |W_V X| = |R X| with W_V = (orthonormal) R, so every factor has E rows and every
+in Frobenius norms: 1 for matrices of rank one that meet, 1 / sqrt(E) for E equal singular values that all meet. No D x D
+matrix is built: |W_V X| = |R X| with W_V = (orthonormal) R, so every factor has E rows and every
 pair of heads costs an E x E product.
 
 Null: the same matrices turned against each other at random. Over rotations U the mean square of |A U B| is |A|^2 |B|^2 / D, so

@@ -6,12 +6,14 @@ names any key they may see:
     previous    k = q - 1
     duplicate   k < q with the query's token
     induction   k <= q right after an earlier copy of the query's token (Olsson et al., arXiv 2209.11895)
+    first       the first real token, for queries after it
+    current     k = q
 
 Nulls. On a model, duplicate and induction heads are measured on random tokens repeated after a random period, and
 the null is the same keys when the second half is other random tokens: a head that only likes a distance keeps its
-score. On a given text, the null shuffles the tokens' identities over the positions. For ``previous`` the key is
-drawn at random among the earlier ones. ``uniform`` is the score of attention spread evenly over what a query may
-see, scaled by the gate where the map is.
+score. On a given text, the null shuffles the tokens' identities over the positions. For ``previous``, ``first`` and
+``current`` the key is drawn at random among the earlier ones. ``uniform`` is the score of attention spread evenly over
+what a query may see, scaled by the gate where the map is.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from workbench.maps import AttentionMap
 from workbench.models.protocol import Model, Tokens
 from workbench.mods import Mod
 from workbench.probes.bootstrap import interval
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import bundled
 from workbench.probes.heads.repeats import repeats, task_words
+from workbench.probes.heads.weights import PER, grouped
 from workbench.probes.masses import mean_masses
 from workbench.probes.padding import padding
 from workbench.probes.sources import maps_of
@@ -48,7 +53,12 @@ KINDS: dict[str, Callable[[Tensor], Mod]] = {
     "previous": lambda ids: mods.previous(),
     "duplicate": mods.same_token,
     "induction": mods.induction,
+    "first": lambda ids: _first(ids),
+    "current": lambda ids: mods.diagonal(),
 }
+USUAL = ("previous", "duplicate", "induction")
+_PLACES = ("previous", "first", "current")
+"""Kinds that name a place, whatever token stands there."""
 
 
 class Head(NamedTuple):
@@ -129,25 +139,27 @@ class HeadScores(Result):
 def head_scores(
     source: Model | Run,
     *,
-    kinds: Sequence[str] = tuple(KINDS),
+    kinds: Sequence[str] = USUAL,
     batches: int = 4,
     sequences: int = 8,
     period: tuple[int, int] = (16, 48),
     words: Sequence[int | str] | None = None,
     shuffles: int = 16,
     layers: Sequence[int | str] | None = None,
+    per: str = "query",
     raw: bool = False,
     seed: int = 0,
 ) -> HeadScores:
-    """Previous-token, duplicate-token and induction scores with their nulls.
+    """Previous-token, duplicate-token and induction scores with their nulls; ``kinds`` may also name ``first`` and ``current``.
 
     ``source``: a model, which is run on ``batches`` batches of ``sequences`` rows of random tokens, each batch
     repeated after its own period drawn from ``period`` (cut to the model's context and vocabulary); or a run with
     captured maps, whose tokens are shuffled ``shuffles`` times for the null. ``words`` (ids or texts of single
     tokens) are what to draw from: by default all ordinary tokens, and for the bundled models, which cannot repeat
     just any word, those of the induction task; the result's ``source`` says which. ``layers`` restricts what a
-    model captures. Gated maps count as they act; ``raw=True`` looks inside the gate. Rows are walked in chunks;
-    nothing of size Q x K is kept.
+    model captures. ``per``: ``query`` heads, or ``kv`` / ``kv-max`` for the mean / largest score of the heads that share keys
+    and values, taken in every sequence and in every draw of the null. Gated maps count as they act; ``raw=True`` looks
+    inside the gate. Rows are walked in chunks; nothing of size Q x K is kept.
     """
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
@@ -155,16 +167,18 @@ def head_scores(
             raise UnknownName("head score", kind, KINDS)
     if not kinds:
         raise WorkbenchError(f"no score asked for; known: {', '.join(KINDS)}")
+    if per not in PER:
+        raise UnknownName("grouping of heads", per, PER)
     for name, number in (("batches", batches), ("sequences", sequences), ("shuffles", shuffles)):
         if number < 1:
             raise WorkbenchError(f"{name} is at least 1; got {number}")
     generator = torch.Generator().manual_seed(seed)
     if isinstance(source, Run):
         tokens = source.tokens
-        maps, skipped = _token_maps(maps_of(source), tokens, raw)
-        shuffled = _shuffles(tokens, shuffles, generator)
+        maps, skipped = token_maps(maps_of(source), tokens, raw)
+        shuffled = shuffled_tokens(tokens, shuffles, generator)
         measured = {
-            name: _measure(kinds, amap, amap, tokens, _seen(name, amap, tokens), shuffled, generator)
+            name: _measure(kinds, amap, amap, tokens, seen_by(name, amap, tokens), shuffled, generator, per)
             for name, amap in maps.items()
         }
         return _scores(kinds, [measured], "text", skipped, source.provenance)
@@ -179,11 +193,13 @@ def head_scores(
         with torch.no_grad():
             run = source.run(normal, maps=request, logits=None)
             other = source.run(control, maps=request, logits=None)
-        maps, skipped = _token_maps(maps_of(run), run.tokens, raw)
-        controls, _ = _token_maps(maps_of(other), run.tokens, raw)
+        maps, skipped = token_maps(maps_of(run), run.tokens, raw)
+        controls, _ = token_maps(maps_of(other), run.tokens, raw)
         parts.append(
             {
-                name: _measure(kinds, amap, controls[name], run.tokens, _seen(name, amap, run.tokens), None, generator)
+                name: _measure(
+                    kinds, amap, controls[name], run.tokens, seen_by(name, amap, run.tokens), None, generator, per
+                )
                 for name, amap in maps.items()
             }
         )
@@ -198,7 +214,7 @@ class _Measured(NamedTuple):
     null: Tensor
 
 
-def _token_maps(
+def token_maps(
     maps: Mapping[int | str, AttentionMap], tokens: Tokens, raw: bool
 ) -> tuple[dict[int | str, AttentionMap], tuple[str, ...]]:
     """Layers that are self-attention over the run's tokens, and the names of the others."""
@@ -223,19 +239,20 @@ def _token_maps(
     return kept, tuple(skipped)
 
 
-def _seen(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
+def seen_by(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
+    """Who may see whom in a layer, padding left out."""
     pad = padding(name, amap, tokens)
     return visibility(amap, real=pad.queries, keys=pad.keys)
 
 
-def _identities(tokens: Tokens) -> Tensor:
+def identities(tokens: Tokens) -> Tensor:
     """Token ids ``[B, T]``, -1 on padding: many models pad with a token that texts hold too."""
     return tokens.ids.cpu().masked_fill(~tokens.mask.cpu(), -1)
 
 
-def _shuffles(tokens: Tokens, draws: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled_tokens(tokens: Tokens, draws: int, generator: torch.Generator) -> list[Tensor]:
     """Token identities permuted over the real positions of each row, the first one kept."""
-    ids, real = _identities(tokens), tokens.mask.cpu()
+    ids, real = identities(tokens), tokens.mask.cpu()
     found = [ids.clone() for _ in range(draws)]
     for b in range(len(ids)):
         places = real[b].nonzero()[1:, 0]
@@ -252,15 +269,16 @@ def _measure(
     seen: Visibility,
     shuffled: list[Tensor] | None,
     generator: torch.Generator,
+    per: str,
 ) -> _Measured:
     """Scores of one layer. The null is ``control`` on the same keys, or the same map on the keys of
-    ``shuffled`` tokens; for ``previous`` the same map on random keys."""
-    ids = _identities(tokens)
+    ``shuffled`` tokens; for places the same map on random keys."""
+    ids = identities(tokens)
     draws = 1 if shuffled is None else len(shuffled)
     mods = [KINDS[kind](ids) for kind in kinds]
     others: dict[str, list[Mod]] = {}
     for kind in kinds:
-        if kind == "previous":
+        if kind in _PLACES:
             others[kind] = [_random_earlier(ids, generator) for _ in range(draws)]
         elif shuffled is not None:
             others[kind] = [KINDS[kind](row) for row in shuffled]
@@ -272,7 +290,14 @@ def _measure(
         nulls |= {kind: broken[i : i + 1] for i, kind in enumerate(rest)}
     count = len(kinds)
     null = torch.stack([nulls[kind] for kind in kinds], 2)
-    return _Measured(masses[:count].transpose(0, 1), even[:count].transpose(0, 1), null)
+    parts = masses[:count].transpose(0, 1), even[:count].transpose(0, 1), null
+    return _Measured(*(grouped(part, amap.kv_heads, per) for part in parts))
+
+
+def _first(ids: Tensor) -> Mod:
+    """The first real token of each row, for the queries after it."""
+    start = (ids >= 0).int().argmax(1)
+    return lambda b, h, q, k: (k == start.to(q.device)[b]) & (q > k)
 
 
 def _random_earlier(ids: Tensor, generator: torch.Generator) -> Mod:
@@ -303,7 +328,7 @@ def _scores(
         gap = found["value"][layer] - found["null"][layer]
         found["z"][layer] = torch.where(gap.abs() < _ROUNDING, 0.0, gap / spread)
     undefined = {
-        kind: "no query has such a key: no token occurs twice" if kind != "previous" else "no query has an earlier key"
+        kind: "no query has such a key: no token occurs twice" if kind not in _PLACES else "no query has an earlier key"
         for i, kind in enumerate(kinds)
         if all(value[i].isnan().all() for value in found["value"].values())
     }
@@ -315,3 +340,17 @@ def _scores(
 def _spread(draws: Tensor) -> Tensor:
     """Standard deviation over the first axis, undefined for a single draw."""
     return draws.std(0) if len(draws) > 1 else torch.full_like(draws[0], float("nan"))
+
+
+ANALYSES = (
+    Analysis(
+        name="head-scores",
+        question="Which heads look at the previous token, at copies of the token, at what followed them, at the first token?",
+        function=head_scores,
+        example=lambda: {"source": bundled(), "kinds": tuple(KINDS), "batches": 1, "sequences": 4, "period": (8, 12)},
+        paper="Olsson et al. 2022 (arXiv 2209.11895)",
+        source="model",
+        null="other tokens in the second half; shuffled tokens; random earlier keys; evenly spread attention",
+        cause="role_ablation",
+    ),
+)
