@@ -77,6 +77,13 @@ _NAMES: dict[str, str] = {
     "contributions": "workbench.probes.retrieval.contributions:contributions",
     "recovery": "workbench.probes.retrieval.recovery:recovery",
     "compare_rankings": "workbench.probes.retrieval.recovery:compare_rankings",
+    "Documents": "workbench.probes.retrieval.documents:Documents",
+    "needle_documents": "workbench.probes.retrieval.documents:needle_documents",
+    "query_heads": "workbench.probes.retrieval.query_heads:query_heads",
+    "head_kv": "workbench.probes.retrieval.headkv:head_kv",
+    "cache_budget": "workbench.probes.retrieval.headkv:cache_budget",
+    "block_rank": "workbench.probes.retrieval.block_rank:block_rank",
+    "block_relevance": "workbench.probes.retrieval.block_rank:block_relevance",
     # analyses: rhythm
     "waad": "workbench.probes.rhythm.waad:waad",
     "fai": "workbench.probes.rhythm.waad:fai",
