@@ -5,9 +5,9 @@
 
 ``cosine``: d = 1 - cos of two rows; between queries the mean over all pairs, which needs only the sum of the rows of length 1:
 mean cos = (|sum r|^2 - n) / (n (n - 1)). ``js``: d is the Jensen-Shannon divergence in bits of rows scaled to sum 1; between
-queries it is the divergence of all n rows from their mean, H(mean row) - mean H(row), the information in bits that the query tells
-about the key. Low numbers among heads are the redundancy that EfficientViT reports; low numbers among queries are attention that
-looks at the same keys whoever asks (collapse, sinks).
+queries it is the divergence of all n rows from their mean, H(mean row) - mean H(row), the information in bits that the query
+tells about the key. Low numbers among heads are the redundancy that EfficientViT reports; low numbers among queries are
+attention that looks at the same keys whoever asks (collapse, sinks).
 
 The null shuffles the visible keys of every row and head: the mean over all shuffles for cosines, one shuffle for JS. A causal map
 has some of either distance whatever its heads do, as queries see different keys.
