@@ -32,8 +32,8 @@ _DRAWN = {
 class PlantedImages:
     """``images`` ``[N, 1, rows * 4, cols * 4]`` in float32, background 0 and shape 1 under noise; ``label`` ``[N]``, the index
     in ``names``; ``planted`` ``[N, rows, cols]``, True on the four patches of the shape; ``decoy`` likewise on the scattered
-    quarters; ``box`` ``[N, 4]``: top, left, bottom, right of the shape in pixels, the last two exclusive. ``corrupt`` are the same
-    images with another shape in its place (``other`` ``[N]``)."""
+    quarters; ``box`` ``[N, 4]``: top, left, bottom, right of the shape in pixels, the last two exclusive. ``corrupt`` are the
+    same images with another shape in its place (``other`` ``[N]``)."""
 
     images: Tensor
     label: Tensor
