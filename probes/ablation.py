@@ -175,7 +175,7 @@ def next_token_loss(run: Run) -> Tensor:
 
 def divergence(run: Run, plain: Run) -> Tensor:
     """Mean KL divergence of the prediction from that of ``plain`` over real tokens, ``[B]`` in nats."""
-    return over_tokens(plain, run, lambda p, q: (p.exp() * (p - q)).sum(-1))
+    return over_tokens(plain, run, lambda p, q: torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1))
 
 
 def over_tokens(plain: Run, run: Run, compare: Callable[[Tensor, Tensor], Tensor], *, log: bool = True) -> Tensor:

@@ -69,29 +69,31 @@ def sites_of(part: Site | Heads) -> tuple[Site, ...]:
     return part.sites if isinstance(part, Heads) else (part,)
 
 
-def kv_groups(model: Model) -> list[Heads]:
+def kv_groups(model: Model, stack: str = "") -> list[Heads]:
     """The query heads of every KV group, layer by layer."""
     size = model.shape.heads // model.shape.kv_heads
     return [
-        Heads(layer, tuple(range(group * size, (group + 1) * size)))
-        for layer in attention_layers(model)
+        Heads(layer, tuple(range(group * size, (group + 1) * size)), stack)
+        for layer in attention_layers(model, stack)
         for group in range(model.shape.kv_heads)
     ]
 
 
-def all_heads(model: Model) -> list[Site]:
-    """Every head of every layer that serves ``hook_z``, of a model with one stack."""
-    return [Site("z", layer, head) for layer in attention_layers(model) for head in range(model.shape.heads)]
+def all_heads(model: Model, stack: str = "") -> list[Site]:
+    """Every head of every layer that serves ``hook_z``."""
+    layers = attention_layers(model, stack)
+    return [Site("z", layer, head, stack) for layer in layers for head in range(model.shape.heads)]
 
 
-def attention_layers(model: Model) -> list[int]:
-    """The layers that serve ``hook_z``."""
-    served = set(model.manifest().sites)
-    found = [layer for layer in range(model.shape.layers) if str(Site("z", layer)) in served]
+def attention_layers(model: Model, stack: str = "") -> list[int]:
+    """The layers of a stack that serve ``hook_z``."""
+    served = [Site.parse(name) for name in model.manifest().sites]
+    found = sorted(
+        {site.layer for site in served if site.kind == "z" and site.stack == stack and site.layer is not None}
+    )
     if not found:
-        raise Refused(
-            f"{model.name} serves no hook_z outside of a named stack; name the parts yourself, as Site(..., stack=)"
-        )
+        stacks = sorted({site.stack for site in served if site.kind == "z"})
+        raise Refused(f"{model.name} serves hook_z in no layer of stack {stack!r}; stacks that do: {stacks}")
     return found
 
 
@@ -150,7 +152,7 @@ def variations(model: Model, plain: Run, edits: Sequence[Mapping[Site, Edit]]) -
     for lo in range(0, len(edits), at_once):
         group = edits[lo : lo + at_once]
         if len(group) == 1:
-            one: dict[Site | str, Edit | Tensor] = {site: edit for site, edit in group[0].items()}
+            one: dict[Site | str, Edit | Tensor] = dict(group[0].items())
             yield model.run(tokens, edit=one)
             continue
         sites = dict.fromkeys(part.whole for each in group for part in each)

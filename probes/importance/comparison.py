@@ -1,0 +1,202 @@
+"""Which ranking finds what the model needs?
+
+Every ranking of heads (or other parts) is put to the same test: parts are removed in its order and the metric watched, beside
+random parts of the same layers. The area between the two curves, averaged over the counts of removed parts, says in the unit of
+the metric what the ranking is worth; under a ranking that knows nothing it is 0 but for chance, and how far chance goes is
+measured on the random draws themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.models.protocol import Model
+from workbench.probes.ablation import AblationCurve, Metric, ablation_curve
+from workbench.probes.bootstrap import interval
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import bundled, needles
+from workbench.probes.importance.leave_one_out import GroupTable, leave_one_head_out
+from workbench.probes.importance.outcomes import MEASURES, Judge
+from workbench.probes.removal import Heads, Part
+from workbench.probes.tables import HeadTable
+from workbench.results import Result, axis
+from workbench.run import Provenance, Run
+from workbench.sites import Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Ranking = Sequence[Part] | HeadTable | tuple[HeadTable, str]
+"""Parts in order, a table of heads (by its first measure, largest first), or a table and the measure to rank by."""
+
+
+@dataclass(frozen=True)
+class RankingComparison(Result):
+    """A curve per ranking, by name, all of the same metric, ablation and counts. ``areas`` name -> ``[N]``: per example the mean
+    over counts of ranked minus random; ``chance`` name -> ``[R]``: the same for each random draw against the other draws, mean
+    over examples. ``agreement`` ``[K, K]``: Spearman's correlation of the places in two rankings of the parts both name."""
+
+    curves: Mapping[str, AblationCurve]
+    areas: Mapping[str, Tensor]
+    chance: Mapping[str, Tensor]
+    agreement: Tensor
+    provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per ranking: ``ranking, area`` (ranked minus random, in units of the metric: negative where removal lowers it),
+        ``low, high`` (95% over examples), ``chance_low, chance_high`` (range of random draws), ``base``, ``first`` (the part it
+        puts first), then ``agreement_<name>`` with every ranking."""
+        import pandas as pd
+
+        rows = []
+        for i, (name, curve) in enumerate(self.curves.items()):
+            low, high = interval(self.areas[name])
+            chance = self.chance[name]
+            row = {
+                "ranking": name, "area": float(self.areas[name].mean()), "low": float(low), "high": float(high),
+                "chance_low": float(chance.amin()), "chance_high": float(chance.amax()),
+                "base": float(curve.base.mean()), "first": curve.order[0],
+            }  # fmt: skip
+            rows.append(
+                row | {f"agreement_{other}": float(x) for other, x in zip(self.curves, self.agreement[i], strict=True)}
+            )
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The curves of all rankings on one axis; grey: the range of all random draws."""
+        ax = axis(ax, 5.6, 3.8)
+        curves = list(self.curves.values())
+        draws = torch.cat([curve.random.mean(2) for curve in curves])
+        counts = curves[0].counts
+        ax.fill_between(counts, draws.amin(0), draws.amax(0), color="0.5", alpha=0.2, linewidth=0, label="random")
+        ax.plot(counts, draws.mean(0), linestyle="--", color="0.4")
+        for name, curve in self.curves.items():
+            ax.plot(counts, curve.ranked.mean(1), marker="o", markersize=3, label=name)
+        ax.axhline(float(curves[0].base.mean()), color="0.7", linewidth=1)
+        ax.set(xlabel=f"parts removed ({curves[0].ablation})", ylabel=curves[0].metric, title=self.provenance.model)
+        ax.legend(fontsize=8)
+        return ax
+
+
+def compare_rankings(
+    model: Model,
+    inputs: Any,
+    rankings: Mapping[str, Ranking],
+    *,
+    metric: str | Metric = "loss",
+    ablation: str = "mean",
+    labels: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    random: int = 8,
+    seed: int = 0,
+) -> RankingComparison:
+    """An ablation curve per ranking and the area between it and random removal, with 95% intervals over examples.
+
+    ``metric``, ``ablation``, ``counts``, ``random`` and ``seed`` as in ``ablation_curve``; with ``labels`` ``[B]`` the metric is
+    ``probability``, ``loss`` or ``accuracy`` of the class. Rank on one set of examples and compare on another: a ranking made
+    on these very examples flatters itself. ``random`` is at least 2, so that a random draw can stand against the others.
+    """
+    if not rankings:
+        raise WorkbenchError("no rankings given: name them, as {'mine': table, 'other': [(0, 1), (2, 3)]}")
+    if random < 2:
+        raise WorkbenchError(f"random is the number of random rankings, at least 2 to see chance; got {random}")
+    orders = {name: ranked_parts(ranking) for name, ranking in rankings.items()}
+    if counts is None:
+        shortest = min(map(len, orders.values()))
+        counts = sorted({max(1, round(shortest * i / 10)) for i in range(1, 11)})
+    if labels is not None and isinstance(metric, str):
+        metric = _class_metric(Judge.of(model, inputs, labels), metric)
+    options: dict[str, Any] = dict(metric=metric, ablation=ablation, counts=counts, random=random, seed=seed)
+    curves = {name: ablation_curve(model, inputs, order, **options) for name, order in orders.items()}
+    others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in ((name, c.random) for name, c in curves.items())}
+    return RankingComparison(
+        curves=curves,
+        areas={name: (curve.ranked - curve.random.mean(0)).mean(0) for name, curve in curves.items()},
+        chance={name: (curve.random - others[name]).mean((1, 2)) for name, curve in curves.items()},
+        agreement=_agreement([curve.order for curve in curves.values()]),
+        provenance=next(iter(curves.values())).provenance,
+    )
+
+
+def ranked_parts(ranking: Ranking) -> list[Part]:
+    """The parts of a ranking, first to last. Heads without a number are left out."""
+    if isinstance(ranking, HeadTable):
+        ranking = (ranking, next(iter(ranking.values)))
+    if isinstance(ranking, tuple) and ranking and isinstance(ranking[0], HeadTable):
+        table, measure = ranking
+        size = table.size if isinstance(table, GroupTable) else 0
+        found = [_part(head.layer, head.head, size) for head in table.top(str(measure))]
+        if not found:
+            raise Refused(f"no head of {table.title!r} has a number for {measure!r}: there is nothing to rank")
+        return found
+    return list(ranking)  # type: ignore[arg-type]
+
+
+def _part(layer: int | str, row: int, size: int) -> Part:
+    stack, _, number = layer.partition(".") if isinstance(layer, str) else ("", "", layer)
+    if size:
+        return Heads(int(number), tuple(range(row * size, (row + 1) * size)), stack)
+    return Site("z", int(number), row, stack)
+
+
+def _class_metric(judge: Judge, name: str) -> Metric:
+    if name not in MEASURES:
+        from workbench.errors import UnknownName
+
+        raise UnknownName("metric of a class", name, MEASURES)
+
+    def metric(run: Run) -> Tensor:
+        return judge.scores(run)[name]
+
+    metric.__name__ = name
+    return metric
+
+
+def _agreement(orders: Sequence[Sequence[str]]) -> Tensor:
+    from scipy.stats import spearmanr
+
+    found = torch.eye(len(orders), dtype=torch.float64)
+    for i, j in itertools.combinations(range(len(orders)), 2):
+        both = [part for part in orders[i] if part in set(orders[j])]
+        one, two = ([float(order.index(part)) for part in both] for order in (orders[i], orders[j]))
+        value = float(spearmanr(one, two).statistic) if len(both) > 2 else float("nan")
+        found[i, j] = found[j, i] = value
+    return found
+
+
+def _example() -> dict[str, Any]:
+    model = bundled("compiled-needle")
+    pairs = needles(model, 32, 3)
+    return {
+        "model": model,
+        "inputs": pairs,
+        "rankings": {
+            "leave-one-out": leave_one_head_out(model, pairs, draws=0),
+            "by number": [(layer, head) for layer in range(2) for head in range(4)],
+        },
+        "random": 3,
+        "metric": "probability",
+    }
+
+
+ANALYSES = (
+    Analysis(
+        name="compare-rankings",
+        question="Which ranking of heads finds what the model needs?",
+        function=compare_rankings,
+        example=_example,
+        paper="removal curves as in Michel et al. 2019 (arXiv 1905.10650) and Wu et al. 2024 (arXiv 2404.15574)",
+        source="model",
+        null="random heads of the same layers, and each random draw against the others",
+        cause="ablation_curve removes the heads",
+        definition="the area between the curves, its interval and its range by chance are ours",
+    ),
+)

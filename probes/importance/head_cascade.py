@@ -1,0 +1,161 @@
+"""Which heads would SpAtten keep, and which values does a row need?
+
+SpAtten (arXiv 2012.09852), head side: the importance of a head is the sum of the absolute values of its output, over tokens and
+width, added up over the layers so far by the head's number; after every layer the best heads are kept, and a head that is dropped
+is dropped in all later layers (cascade). Local value pruning: each query fetches only the values of its largest weights.
+
+Size is no proof of use: a head may write much that nobody reads. ``ablation_curve`` with this ranking tells.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.maps import GatedMap
+from workbench.probes.bootstrap import interval
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import bundled_run, random_maps
+from workbench.probes.padding import padding
+from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.tables import HeadTable
+from workbench.probes.visibility import visibility
+from workbench.run import Run
+from workbench.sites import Site
+
+_CHUNK = 2**21
+
+
+def head_cascade(run: Run, *, keep: float = 1.0) -> HeadTable:
+    """Size of every head's output, its sum over layers, and what a cascade of head pruning leaves.
+
+    ``run`` must have read ``hook_z`` (or ``hook_result``, after W_O) of its layers. Measures: ``output``, mean absolute value per
+    real token and channel of the layer's head, mean over sequences with 95% intervals; ``importance``, its sum over the layers so
+    far of the heads with that number, while they are there; ``survives`` (1 or 0) after the layer. ``keep``: the share of the
+    heads left that stays after each layer, rounded up. ``null`` of ``output``: the mean of the layer's heads.
+    """
+    if not 0 < keep <= 1:
+        raise WorkbenchError(f"keep is a share of the heads, in (0, 1]; got {keep}")
+    outputs = _outputs(run)
+    counts = {row.shape[1] for row in outputs.values()}
+    if len(counts) > 1:
+        raise Refused(f"heads cascade by their number; the layers have {sorted(counts)} heads")
+    heads = counts.pop()
+    alive = torch.ones(heads, dtype=torch.bool)
+    total = torch.zeros(heads, dtype=torch.float64)
+    output, importance, survives, low, high = {}, {}, {}, {}, {}
+    for layer, row in outputs.items():
+        output[layer] = row.mean(0)
+        low[layer], high[layer] = interval(row)
+        total = total + output[layer] * alive
+        count = math.ceil(int(alive.sum()) * keep - 1e-9)
+        order = total.masked_fill(~alive, -1.0).argsort(descending=True, stable=True)[:count]
+        alive = torch.zeros_like(alive).index_fill(0, order, True)
+        importance[layer], survives[layer] = total.clone(), alive.double()
+    return HeadTable(
+        title=f"Head importance by size of the output, keeping {keep:g} per layer",
+        values={"importance": importance, "output": output, "survives": survives},
+        units={"importance": "sum of mean |output|", "output": "mean |output|", "survives": "1 if kept"},
+        low={"output": low},
+        high={"output": high},
+        null={"output": {layer: row.mean().expand(heads) for layer, row in output.items()}},
+        provenance=run.provenance,
+    )
+
+
+def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
+    """Local value pruning: the share of attention that each row's largest weights hold.
+
+    Of the n keys that a query may see, the ``keep`` share with the largest weights stays, rounded up. Measure ``mass``: what they
+    hold of the row's weight, mean over real queries and sequences, with 95% intervals over sequences; ``null``: evenly spread
+    attention. The output of the row then errs by at most (1 - mass) times twice the largest value. Rows that sum to less than one
+    are taken relative to their sum, so a gate does not matter. Refused for signed maps, whose largest weight is not the one that
+    matters most.
+    """
+    if not 0 < keep <= 1:
+        raise WorkbenchError(f"keep is a share of the keys, in (0, 1]; got {keep}")
+    values, low, high, null = {}, {}, {}, {}
+    for layer, amap in maps_of(source).items():
+        if amap.sign == "signed" or amap.domain in ("channel", "frequency"):
+            raise Refused(f"layer {layer!r}: rows of a {amap.sign} {amap.domain} map hold no mass to keep")
+        inner = amap.raw if isinstance(amap, GatedMap) else amap
+        found = padding(layer, amap, source.tokens if isinstance(source, Run) else None)
+        seen = visibility(amap, real=found.queries, keys=found.keys)
+        b, h, queries, keys = inner.shape
+        visible = seen.keys().expand(b, -1, -1)
+        kept = (visible * keep - 1e-9).ceil()
+        held = []
+        step = max(1, _CHUNK // max(1, b * h * keys))
+        for lo in range(0, queries, step):
+            hi = min(queries, lo + step)
+            rows = (inner.rows(lo, hi).double().cpu() * seen.tile(lo, hi)).sort(-1, descending=True).values.cumsum(-1)
+            at = (kept[..., lo:hi, None].expand(b, h, -1, 1).long() - 1).clamp(min=0)
+            held.append((rows.gather(-1, at) / rows[..., -1:])[..., 0])
+        share = torch.cat(held, 2).masked_fill(visible.expand(b, h, -1) < 1, float("nan")).nanmean(2)
+        even = (kept / visible).masked_fill(visible < 1, float("nan")).nanmean(2).expand(b, h)
+        values[layer], null[layer] = share.nanmean(0), even.nanmean(0)
+        low[layer], high[layer] = interval(share)
+    return HeadTable(
+        title=f"Attention held by the largest {keep:g} of each row",
+        values={"mass": values},
+        units={"mass": "share of the row"},
+        low={"mass": low},
+        high={"mass": high},
+        null={"mass": null},
+        provenance=provenance_of(source),
+    )
+
+
+def _outputs(run: Run) -> dict[int | str, Tensor]:
+    """Mean absolute output per sequence and head, ``[B, H]`` in float64, by layer."""
+    found: dict[int | str, Tensor] = {}
+    sites = [Site.parse(key) for key in run.acts]
+    for kind in ("result", "z"):  # what was read of both is taken before W_O
+        for site in sorted(
+            (x for x in sites if x.kind == kind and x.head is None), key=lambda x: (x.stack, x.layer or 0)
+        ):
+            value = run.acts[site].detach().double().abs().mean(-1).cpu()  # [B, T, H]
+            mask = run.tokens.mask.cpu()
+            real = mask if mask.shape == value.shape[:2] else torch.ones(value.shape[:2], dtype=torch.bool)
+            layer = f"{site.stack}.{site.layer}" if site.stack else site.layer
+            assert layer is not None
+            found[layer] = (value * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    if not found:
+        raise WorkbenchError(
+            "this run read no output of heads; run it again with read=[f'blocks.{l}.attn.hook_z' for l in range(layers)]"
+        )
+    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), str(item[0]).rjust(24))))
+
+
+def _example() -> dict[str, Any]:
+    return {"run": bundled_run(read=tuple(f"blocks.{layer}.attn.hook_z" for layer in range(4))), "keep": 0.75}
+
+
+ANALYSES = (
+    Analysis(
+        name="head-cascade",
+        question="Which heads would be kept by the size of their output?",
+        function=head_cascade,
+        example=_example,
+        paper="Wang et al. 2021, SpAtten (arXiv 2012.09852)",
+        source="run",
+        null="the mean of the layer's heads",
+        cause="ablation_curve with the ranking of the table",
+        definition="read in secondary sources: sum of |output| as a mean per token and channel, accumulated by head number",
+        reads=("blocks.{l}.attn.hook_z",),
+    ),
+    Analysis(
+        name="value-pruning",
+        question="How much of its attention does each row hold on its largest weights?",
+        function=value_pruning,
+        example=lambda: {"source": random_maps()},
+        paper="Wang et al. 2021, SpAtten (arXiv 2012.09852)",
+        source="maps",
+        null="evenly spread attention",
+        definition="the share kept is of the keys that a query may see, rounded up",
+    ),
+)
