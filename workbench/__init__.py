@@ -64,6 +64,11 @@ _NAMES: dict[str, str] = {
     "SinkLevels": "workbench.probes.sinks.levels:SinkLevels",
     "sink_alignment": "workbench.probes.sinks.alignment:sink_alignment",
     "compare_sinks": "workbench.probes.sinks.compare:compare_sinks",
+    "received": "workbench.probes.sinks.received:received",
+    "gates": "workbench.probes.sinks.gates:gates",
+    "learned_sinks": "workbench.probes.sinks.gates:learned_sinks",
+    "overfocus": "workbench.probes.sinks.overfocus:overfocus",
+    "overfocus_loss": "workbench.probes.sinks.overfocus:overfocus_loss",
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
     "masking": "workbench.probes.retrieval.masking:masking",
