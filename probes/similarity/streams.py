@@ -41,9 +41,9 @@ def stream_collapse(run: Run, *, site: str = "resid_post", seed: int = 0) -> Lay
     chance: dict[int | str, dict[str, Tensor]] = {}
     undefined = {}
     streams = {}
-    for name, tensor in run.acts.items():
+    for key, tensor in run.acts.items():
         try:
-            at = Site.parse(name)
+            at = Site.parse(key)
         except UnknownName:  # a bridge has hooks that are no sites
             continue
         if at.kind == site:

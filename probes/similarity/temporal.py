@@ -46,9 +46,9 @@ def temporal_bands(source: Source, tau: float = 3, *, raw: bool = False) -> Head
     low, high, null = ({name: {} for name in values} for _ in range(3))  # type: ignore[var-annotated]
     undefined = {}
     for name, layer in aligned_layers(source, raw=raw).items():
-        energy, upper, chance = _energies(layer, tau)
+        energy, upper, chance, flat = _energies(layer, tau)
         parts = {"energy": energy, "low": energy - upper, "high": upper, "high_share": upper / energy}
-        nulls = {"energy": energy, "low": energy - chance, "high": chance, "high_share": chance / energy}
+        nulls = {"energy": flat, "low": energy - chance, "high": chance, "high_share": chance / energy}
         for key, part in parts.items():
             empty = part.masked_fill(energy == 0, float("nan"))
             values[key][name] = empty.nanmean(0)
@@ -181,10 +181,11 @@ def _row_energies(rows: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return rows.square().sum(-1), (power * high_band(length, tau).to(rows.device)).sum(-1)
 
 
-def _energies(layer: Aligned, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy, its high part and the high part of shuffled rows, means over the real queries of each sequence, ``[B, H]``."""
+def _energies(layer: Aligned, tau: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Energy, its high part, the high part of shuffled rows and the energy of even ones: means over the real queries of each
+    sequence, ``[B, H]``."""
     b, h = layer.shape[:2]
-    total, upper, chance = (torch.zeros(b, h, dtype=torch.float64) for _ in range(3))
+    total, upper, chance, flat = (torch.zeros(b, h, dtype=torch.float64) for _ in range(4))
     lengths = layer.real_keys.sum(1)
     if not bool((layer.real_keys == (torch.arange(layer.shape[3]) < lengths[:, None])).all()):
         raise Refused(f"layer {layer.name!r}: padding between real tokens leaves no frames in a row to transform")
@@ -194,11 +195,12 @@ def _energies(layer: Aligned, tau: float) -> tuple[Tensor, Tensor, Tensor]:
             part = rows[here][..., :length]
             energy, above = _row_energies(part, tau)
             share = float(high_band(length, tau).sum()) / length
-            mixed = share * (length * energy - part.sum(-1).square()) / max(1, length - 1)
-            for into, row in ((total, energy), (upper, above), (chance, mixed)):
+            square = part.sum(-1).square()
+            mixed = share * (length * energy - square) / max(1, length - 1)
+            for into, row in ((total, energy), (upper, above), (chance, mixed), (flat, square / length)):
                 into[here] += row.sum(2)
     count = layer.real_queries.sum(1, keepdim=True).clamp(min=1)
-    return total / count, upper / count, chance / count
+    return total / count, upper / count, chance / count, flat / count
 
 
 ANALYSES = (
@@ -209,7 +211,7 @@ ANALYSES = (
         example=lambda: {"source": random_maps(batch=2, causal=False)},
         paper="ByTheWay/BroadWay 2024 (arXiv 2410.06241): energy, bands, beta_c",
         source="maps",
-        null="the keys of every row shuffled, mean over all shuffles",
+        null="even attention (energy); the keys of every row shuffled, mean over all shuffles (bands)",
         cause="probes.similarity.temporal.motion_edit",
         definition="The DFT runs over the keys of each row; within tau means |f - N/2| <= tau.",
     ),
