@@ -63,6 +63,8 @@ _NAMES: dict[str, str] = {
     "sink_levels": "workbench.probes.sinks.levels:sink_levels",
     "SinkLevels": "workbench.probes.sinks.levels:SinkLevels",
     "sink_alignment": "workbench.probes.sinks.alignment:sink_alignment",
+    "sink_formation": "workbench.probes.sinks.formation:sink_formation",
+    "sink_removal": "workbench.probes.sinks.removal:sink_removal",
     "compare_sinks": "workbench.probes.sinks.compare:compare_sinks",
     "received": "workbench.probes.sinks.received:received",
     "gates": "workbench.probes.sinks.gates:gates",

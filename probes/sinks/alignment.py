@@ -12,26 +12,24 @@ score.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
+from workbench.errors import WorkbenchError
+from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
-from workbench.probes.padding import padding
-from workbench.probes.sinks.levels import SinkLevels, Streams, block_outputs, cosines, planted_stream, sink_levels
+from workbench.probes.sinks.levels import SinkLevels, Streams, block_outputs, cosines, sink_levels
+from workbench.probes.sinks.planted import planted_run
+from workbench.probes.sinks.shares import columns
 from workbench.probes.sources import maps_of
 from workbench.probes.tables import LayerTable, TokenTable
-from workbench.probes.visibility import visibility
 from workbench.results import Result, axis
-from workbench.run import Maps, Provenance, Run
-from workbench.sites import Site
+from workbench.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +106,8 @@ def sink_alignment(run: Run, levels: SinkLevels | None = None, *, raw: bool = Fa
 
     ``run`` has read ``hook_resid_post`` of all layers and captured maps (``wb.capture(stats=("received",))`` is enough).
     ``levels`` are those of ``sink_levels(run)`` unless others are given. Gated maps count as they act, ``raw=True`` looks inside
-    the gate. Maps with negative weights and maps over channels are refused.
+    the gate. Shares of maps with negative weights are of absolute weights; maps over channels are refused. Tokens count from the
+    first real one of each text.
     """
     if not isinstance(run, Run):
         raise WorkbenchError(f"sink_alignment reads a Run with maps and block outputs; got {type(run).__name__}")
@@ -125,29 +124,12 @@ def sink_alignment(run: Run, levels: SinkLevels | None = None, *, raw: bool = Fa
     return _tables(rows, layers, streams, found)
 
 
-def received_shares(
-    name: int, amap: AttentionMap, tokens: Tokens | None, *, raw: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Attention that each key gets from the real queries that may see it, mean over these and over heads, ``[B, K]``, NaN on
-    padding; and whether it is seen by half as many queries as the best-seen key."""
-    if amap.sign != "nonnegative" or amap.domain in ("channel", "frequency"):
-        raise Refused(
-            f"layer {name}: attention received is of tokens and weights >= 0; this is a {amap.sign} {amap.domain} map"
-        )
-    pad = padding(name, amap, tokens)
-    inner = amap.raw if isinstance(amap, GatedMap) and raw else amap
-    seen = visibility(amap, real=pad.queries, keys=pad.keys)
-    b, h, q, k = inner.shape
-    if pad.queries is None or bool(pad.queries.all()):
-        mass = inner.received().detach().cpu().double().mean(1)
-    else:
-        # The adjoint leaves padding queries out without building rows.
-        ones = pad.queries.double()[:, None, :, None].expand(b, h, q, 1)
-        mass = inner.rmatvec(ones.to(torch.float32)).detach().cpu().double().sum((1, 3)) / h
-    count = seen.queries().mean(1).expand(b, k)
-    real = count > 0 if pad.keys is None else pad.keys.cpu() & (count > 0)
-    share = torch.where(real, mass / count.clamp(min=1), float("nan"))
-    return share, real & (count >= count.amax(1, keepdim=True) / 2)
+def received_shares(name: int, amap: AttentionMap, tokens: Tokens, *, raw: bool = False) -> tuple[Tensor, Tensor]:
+    """Share of the attention that each token receives, mean over heads, ``[B, K]`` from the first real token on, NaN behind the
+    last; and whether it is seen by half as many queries as the best-seen token."""
+    found = columns(name, amap, tokens, raw=raw)
+    count = found.queries.nan_to_num(0.0).mean(1)
+    return found.share.mean(1), (count > 0) & (count >= count.amax(1, keepdim=True) / 2)
 
 
 def _layer(
@@ -160,27 +142,26 @@ def _layer(
             f"the map of layer {layer} has {score.shape[1]} keys, its stream {streams.real.shape[1]} tokens: run the text whole"
         )
     x = streams.layer(layer - 1)
-    column = levels.primary + streams.first
-    batch = torch.arange(len(column))
-    norm, cosine = x.norm(dim=-1).double(), cosines(x, column).double()
-    alive = levels.alive[layer - 1].clone()
-    primary_lives = alive[batch, column].clone()
-    alive[batch, column] = False
-    plain = streams.real & ~alive
-    plain[batch, column] = False
-    usable = seen & streams.real
-    usable[batch, column] = False
-    nowhere = ~streams.real
+    primary, batch = levels.primary, torch.arange(len(levels.primary))
+    norm = streams.align(x.norm(dim=-1).double())
+    cosine = streams.align(cosines(x, primary + streams.first).double())
+    alive = streams.align(levels.alive[layer - 1])
+    primary_lives = alive[batch, primary].clone()
+    alive[batch, primary] = False
+    plain = norm.isfinite() & ~alive
+    plain[batch, primary] = False
+    usable = seen & norm.isfinite()
+    usable[batch, primary] = False
     found = {
-        "norm": norm.masked_fill(nowhere, float("nan")),
-        "score": score.masked_fill(nowhere, float("nan")),
-        "cosine": cosine.masked_fill(nowhere, float("nan")),
+        "norm": norm,
+        "score": score,
+        "cosine": cosine,
         "alignment": _mean(cosine.abs(), alive),
         "alignment_null": _mean(cosine.abs(), plain),
         "sink_score": _mean(score, alive & seen),
         "token_score": _mean(score, plain & seen),
-        "primary_score": score[batch, column],
-        "primary_norm": norm[batch, column],
+        "primary_score": score[batch, primary],
+        "primary_norm": norm[batch, primary],
         "token_norm": norm.masked_fill(~plain, float("nan")).nanmedian(1).values,
         "alive": alive.sum(1).double(),
         "norm_score": _correlations(norm, score, usable),
@@ -229,24 +210,11 @@ def _tables(rows: list[dict[str, Tensor]], layers: list[int], streams: Streams, 
         title="Norm, direction and received attention",
         values={name: stacked[name] for name in ("score", "norm", "cosine")},
         units={"score": "attention received", "norm": "L2 norm", "cosine": "cosine with the primary sink"},
-        tokens=streams.labels,
+        tokens=tuple(row[first:] for row, first in zip(streams.labels, streams.first.tolist(), strict=False)),
         layers=tuple(layers),
         provenance=streams.provenance,
     )
     return SinkAlignment(table, tokens, levels, torch.stack([stacked["lives"], stacked["alive"]]))
-
-
-def planted_run() -> Run:
-    """The planted stream of ``sink_levels`` as a run of causal maps that weigh every key by the norm of its stream, so that
-    secondary sinks take attention from the primary one."""
-    stream = planted_stream()
-    blocks, (tokens, _) = len(stream) - 1, stream.shape[1:]
-    maps: dict[int | str, AttentionMap] = {}
-    for layer in range(1, blocks):
-        weight = stream[layer].double().norm(dim=-1).expand(tokens, tokens).tril()
-        maps[layer] = AttentionMap.from_dense((weight / weight.sum(-1, keepdim=True))[None, None])
-    acts: Mapping[Site | str, Tensor] = {Site("resid_post", layer): stream[layer + 1][None] for layer in range(blocks)}
-    return Run(Tokens.of(torch.arange(tokens)), acts=acts, maps=Maps(maps), provenance=Provenance("planted"))  # type: ignore[arg-type]
 
 
 ANALYSES = (
@@ -258,7 +226,7 @@ ANALYSES = (
         paper="On the Existence and Behaviour of Secondary Attention Sinks, 2025 (arXiv 2512.22213)",
         source="run",
         null="alignment of ordinary tokens; the rank correlation of earliness with received attention",
-        cause="workbench.probes.sinks.formation.sink_removal",
+        cause="workbench.probes.sinks.removal.sink_removal",
         definition="scores of block l stand beside the stream that block l reads, the output of block l - 1",
         reads=("blocks.{l}.hook_resid_post",),
     ),

@@ -23,6 +23,7 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.scores import working_dtype
 from workbench.probes.catalogue import Analysis
+from workbench.probes.sinks.planted import planted_stream
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -59,6 +60,14 @@ class Streams:
                 f"the output of block {index} holds numbers that are not finite; run the model in a wider type"
             )
         return x
+
+    def align(self, values: Tensor) -> Tensor:
+        """``values`` ``[B, T]`` with the first real token of each sequence in column 0; NaN or False on padding."""
+        at = self.first[:, None] + torch.arange(values.shape[1])
+        inside = at < values.shape[1]
+        at = at.clamp(max=values.shape[1] - 1)
+        blank = False if values.dtype == torch.bool else float("nan")
+        return values.gather(1, at).masked_fill(~(inside & self.real.gather(1, at)), blank)
 
     def label(self, sequence: int, column: int) -> str:
         row = self.labels[sequence] if sequence < len(self.labels) else ()
@@ -179,8 +188,8 @@ class SinkLevels(Result):
         for sequence, start, lifetime, kind in zip(self.sequence.tolist(), starts, lifetimes, self.kind, strict=True):
             members.setdefault((start, lifetime, kind), []).append(sequence)
         rows = [(*level, len(found), len(set(found))) for level, found in members.items()]
-        names = ["start", "lifetime", "kind", "tokens", "sequences"]
-        return pd.DataFrame(sorted(rows, key=lambda row: (-row[3], row[0], row[1])), columns=names)
+        table = pd.DataFrame(rows, columns=["start", "lifetime", "kind", "tokens", "sequences"])
+        return table.sort_values(by=["tokens", "start"], ascending=[False, True], kind="stable", ignore_index=True)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Lifetime over start, a disc per level, its area by the number of tokens."""
@@ -347,16 +356,6 @@ def _reasons(rises: Tensor, strength: Tensor) -> dict[str, str]:
     return found
 
 
-def planted_stream() -> Tensor:
-    """A stream ``[13, 24, 64]`` of 12 blocks: primary sink (1, 10) at position 0, secondary (4, 5) at 9 and (6, 4) at 15."""
-    generator = torch.Generator().manual_seed(0)
-    stream = torch.randn(13, 24, 64, generator=generator)
-    direction = torch.randn(64, generator=generator)
-    for position, start, lifetime, norm in ((0, 1, 10, 300.0), (9, 4, 5, 120.0), (15, 6, 4, 80.0)):
-        stream[1 + start : 1 + start + lifetime, position] += norm * direction / direction.norm()
-    return stream
-
-
 ANALYSES = (
     Analysis(
         name="sink-levels",
@@ -366,7 +365,7 @@ ANALYSES = (
         paper="On the Existence and Behaviour of Secondary Attention Sinks, 2025 (arXiv 2512.22213)",
         source="tensors",
         null="how many tokens align with an ordinary token in the place of the primary sink",
-        cause="workbench.probes.sinks.formation.sink_removal",
+        cause="workbench.probes.sinks.removal.sink_removal",
         definition="constants 4 and L - 15 of a model of 48 blocks as fractions of depth; a rise at block 0 counts from the "
         "median token's norm; without a real decrease the primary sink lives to the last block",
         reads=("blocks.{l}.hook_resid_post",),

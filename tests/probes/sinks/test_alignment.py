@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -8,8 +9,9 @@ import workbench as wb
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
-from workbench.probes.sinks.alignment import planted_run, received_shares, sink_alignment
-from workbench.probes.sinks.levels import planted_stream, sink_levels
+from workbench.probes.sinks.alignment import received_shares, sink_alignment
+from workbench.probes.sinks.levels import sink_levels
+from workbench.probes.sinks.planted import planted_run, planted_stream
 from workbench.run import Maps, Run
 from workbench.sites import Site
 
@@ -82,10 +84,10 @@ def test_received_shares_by_hand_with_padding():
     for b, start in ((0, 0), (1, 2)):
         for k in range(start, 6):
             expected = sum(float(weights[b, :, q, k].mean()) for q in range(k, 6)) / (6 - k)
-            assert float(share[b, k]) == pytest.approx(expected, rel=1e-6)
-            assert bool(seen[b, k]) == ((6 - k) >= (6 - start) / 2)
-    assert share[1, :2].isnan().all()
-    assert not seen[1, :2].any()
+            assert float(share[b, k - start]) == pytest.approx(expected, rel=1e-6)
+            assert bool(seen[b, k - start]) == ((6 - k) >= (6 - start) / 2)
+    assert share[1, 4:].isnan().all()
+    assert not seen[1, 4:].any()
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -132,9 +134,39 @@ def test_undefined_and_refused():
         sink_alignment(run, sink_levels(other))
     with pytest.raises(WorkbenchError, match="reads a Run"):
         sink_alignment(torch.zeros(3))
-    signed = AttentionMap.from_dense(torch.randn(1, 2, 5, 5).tril())
-    with pytest.raises(Refused, match="signed"):
-        sink_alignment(Run(run.tokens, acts=run.acts, maps=Maps({1: signed})))
+    channels = AttentionMap.from_dense(torch.rand(1, 2, 5, 5).tril(), domain="channel")
+    with pytest.raises(Refused, match="channel"):
+        sink_alignment(Run(run.tokens, acts=run.acts, maps=Maps({1: channels})))
+    short = AttentionMap.from_dense(torch.rand(1, 2, 4, 4).tril())
+    with pytest.raises(WorkbenchError, match="run the text whole"):
+        sink_alignment(Run(Tokens(torch.ones(1, 5).long(), run.tokens.mask), acts=run.acts, maps=Maps({1: short})))
+
+
+def test_signed_maps_count_by_absolute_weights():
+    run = planted_run()
+    flipped = {}
+    for layer, amap in run.maps.items():
+        signs = torch.where(
+            torch.rand(24, 24, generator=torch.Generator().manual_seed(layer)) < 0.5, -1.0, 1.0
+        ).double()
+        flipped[layer] = AttentionMap.from_dense(amap.dense() * signs)
+    found = sink_alignment(Run(run.tokens, acts=run.acts, maps=Maps(flipped)))
+    torch.testing.assert_close(found.tokens.values["score"], sink_alignment(run).tokens.values["score"])
+
+
+def test_padding_on_the_left_changes_nothing():
+    run = planted_run()
+    acts = {site: torch.nn.functional.pad(run.acts[site], (0, 0, 3, 0), value=7.0) for site in run.acts}
+    maps = {}
+    for layer, amap in run.maps.items():
+        weights = torch.nn.functional.pad(amap.dense(), (3, 0, 3, 0))
+        weights[..., :3, 0] = 1.0
+        maps[layer] = AttentionMap.from_dense(weights)
+    mask = torch.ones(1, 27, dtype=torch.bool)
+    mask[:, :3] = False
+    padded = Run(Tokens(torch.ones(1, 27, dtype=torch.int64), mask), acts=acts, maps=Maps(maps))
+    a, b = sink_alignment(padded).frame(), sink_alignment(run).frame()
+    np.testing.assert_allclose(a.to_numpy(dtype=float), b.to_numpy(dtype=float), atol=1e-9, equal_nan=True)
 
 
 def test_it_is_drawn_and_kept(tmp_path):
