@@ -2,8 +2,8 @@
 
 Every ranking of heads (or other parts) is put to the same test: parts are removed in its order and the metric watched, beside
 random parts of the same layers. The area between the two curves, averaged over the counts of removed parts, says in the unit of
-the metric what the ranking is worth; under a ranking that knows nothing it is 0 but for chance, and how far chance goes is
-measured on the random draws themselves.
+the metric what the ranking is worth. A ranking that knows nothing has 0 on average; how far it gets by luck is seen on shuffled
+orders that go through the same test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.probes.importance.leave_one_out import GroupTable, leave_one_head_out
 from workbench.probes.importance.outcomes import MEASURES, Judge
-from workbench.probes.removal import Heads, Part
+from workbench.probes.removal import Heads, Part, as_part
 from workbench.probes.tables import HeadTable
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -41,28 +41,27 @@ Ranking = Sequence[Part] | HeadTable | tuple[HeadTable, str]
 @dataclass(frozen=True)
 class RankingComparison(Result):
     """A curve per ranking, by name, all of the same metric, ablation and counts. ``areas`` name -> ``[N]``: per example the mean
-    over counts of ranked minus random; ``chance`` name -> ``[R]``: the same for each random draw against the other draws, mean
-    over examples. ``agreement`` ``[K, K]``: Spearman's correlation of the places in two rankings of the parts both name."""
+    over counts of ranked minus random; ``shuffled`` ``[R]``: the areas of R shuffled orders, mean over examples. ``agreement``
+    ``[K, K]``: Spearman's correlation of the places in two rankings of the parts both name."""
 
     curves: Mapping[str, AblationCurve]
     areas: Mapping[str, Tensor]
-    chance: Mapping[str, Tensor]
+    shuffled: Tensor
     agreement: Tensor
     provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
 
     def frame(self) -> pd.DataFrame:
         """One row per ranking: ``ranking, area`` (ranked minus random, in units of the metric: negative where removal lowers it),
-        ``low, high`` (95% over examples), ``chance_low, chance_high`` (range of random draws), ``base``, ``first`` (the part it
-        puts first), then ``agreement_<name>`` with every ranking."""
+        ``low, high`` (95% over examples), ``chance_low, chance_high`` (range of the shuffled orders), ``base``, ``first``
+        (the part it puts first), then ``agreement_<name>`` with every ranking."""
         import pandas as pd
 
         rows = []
         for i, (name, curve) in enumerate(self.curves.items()):
             low, high = interval(self.areas[name])
-            chance = self.chance[name]
             row = {
                 "ranking": name, "area": float(self.areas[name].mean()), "low": float(low), "high": float(high),
-                "chance_low": float(chance.amin()), "chance_high": float(chance.amax()),
+                "chance_low": float(self.shuffled.amin()), "chance_high": float(self.shuffled.amax()),
                 "base": float(curve.base.mean()), "first": curve.order[0],
             }  # fmt: skip
             rows.append(
@@ -102,7 +101,7 @@ def compare_rankings(
 
     ``metric``, ``ablation``, ``counts``, ``random`` and ``seed`` as in ``ablation_curve``; with ``labels`` ``[B]`` the metric is
     ``probability``, ``loss`` or ``accuracy`` of the class. Rank on one set of examples and compare on another: a ranking made
-    on these very examples flatters itself. ``random`` is at least 2, so that a random draw can stand against the others.
+    on these very examples flatters itself. ``random`` is also how many shuffled orders of the same parts are tested, at least 2.
     """
     if not rankings:
         raise WorkbenchError("no rankings given: name them, as {'mine': table, 'other': [(0, 1), (2, 3)]}")
@@ -116,14 +115,23 @@ def compare_rankings(
         metric = _class_metric(Judge.of(model, inputs, labels), metric)
     options: dict[str, Any] = dict(metric=metric, ablation=ablation, counts=counts, random=random, seed=seed)
     curves = {name: ablation_curve(model, inputs, order, **options) for name, order in orders.items()}
-    others = {name: (x.sum(0) - x) / (len(x) - 1) for name, x in ((name, c.random) for name, c in curves.items())}
+    everything = list(dict.fromkeys(as_part(part) for order in orders.values() for part in order))
+    generator = torch.Generator().manual_seed(seed)
+    luck = []
+    for draw in range(random):
+        order = [everything[i] for i in torch.randperm(len(everything), generator=generator).tolist()]
+        luck.append(_area(ablation_curve(model, inputs, order, **{**options, "random": 1, "seed": seed + draw})).mean())
     return RankingComparison(
         curves=curves,
-        areas={name: (curve.ranked - curve.random.mean(0)).mean(0) for name, curve in curves.items()},
-        chance={name: (curve.random - others[name]).mean((1, 2)) for name, curve in curves.items()},
+        areas={name: _area(curve) for name, curve in curves.items()},
+        shuffled=torch.stack(luck),
         agreement=_agreement([curve.order for curve in curves.values()]),
         provenance=next(iter(curves.values())).provenance,
     )
+
+
+def _area(curve: AblationCurve) -> Tensor:
+    return (curve.ranked - curve.random.mean(0)).mean(0)
 
 
 def ranked_parts(ranking: Ranking) -> list[Part]:
@@ -195,7 +203,7 @@ ANALYSES = (
         example=_example,
         paper="removal curves as in Michel et al. 2019 (arXiv 1905.10650) and Wu et al. 2024 (arXiv 2404.15574)",
         source="model",
-        null="random heads of the same layers, and each random draw against the others",
+        null="random heads of the same layers, and shuffled orders in the place of the ranking",
         cause="ablation_curve removes the heads",
         definition="the area between the curves, its interval and its range by chance are ours",
     ),

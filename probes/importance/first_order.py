@@ -57,9 +57,9 @@ def first_order(
 
     ``inputs``, ``ablation``, ``labels`` and ``stack`` as in ``leave_one_head_out``; the loss is that of the answer, the next
     token or the class, nats per example. Measures: ``importance`` (|z . dL/dz|, at least 0), ``normalised`` (divided by the
-    length of its layer's importances), ``estimate`` (first-order change of the loss if the head is removed), ``exact`` (the change itself,
-    a run per head; ``exact=False`` leaves it out). ``null`` of importance: the gradients of another example of the batch, which
-    know the sizes and not the task; NaN for a single example.
+    length of its layer's importances), ``estimate`` (first-order change of the loss if the head is removed), ``exact`` (the
+    change itself, a run per head; ``exact=False`` leaves it out). ``null`` of importance: the gradients of another example of
+    the batch, which know the sizes and not the task; NaN for a single example.
     """
     judge = Judge.of(model, inputs, labels)
     heads = all_heads(model, stack)

@@ -72,9 +72,8 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
 
     Of the n keys that a query may see, the ``keep`` share with the largest weights stays, rounded up. Measure ``mass``: what they
     hold of the row's weight, mean over real queries and sequences, with 95% intervals over sequences; ``null``: evenly spread
-    attention. The output of the row then errs by at most (1 - mass) times twice the largest value. Rows that sum to less than one
-    are taken relative to their sum, so a gate does not matter. Refused for signed maps, whose largest weight is not the one that
-    matters most.
+    attention. The row's output then errs by at most (1 - mass) times the length of the largest value. Rows are taken relative to
+    their sum, inside of a gate. Refused for signed maps, whose largest weight is not the one that matters most.
     """
     if not 0 < keep <= 1:
         raise WorkbenchError(f"keep is a share of the keys, in (0, 1]; got {keep}")
@@ -112,23 +111,22 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
 
 def _outputs(run: Run) -> dict[int | str, Tensor]:
     """Mean absolute output per sequence and head, ``[B, H]`` in float64, by layer."""
+    read = {site for key in run.acts if (site := Site.parse(key)).kind in ("z", "result") and site.head is None}
     found: dict[int | str, Tensor] = {}
-    sites = [Site.parse(key) for key in run.acts]
-    for kind in ("result", "z"):  # what was read of both is taken before W_O
-        for site in sorted(
-            (x for x in sites if x.kind == kind and x.head is None), key=lambda x: (x.stack, x.layer or 0)
-        ):
-            value = run.acts[site].detach().double().abs().mean(-1).cpu()  # [B, T, H]
-            mask = run.tokens.mask.cpu()
-            real = mask if mask.shape == value.shape[:2] else torch.ones(value.shape[:2], dtype=torch.bool)
-            layer = f"{site.stack}.{site.layer}" if site.stack else site.layer
-            assert layer is not None
-            found[layer] = (value * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+    for site in sorted(read, key=lambda site: (site.stack, site.layer or 0)):
+        if site.kind == "result" and Site("z", site.layer, None, site.stack) in read:
+            continue  # what was read of both is taken before W_O
+        value = run.acts[site].detach().double().abs().mean(-1).cpu()  # [B, T, H]
+        mask = run.tokens.mask.cpu()
+        real = mask if mask.shape == value.shape[:2] else torch.ones(value.shape[:2], dtype=torch.bool)
+        layer = f"{site.stack}.{site.layer}" if site.stack else site.layer
+        assert layer is not None
+        found[layer] = (value * real[..., None]).sum(1) / real.sum(1, keepdim=True)
     if not found:
         raise WorkbenchError(
             "this run read no output of heads; run it again with read=[f'blocks.{l}.attn.hook_z' for l in range(layers)]"
         )
-    return dict(sorted(found.items(), key=lambda item: (isinstance(item[0], str), str(item[0]).rjust(24))))
+    return found
 
 
 def _example() -> dict[str, Any]:
@@ -145,7 +143,7 @@ ANALYSES = (
         source="run",
         null="the mean of the layer's heads",
         cause="ablation_curve with the ranking of the table",
-        definition="read in secondary sources: sum of |output| as a mean per token and channel, accumulated by head number",
+        definition="from memory of the paper; the sum of |output| is a mean per token and channel, added up by head number",
         reads=("blocks.{l}.attn.hook_z",),
     ),
     Analysis(

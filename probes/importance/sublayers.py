@@ -126,11 +126,11 @@ def sublayer_removal(
     """Remove sublayers one after the other, those first without which the output moves least.
 
     ``inputs``: calibration texts, pairs or images. ``distance``: ``js``, ``norm`` or ``angular``; ``at``: the mean over real
-    ``tokens``, or of pairs at the ``answer``. ``search``: ``greedy`` measures all that are left after every removal, n (n + 1) /
-    2 runs for n candidates, several to a batch; ``one-shot`` ranks once, by single removals. ``protect``: the share of candidates,
-    counted from the input, that go only when no other is left (published: .4). ``count``: how many to remove, all by default.
-    ``metric`` as in ``ablation_curve``, measured along the way on ``evaluate`` (by default the same inputs); by default the
-    answer's probability of pairs, the loss of texts, else the divergence ``kl``. Beside it ``random`` random orders.
+    ``tokens``, or of pairs at the ``answer``. ``search``: ``greedy`` measures all that are left after every removal, at most
+    n (n + 1) / 2 runs for n candidates, several to a batch; ``one-shot`` ranks once, by single removals. ``protect``: the share
+    of candidates, counted from the input, that go only when no other is left (published: .4). ``count``: how many to remove, all
+    by default. ``metric`` as in ``ablation_curve``, measured along the way on ``evaluate`` (by default the same inputs); by
+    default the answer's probability of pairs, the loss of texts, else the divergence ``kl``. Beside it ``random`` random orders.
     """
     if distance not in DISTANCES:
         raise UnknownName("distance", distance, DISTANCES)
