@@ -139,6 +139,16 @@ _NAMES: dict[str, str] = {
     "motion_edit": "workbench.probes.similarity.temporal:motion_edit",
     # analyses: importance
     "token_importance": "workbench.probes.importance.token_importance:token_importance",
+    "generated_importance": "workbench.probes.importance.token_importance:generated_importance",
+    "token_pruning": "workbench.probes.importance.token_pruning:token_pruning",
+    "head_cascade": "workbench.probes.importance.head_cascade:head_cascade",
+    "value_pruning": "workbench.probes.importance.head_cascade:value_pruning",
+    "leave_one_head_out": "workbench.probes.importance.leave_one_out:leave_one_head_out",
+    "first_order": "workbench.probes.importance.first_order:first_order",
+    "sublayer_removal": "workbench.probes.importance.sublayers:sublayer_removal",
+    "compare_rankings": "workbench.probes.importance.comparison:compare_rankings",
+    "Heads": "workbench.probes.removal:Heads",
+    "kv_groups": "workbench.probes.removal:kv_groups",
     # analyses: structure
     "reach": "workbench.probes.structure.reach:reach",
     "selection_curves": "workbench.probes.structure.block_selection:selection_curves",

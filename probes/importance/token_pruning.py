@@ -5,9 +5,9 @@ each row scaled up again, so that all other tokens behave as if those were not t
 end is watched, beside hiding as many random tokens, and hiding the most important ones. The token whose own prediction is watched
 is never hidden.
 
-Importance is the attention ``received``, summed over heads, queries and layers (SpAtten, arXiv 2012.09852). In causal attention that
-favours early tokens, which more queries see: ``relative`` importance divides by what evenly spread attention would give, and
-``asked`` counts the votes of the watched token alone, as in one step of writing.
+Importance is the attention ``received``, summed over heads, queries and layers (SpAtten, arXiv 2012.09852). In causal attention
+that favours early tokens, which more queries see: ``relative`` importance divides by what evenly spread attention would give,
+and ``asked`` counts the votes of the watched token alone, as in one step of writing.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def token_pruning(
 ) -> TokenPruning:
     """Hide tokens by importance and watch the prediction at the answer, or of the last token.
 
-    ``inputs``: ``Pairs``, or texts of a causal model. ``importance``: ``received``, ``relative`` or ``asked`` (see the module), or
-    numbers ``[B, T]``; larger stays longer. ``keep``: the shares of each example's tokens that stay, rounded up. ``metric``: with
-    pairs ``probability`` (default), ``accuracy`` or ``logit-difference`` of the answer; for texts the divergence of the last real
-    token's prediction from the unpruned one, ``kl`` in nats. The pattern is edited: Hugging Face models need
+    ``inputs``: ``Pairs``, or texts of a causal model. ``importance``: ``received``, ``relative`` or ``asked`` (see the module),
+    or numbers ``[B, T]``; larger stays longer. ``keep``: the shares of each example's tokens that stay, rounded up. ``metric``:
+    with pairs ``probability`` (default), ``accuracy`` or ``logit-difference`` of the answer; for texts the divergence of the last
+    real token's prediction from the unpruned one, ``kl`` in nats. The pattern is edited: Hugging Face models need
     attn_implementation="eager".
     """
     if random < 1:
