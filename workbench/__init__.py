@@ -73,6 +73,12 @@ _NAMES: dict[str, str] = {
     "learned_sinks": "workbench.probes.sinks.gates:learned_sinks",
     "overfocus": "workbench.probes.sinks.overfocus:overfocus",
     "overfocus_loss": "workbench.probes.sinks.overfocus:overfocus_loss",
+    "value_drain": "workbench.probes.sinks.drain:value_drain",
+    "inactive_heads": "workbench.probes.sinks.inactive:inactive_heads",
+    "zeroable": "workbench.probes.sinks.inactive:zeroable",
+    "tagging": "workbench.probes.sinks.tagging:tagging",
+    "untag": "workbench.probes.sinks.tagging:untag",
+    "eviction": "workbench.probes.sinks.eviction:eviction",
     # analyses: retrieval
     "retrieval_heads": "workbench.probes.retrieval.copying:retrieval_heads",
     "masking": "workbench.probes.retrieval.masking:masking",
