@@ -161,7 +161,7 @@ _NAMES: dict[str, str] = {
     "leave_one_head_out": "workbench.probes.importance.leave_one_out:leave_one_head_out",
     "first_order": "workbench.probes.importance.first_order:first_order",
     "sublayer_removal": "workbench.probes.importance.sublayers:sublayer_removal",
-    "compare_rankings": "workbench.probes.importance.comparison:compare_rankings",
+    "compare_importance": "workbench.probes.importance.comparison:compare_importance",
     "Heads": "workbench.probes.removal:Heads",
     "kv_groups": "workbench.probes.removal:kv_groups",
     # analyses: structure

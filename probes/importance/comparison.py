@@ -85,7 +85,7 @@ class RankingComparison(Result):
         return ax
 
 
-def compare_rankings(
+def compare_importance(
     model: Model,
     inputs: Any,
     rankings: Mapping[str, Ranking],
@@ -197,9 +197,9 @@ def _example() -> dict[str, Any]:
 
 ANALYSES = (
     Analysis(
-        name="compare-rankings",
+        name="compare-importance",
         question="Which ranking of heads finds what the model needs?",
-        function=compare_rankings,
+        function=compare_importance,
         example=_example,
         paper="removal curves as in Michel et al. 2019 (arXiv 1905.10650) and Wu et al. 2024 (arXiv 2404.15574)",
         source="model",
