@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from workbench.errors import WorkbenchError
 from workbench.run import versions
@@ -156,7 +157,7 @@ def _models() -> Iterator[Check]:
         try:
             model = wb.load(name)
             with torch.no_grad():
-                run = model.run(torch.zeros(1, 8, dtype=torch.long), maps=wb.capture(stats=("received",)))
+                run = model.run(_blank(model), maps=wb.capture(stats=("received",)))
             assert run.logits is not None
             fine = bool(torch.isfinite(run.logits).all()) and len(run.maps) == model.shape.layers
             detail = (
@@ -167,6 +168,16 @@ def _models() -> Iterator[Check]:
             yield Check("bundled model", name, "ok" if fine else "failed", detail)
         except (WorkbenchError, RuntimeError) as error:
             yield Check("bundled model", name, "failed", str(error))
+
+
+def _blank(model: Any) -> Any:
+    """The emptiest input of a bundled model: eight times the first word, or an image of zeros."""
+    import torch
+
+    config = model.net.config
+    if config.grid is None:
+        return torch.zeros(1, 8, dtype=torch.long)
+    return torch.zeros(1, config.channels, *(side * config.patch for side in config.grid))
 
 
 def _optional() -> Iterator[Check]:

@@ -116,18 +116,17 @@ def card(args: argparse.Namespace, net: NativeNet, found: dict[str, Any]) -> str
     heads = " | ".join(f"head {h}" for h in range(c.heads))
     return f"""# {NAME}
 
-A {c.layers}-layer vision transformer that names the shape planted in a small noisy image. {c.heads} heads per layer, width
-{c.width}, {parameters:,} parameters; {c.grid[0]} x {c.grid[1]} patches of {c.patch} x {c.patch} pixels, one channel; learned
-positions; no class token, its logits are those of the mean patch.
+A {c.layers}-layer vision transformer that names the shape planted in a small noisy image. {c.heads} heads per layer,
+width {c.width}, {parameters:,} parameters; {c.grid[0]} x {c.grid[1]} patches of {c.patch} x {c.patch} pixels, one channel;
+learned positions; no class token, its logits are those of the mean patch.
 
 Images: `workbench.datasets.patches` (`wb.planted_images`): one of {len(SHAPES)} shapes of two by two patches, and the scattered
-quarters of another. Which quarters are there says nothing about the label, so a model that does not compare neighbours is right
-in half of the cases at most.
+quarters of another. A model that only counts quarters, and does not compare neighbours, has to guess between the two.
 
 ## Recipe
 
-`python -m workbench.datasets.models.vision --steps {args.steps} --seed {args.seed}`: AdamW {args.rate:g}, weight decay .05, batch
-{args.batch}, {args.steps:,} steps; {args.minutes:.1f} minutes on {args.threads} thread(s). Weights are stored as float16.
+`python -m workbench.datasets.models.vision --steps {args.steps} --seed {args.seed}`: AdamW {args.rate:g}, weight decay .05,
+batch {args.batch}, {args.steps:,} steps; {args.minutes:.1f} minutes on {args.threads} thread(s). Weights are stored as float16.
 
 ## What it can do
 

@@ -162,8 +162,8 @@ def map_overlap(maps: ClassMaps, truth: Tensor, *, mass: float = 0.6, draws: int
         raise Refused("an image's object covers half of no patch, so that there is nothing to find")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(maps.grid.patches, generator=generator) for _ in range(draws)]
-    values, low, high, null = ({"inside": {}, "pointing": {}, "iou": {}} for _ in range(4))  # type: ignore[var-annotated]
-    undefined = {}
+    values, low, high, null = (_measures() for _ in range(4))
+    undefined: dict[str, str] = {}
     area = inside.double().mean(1)
     for layer, weight in maps.weight.items():
         share = _normal(weight)
@@ -185,9 +185,13 @@ def map_overlap(maps: ClassMaps, truth: Tensor, *, mass: float = 0.6, draws: int
     return HeadTable("Overlap with the object", values, units, low, high, null, undefined, maps.provenance)
 
 
+def _measures() -> dict[str, dict[int | str, Tensor]]:
+    return {"inside": {}, "pointing": {}, "iou": {}}
+
+
 def smallest_set(share: Tensor, mass: float) -> Tensor:
     """The fewest entries of the last axis that hold ``mass``, as bool; among equals the first."""
-    ordered, place = share.sort(-1, descending=True, stable=True)
+    ordered, place = share.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     return torch.zeros_like(share, dtype=torch.bool).scatter_(-1, place, before < mass)
 

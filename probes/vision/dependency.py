@@ -3,9 +3,10 @@
 In reversed attention a token sends its value to the tokens it attends to instead of gathering theirs: a child j distributes
 itself over its parents i, so that a map M (o_i = sum_j M_ij v_j) has columns that sum to 1 (Ding et al., Visual Dependency
 Transformers, arXiv 2304.03282). Any attention map is read this way by the softmax of its scores over the other axis
-(``reverse``) or, where only weights are known, by dividing its columns by their sums. The tree is the maximum spanning arborescence of the
-mass sent from child to parent, averaged over heads and layers; its root is the patch that receives most. The paper reads the
-parents off as each child's largest one, which is the same tree where these have no cycle; leaves are what its Lite model prunes.
+(``reverse``) or, where only weights are known, by dividing its columns by their sums. The tree is the maximum spanning
+arborescence of the mass sent from child to parent, averaged over heads and layers; its root is the patch that receives most.
+The paper reads the parents off as each child's largest one, which is the same tree where these have no cycle; leaves are what
+its Lite model prunes.
 """
 
 from __future__ import annotations

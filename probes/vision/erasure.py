@@ -1,9 +1,10 @@
 """Does the model need the patches that a map points at?
 
-The causal test of every map over an image: patches are erased in the order of a weight, in the image or in the residual stream,
-and as many random ones beside it. Erased pixels become the mean of their image, an erased token the mean patch of its image, so
-that neither is a signal of its own. ``first="most"`` is the deletion curve (a good map makes it fall early), ``first="least"`` the
-insertion curve read from its end: what is left are the patches that the map ranks highest (Petsiuk et al., arXiv 1806.07421).
+The causal test of every map over an image: patches are erased in the order of a weight, in the image or in the residual
+stream, and as many random ones beside it. Erased pixels become the mean of their image, an erased token the mean patch of its
+image, so that neither is a signal of its own. ``first="most"`` is the deletion curve (a good map makes it fall early),
+``first="least"`` the insertion curve read from its end: what is left are the patches that the map ranks highest (Petsiuk et
+al., arXiv 1806.07421).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def erasure_curve(
     metric: Metric | None = None,
     counts: Sequence[int] | None = None,
     allowed: Tensor | None = None,
+    limit: Tensor | None = None,
     random: int = 8,
     seed: int = 0,
 ) -> AblationCurve:
@@ -45,7 +47,8 @@ def erasure_curve(
     ``images`` ``[B, C, height, width]``. Without ``site`` pixels are erased; with a site of one vector per token, as
     ``blocks.0.hook_resid_post``, its tokens. ``metric``: by default the probability of the class that the whole image is given,
     or for a model without a head the cosine between its output (class token, else mean patch) and that of the whole image.
-    ``counts``: how many to erase. ``allowed`` ``[B, N]`` bool: patches that random draws take (all by default).
+    ``counts``: how many to erase; ``limit`` ``[B]`` is the most that an image loses. ``allowed`` ``[B, N]`` bool: patches that
+    random draws take (all by default).
     """
     rank = torch.as_tensor(weight).detach().cpu().double()
     if images.ndim != 4 or tuple(rank.shape) != (len(images), grid.patches):
@@ -65,8 +68,9 @@ def erasure_curve(
     if not steps or min(steps) < 1 or max(steps) > grid.patches:
         raise WorkbenchError(f"counts lie between 1 and the {grid.patches} patches; got {list(steps)}")
     able = torch.ones_like(rank, dtype=torch.bool) if allowed is None else allowed.cpu()
-    if int(able.sum(1).min()) < max(steps):
-        raise Refused(f"random draws take {max(steps)} patches of the {int(able.sum(1).min())} that are allowed")
+    most = torch.full((len(images),), max(steps)) if limit is None else limit.cpu().clamp(max=max(steps))
+    if bool((able.sum(1) < most).any()):
+        raise Refused(f"random draws take {int(most.max())} patches of the {int(able.sum(1).min())} that are allowed")
     plain = model.run({"pixel_values": images})
     name, measure = _metric(plain, grid, metric)
     place = None if site is None else Site.parse(site)
@@ -74,7 +78,8 @@ def erasure_curve(
     def erased(order: Tensor) -> Tensor:
         found = []
         for count in steps:
-            gone = torch.zeros_like(able).scatter_(1, order[:, :count], True)
+            taken = torch.arange(grid.patches) < most.clamp(max=count)[:, None]
+            gone = torch.zeros_like(able).scatter_(1, order, taken)
             found.append(measure(_run(model, images, gone, grid, place)).detach().cpu().double())
         return torch.stack(found)
 
@@ -97,8 +102,8 @@ def _run(model: Model, images: Tensor, gone: Tensor, grid: Grid, site: Site | No
 
 
 def mean_patch(gone: Tensor, grid: Grid) -> Edit:
-    """An edit of one vector per token, ``[B, T, ...]``: the patches ``gone`` ``[B, N]`` become the mean of the patches that stay (of
-    all, if none does)."""
+    """An edit of one vector per token, ``[B, T, ...]``: the patches ``gone`` ``[B, N]`` become the mean of the patches that
+    stay (of all, if none does)."""
 
     def edit(values: Tensor) -> Tensor:
         if values.ndim != 3:
@@ -150,7 +155,8 @@ def _counts(patches: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(patches * share)) for share in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)}))
 
 
-def _example() -> dict[str, Any]:
+def random_vision_model() -> tuple[Model, Tensor, Grid]:
+    """A small model of images with random weights, two images for it, and its grid."""
     from workbench.models.native import NativeModel
     from workbench.models.native_net import NativeConfig, NativeNet
 
@@ -160,8 +166,11 @@ def _example() -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = NativeModel(NativeNet(config).eval(), name="random weights")
-    images = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(0))
-    grid = Grid(3, 4, (2, 2), tokens=12)
+    return model, torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(0)), Grid(3, 4, (2, 2), tokens=12)
+
+
+def _example() -> dict[str, Any]:
+    model, images, grid = random_vision_model()
     weight = images.abs().unflatten(3, (4, 2)).unflatten(2, (3, 2)).mean((1, 3, 5)).flatten(1)
     return {"model": model, "images": images, "weight": weight, "grid": grid, "random": 2}
 

@@ -34,7 +34,8 @@ ONE_PIECE = "all pairs of patches are alike (or none is), so the graph has no cu
 @dataclass(frozen=True)
 class TokenCut(Result):
     """``vector`` ``[B, N]``: the second eigenvector, positive on the object's side; ``side`` ``[B, rows, cols]`` is that side,
-    ``mask`` its component with the largest entry, ``box`` ``[B, 4]`` top, left, bottom, right in pixels (exclusive; NaN without a cut).
+    ``mask`` its component with the largest entry, ``box`` ``[B, 4]`` top, left, bottom, right in pixels (exclusive; NaN without
+    a cut).
 
     ``cut`` ``[B]`` is the eigenvalue (0: two pieces without edges between them, 1: no structure). ``null`` ``[R, B]`` is how
     much of the object's side one component would hold if the same features lay on shuffled patches, to compare with
