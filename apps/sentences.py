@@ -12,6 +12,7 @@ from workbench.apps.terminal import cell, percent, visible
 
 if TYPE_CHECKING:
     from workbench.probes.heads.kinds import HeadScores
+    from workbench.probes.heads.roles import HeadRoles
     from workbench.probes.retrieval.copying import RetrievalResult
     from workbench.probes.retrieval.masking import MaskingResult
     from workbench.probes.sinks.compare import SinkComparison
@@ -153,6 +154,36 @@ def head_lines(result: HeadScores) -> list[str]:
         else:
             lines.append(f"head {name} {does} with {weights}")
     return lines
+
+
+_ROLE_DOES = {
+    "first": "rest on the first token",
+    "current": "look at the token itself",
+    "positional": "go by position",
+    "content": "go by content",
+    "copying": "raise the logit of what they look at, by their weights",
+    "suppressing": "lower the logit of what they look at, by their weights",
+    "copy-suppression": "hold back tokens that the model is about to repeat",
+}
+
+
+def role_lines(roles: HeadRoles, shown: int = 4) -> list[str]:
+    """How many heads have each role that ``head_lines`` does not tell, the strongest by name."""
+    lines = []
+    for role, does in _ROLE_DOES.items():
+        found = roles.heads(role)
+        if found:
+            names = ", ".join(head_name(head.layer, head.head) for head in found[:shown])
+            more = f" and {len(found) - shown} more" if len(found) > shown else ""
+            count = "1 head" if len(found) == 1 else f"{len(found)} heads"
+            lines.append(f"{role}: {count} {does if len(found) > 1 else _single(does)}: {names}{more}")
+    return lines
+
+
+def _single(does: str) -> str:
+    """``look at`` as ``looks at``, of one head."""
+    verb, rest = does.split(" ", 1)
+    return f"{'goes' if verb == 'go' else verb + 's'} {rest}".replace("they look", "it looks").replace("their", "its")
 
 
 def retrieval_lines(result: RetrievalResult) -> list[str]:

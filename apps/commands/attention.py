@@ -282,9 +282,10 @@ def heads(
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Previous-token, duplicate-token, induction heads.
+    """Previous-token, duplicate-token, induction heads, and what else each head does.
 
-    On a text or, without one, on random tokens that repeat.
+    On a text or, without one, on random tokens that repeat; the roles of the heads (copying, positional, copy suppression ...)
+    are told without a text alone.
     """
     words = inputs.prompt(text, file) if text is not None or file is not None else None
     target = inputs.fresh(out)
@@ -295,6 +296,7 @@ def heads(
         source: Any = inputs.load(model) if words is None else inputs.run(model, words, wb.capture(layers=chosen))[1]
         result = wb.head_scores(source, layers=chosen, raw=raw, seed=seed)
         frame = inputs.only(result.frame(), head)
+        found = wb.head_roles(source, raw=raw, seed=seed) if words is None and chosen is None else None
         if target is not None:
             result.save(target)
     payload = {
@@ -302,6 +304,8 @@ def heads(
         "model": model,
         "source": result.source,
         "rows": frame,
+        "roles": None if found is None else inputs.only(found.frame(), head),
+        "roles_undefined": {} if found is None else found.undefined,
         "undefined": result.undefined,
         "skipped": result.skipped,
         "saved": target,
@@ -309,13 +313,19 @@ def heads(
     }
 
     def show(console: Console) -> None:
-        from workbench.apps.sentences import head_lines
+        from workbench.apps.sentences import head_lines, role_lines
 
         columns = dict.fromkeys(["layer", "head", "score", "null", "z"], "right")
         for kind in result.kinds:
             rows = [list(best) for best in result.top(kind) if not head or best.head in head][:5]
             console.print(table(f"{model}: {kind}, {result.source}", columns, rows))
-        for line in head_lines(result):
+        if found is not None:
+            scores = ("first", "positional", "copying", "matching", "predicted", "own_logit")
+            columns = {"layer": "right", "head": "right", "roles": "left", **dict.fromkeys(scores, "right")}
+            rows = [[row[name] for name in columns] for row in records(inputs.only(found.frame(), head))]
+            part = f", the first 64 of {len(rows)} (all with --json)" if len(rows) > 64 else ""
+            console.print(table(f"{model}: what each head does{part}", columns, rows[:64]))
+        for line in [*head_lines(result), *(role_lines(found) if found is not None else [])]:
             console.print(line)
         if target is not None:
             console.print(f"saved in {target}")

@@ -4,54 +4,18 @@ import pytest
 import torch
 from builders import hugging_face
 from natives import make
+from suppressor import V, copy_suppressor
 
 import workbench as wb
 from workbench.errors import Refused
-from workbench.models.native import NativeModel
-from workbench.models.native_net import NativeConfig, NativeNet
 from workbench.models.protocol import Tokens
 from workbench.probes.heads.suppression import copy_suppression
-
-V = 16
-
-
-def planted(heads=4, kv_heads=None):
-    """Layer 0 predicts the successor of every token. Layer 1: a head that looks for the predicted token and takes it away, one
-    that adds it, one that attends evenly and takes tokens away, and a silent one."""
-    config = NativeConfig(
-        layers=2,
-        heads=heads,
-        kv_heads=kv_heads,
-        width=2 * V,
-        head_width=V,
-        vocab=V,
-        positions="none",
-        norm="none",
-        scale=1.0,
-    )
-    net = NativeNet(config).double()
-    eye, zero = torch.eye(V, dtype=torch.float64), torch.zeros(V, V, dtype=torch.float64)
-    token, out = torch.cat([eye, zero]), torch.cat([zero, eye])
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.zero_()
-        net.W_E.copy_(token.T)
-        net.W_U.copy_(out)
-        first, second = (block.attn for block in net.blocks)
-        first.W_Q[0], first.W_K[0], first.W_V[0] = 30 * token, token, token
-        first.W_O[0] = 4 * (out @ eye.roll(1, 0)).T
-        for head, sign in ((0, -1.5), (1, 1.5)):
-            second.W_Q[head], second.W_O[head] = 10 * out, sign * out.T
-            second.W_K[head], second.W_V[head] = token, token
-        second.W_V[2], second.W_O[2] = token, -out.T
-    return NativeModel(net.eval(), name="planted")
-
 
 IDS = torch.randint(V, (6, 32), generator=torch.Generator().manual_seed(0))
 
 
 def test_the_planted_head_suppresses_and_its_twin_copies():
-    found = copy_suppression(planted(), IDS)
+    found = copy_suppression(copy_suppressor(), IDS)
     attention, own, effect = (found.values[name][1] for name in ("attention", "own_logit", "effect"))
     assert float(attention[0]) > 0.95  # what copies the first token holds is not counted
     assert float(attention[1]) == float(attention[0])
@@ -60,17 +24,17 @@ def test_the_planted_head_suppresses_and_its_twin_copies():
     # all of its weight on it, -1.5 on its logit; the mean logit takes a sixteenth back
     assert float(own[0]) == pytest.approx(-1.5 * (1 - 1 / V) * float(attention[0]), abs=1e-3)
     assert float(own[1]) == pytest.approx(1.5 * (1 - 1 / V) * float(attention[0]), abs=1e-3)
-    assert effect[0] > 0.3
-    assert effect[1] < -0.3
+    assert effect[0] > 0.1
+    assert effect[1] < -0.1
     assert abs(float(effect[3])) < 1e-9
-    assert abs(float(found.null["effect"][1][0])) < 0.5 * effect[0]
+    assert found.null["effect"][1][0] < 0  # what others lose to the token that is no longer held back
     assert found.high["own_logit"][1][0] < 0
     assert found.low["effect"][1][0] > 0
 
 
 @torch.no_grad()
 def test_a_literal_loop_gives_the_same_numbers():
-    model = planted()
+    model = copy_suppressor()
     ids = IDS[:2]
     run = model.run(ids, ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"], maps=wb.capture())
     weights = run.maps[1].dense()
@@ -97,7 +61,7 @@ def test_a_literal_loop_gives_the_same_numbers():
 
 
 def test_padding_and_batches_change_nothing():
-    model = planted()
+    model = copy_suppressor()
     alone = copy_suppression(model, IDS[:1, :20])
     ids = torch.cat([torch.full((1, 4), 3), IDS[:1, :20]], 1)
     mask = (torch.arange(24) >= 4)[None]
@@ -119,9 +83,9 @@ def test_the_effect_may_be_left_out_and_heads_grouped():
 
 
 def test_nothing_to_suppress_is_undefined():
-    found = copy_suppression(planted(), torch.arange(V)[None].flip(1), cause=False)
+    found = copy_suppression(copy_suppressor(), torch.arange(V)[None].flip(1), cause=False)
     assert math.isnan(float(found.values["attention"][1][0])) or found.values["attention"][1][0] >= 0
-    never = copy_suppression(planted(), torch.tensor([[1, 2, 3, 4, 5]]))
+    never = copy_suppression(copy_suppressor(), torch.tensor([[1, 2, 3, 4, 5]]))
     assert never.values["attention"][1].isnan().all()
     assert "nothing to suppress" in never.undefined["attention"]
 
