@@ -1,7 +1,7 @@
 """Which heads do nothing on a text?
 
-Scores of inactivity after Sok et al. (arXiv 2504.03889): the best that needs no tuning to a model is the mean norm of a
-head's output over the tokens, divided by its mean over the heads of the layer ("AHON-LN"):
+Scores of inactivity after Sandoval-Segura et al. (arXiv 2504.03889): the best that needs no tuning to a model is the
+mean norm of a head's output over the tokens, divided by its mean over the heads of the layer ("AHON-LN"):
 
     s_h = mean_t |z_t,h| / mean_h' mean_t |z_t,h'|
 
@@ -151,7 +151,7 @@ ANALYSES = (
         question="Which heads do nothing on a text?",
         function=inactive_heads,
         example=lambda: {"run": bundled_run(read=tuple(READS[0].replace("{l}", str(i)) for i in range(4)))},
-        paper="Sok et al. 2025 (arXiv 2504.03889)",
+        paper="Sandoval-Segura et al. 2025 (arXiv 2504.03889)",
         source="run",
         null="1, a head with the mean norm of its layer",
         cause="workbench.probes.sinks.inactive.zeroable",
@@ -163,7 +163,7 @@ ANALYSES = (
         question="How many heads can be set to zero before the loss grows?",
         function=zeroable,
         example=lambda: {"model": bundled(), "inputs": [SENTENCE], "counts": (1, 2, 4), "random": 2},
-        paper="Sok et al. 2025 (arXiv 2504.03889)",
+        paper="Sandoval-Segura et al. 2025 (arXiv 2504.03889)",
         source="model",
         null="as many random heads of the same layers",
         cause="is the intervention: heads are set to zero",
