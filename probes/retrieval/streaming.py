@@ -31,7 +31,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.results import Result, axis
-from workbench.run import Provenance
+from workbench.run import Provenance, Run
 from workbench.sites import Site
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ KVHead = tuple[int, int]
 Mix = Callable[[Tensor, Tensor], Tensor]
 """The outputs ``[B, T, H, E]`` of full and of streaming attention -> the output used."""
 _ROWS = 256
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -124,31 +125,62 @@ def streaming_output(
 
 
 def layer_scores(model: Model, ids: Tensor) -> tuple[dict[int, LayerScores], dict[int, str]]:
-    """The layers whose heads can be made streaming, and why others cannot; from one run on a few tokens of ``ids``."""
-    with torch.no_grad():
-        run = model.run(ids[:1, :2], maps=capture(keep=True), logits=None)
+    """The layers whose heads can be made streaming on prompts ``ids`` ``[B, T]``, and why others cannot.
+
+    From one run on the first prompt; a window that no prompt of this length leaves is none."""
+    length = ids.shape[1]
     sites = set(model.manifest().sites)
+    kinds = {layer: _kinds(layer, sites) for layer in range(model.shape.layers)}
+    missing = {layer: [kind for kind in own if str(Site(kind, layer)) not in sites] for layer, own in kinds.items()}
+    gates = [Site("gate", layer) for layer in kinds if str(Site("gate", layer)) in sites]
+    reads = [Site(kind, layer) for layer, own in kinds.items() if not missing[layer] for kind in own]
+    with torch.no_grad():
+        run = model.run(ids[:1], read=[*reads, *gates], maps=capture(keep=True), logits=None)
     found, refused = {}, {}
-    for layer in range(model.shape.layers):
+    for layer, own in kinds.items():
         amap = run.maps[layer]
         inner = amap.raw if isinstance(amap, GatedMap) else amap
-        kinds = ("rot_q", "rot_k") if str(Site("rot_q", layer)) in sites else ("q", "k")
-        missing = [kind for kind in (*kinds, "v", "z") if str(Site(kind, layer)) not in sites]
         if not isinstance(inner, SoftmaxMap):
             refused[layer] = f"its map is a {type(inner).__name__}, not softmax attention"
-        elif missing:
-            refused[layer] = f"the model does not serve {', '.join(missing)}"
-        elif inner.mask.window is not None or not inner.mask.causal:
-            refused[layer] = "its attention is not causal, or sees a window only"
+        elif missing[layer]:
+            refused[layer] = f"the model does not serve {', '.join(missing[layer])}"
+        elif (inner.mask.window or length) < length or not inner.mask.causal or inner.mask.prefix:
+            refused[layer] = "its mask is not plainly causal, or has a window"
         elif inner.scores.bias is not None:
             refused[layer] = "its scores have a bias by position"
-        elif isinstance(amap, GatedMap) and str(Site("gate", layer)) not in sites:
+        elif isinstance(amap, GatedMap) and Site("gate", layer) not in gates:
             refused[layer] = "its gate cannot be read"
         else:
-            assert inner.scores.scale is not None
-            constants = inner.scores.scale, inner.scores.softcap, inner.scores.sink
-            found[layer] = LayerScores((kinds[0], kinds[1]), *constants, isinstance(amap, GatedMap))
+            made = [LayerScores((own[0], own[1]), *scale, isinstance(amap, GatedMap)) for scale in _constants(inner)]
+            same = [how for how in made if _reproduces(run, layer, how)]
+            if same:
+                found[layer] = same[0]
+            else:
+                refused[layer] = "its output is not softmax attention of the q, k and v that it serves"
     return found, refused
+
+
+def _kinds(layer: int, sites: set[str]) -> tuple[str, str, str, str]:
+    rotary = str(Site("rot_q", layer)) in sites
+    return ("rot_q", "rot_k", "v", "z") if rotary else ("q", "k", "v", "z")
+
+
+def _constants(amap: SoftmaxMap) -> list[tuple[float, float | None, Tensor | None]]:
+    """Scale, softcap and sink logits: the map's, and those of a layer that scales q itself after the site has served it."""
+    scores = amap.scores
+    assert scores.scale is not None
+    scales = dict.fromkeys((scores.scale, scores.scale * scores.q.shape[-1] ** -0.5))
+    return [(scale, scores.softcap, scores.sink) for scale in scales]
+
+
+def _reproduces(run: Run, layer: int, how: LayerScores) -> bool:
+    """Whether attention recomputed from the sites is the layer's output, on the first tokens."""
+    q, k, v, z = (run.acts[Site(kind, layer)][:, :_ROWS].transpose(1, 2).detach() for kind in (*how.kinds, "v", "z"))
+    full = streaming_output(q, k, v, Streaming(0, _ROWS), how.scale, how.softcap, how.sink)
+    if how.gated:
+        full = full * run.acts[Site("gate", layer)][:, :_ROWS].transpose(1, 2)[..., None]
+    size = float(z.double().norm())
+    return float((full - z).double().norm()) <= _TOLERANCE.get(z.dtype, 3e-2) * size + 1e-12
 
 
 def streaming_edits(
