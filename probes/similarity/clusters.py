@@ -161,6 +161,8 @@ def cluster_heads(
     if code < 2 or epochs < 1:
         raise WorkbenchError(f"a code of at least 2 numbers, at least 1 epoch; got code={code}, epochs={epochs}")
     images = scaled(patterns.patterns).float()
+    if bool((images == images[0]).all()):
+        raise Refused("all patterns are equal: there is nothing to tell apart")
     codes, rebuilt = _autoencoder(images, code, epochs, seed)
     flat = images.flatten(1).double()
     known = min(code, n - 1, flat.shape[1])
@@ -183,10 +185,8 @@ def cluster_heads(
         silhouette=_silhouette(codes, labels),
         silhouette_shuffled=float(torch.tensor(mixed).mean()),
         silhouette_pca=_silhouette(components, others),
-        error=float((flat - rebuilt).square().sum()) / spread if spread else float("nan"),
-        error_pca=float((flat - torch.from_numpy(pca.inverse_transform(components.numpy()))).square().sum()) / spread
-        if spread
-        else float("nan"),
+        error=float((flat - rebuilt).square().sum()) / spread,
+        error_pca=float((flat - torch.from_numpy(pca.inverse_transform(components.numpy()))).square().sum()) / spread,
         importance=torch.tensor([float(given.get(key, float("nan"))) for key in heads], dtype=torch.float64),
         sequence=patterns.sequence,
         layer=patterns.layer,

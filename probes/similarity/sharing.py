@@ -171,7 +171,7 @@ def _head_means(layers: Sequence[Aligned], size: int | None, measure: str) -> It
         rows = torch.stack([layer.rows(lo, hi).mean(1) for layer in layers])
         seen = torch.stack([layer.visible(lo, hi).any(1) for layer in layers])
         if measure == "js":
-            yield rows, shuffled(rows, seen, lo)
+            yield rows, shuffled(rows.transpose(0, 1), seen.transpose(0, 1), lo).transpose(0, 1)
         else:
             yield _unit(rows), even(_unit(rows), seen)
 

@@ -54,8 +54,7 @@ def stream_collapse(run: Run, *, site: str = "resid_post", seed: int = 0) -> Lay
         real = mask if mask.shape == x.shape[:2] else torch.ones(x.shape[:2], dtype=torch.bool)
         name = f"{at.stack}.{at.layer}" if at.stack else at.layer or 0
         found[name] = _measures(x, real)
-        noise = torch.randn(x.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        chance[name] = _measures(_gathered(noise, real), real)
+        chance[name] = _measures(_noise(x, real, seed), real)
         if bool((real.sum(1) < 2).any()):
             undefined[str(name)] = "one token is not compared with others"
     if not found:
@@ -82,9 +81,14 @@ def stream_collapse(run: Run, *, site: str = "resid_post", seed: int = 0) -> Lay
     )
 
 
-def _gathered(noise: Tensor, real: Tensor) -> Tensor:
-    """The same noise on the real tokens of every sequence, wherever they are."""
-    return noise[(real.cumsum(1) - 1).clamp(min=0)]
+def _noise(x: Tensor, real: Tensor, seed: int) -> Tensor:
+    """Gaussian real tokens, the same for every sequence of the same number."""
+    out = torch.zeros_like(x)
+    for count in real.sum(1).unique().tolist():
+        here = real & (real.sum(1, keepdim=True) == count)
+        draw = torch.randn(count, x.shape[2], dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+        out[here] = draw.repeat(int(here.any(1).sum()), 1)
+    return out
 
 
 def _measures(x: Tensor, real: Tensor) -> dict[str, Tensor]:
