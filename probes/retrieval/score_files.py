@@ -60,8 +60,9 @@ def load_scores(path: str | Path, threshold: float = THRESHOLD, model: str | Non
     """The scores in a file ``{"layer-head": [scores]}`` (or one number per head), checked entry by entry.
 
     Layers are numbers, or ``encoder.0`` in models of two stacks. A head without an entry between others, an empty list and a
-    list of NaN (or ``null``) are undefined, with the reason; scores are refused if they are negative or no numbers, and so are
-    names that are no ``layer-head``, heads named twice and files without a head. ``model`` names what the scores belong to, by
+    list of NaN (or ``null``) are undefined, with the reason; scores are refused if they are infinite or no numbers, and so are
+    names that are no ``layer-head``, heads named twice and files without a head. Scores below 0 are read: contributions of heads
+    are exchanged in this form too. ``model`` names what the scores belong to, by
     default the file.
     """
     path = Path(path)
@@ -173,8 +174,8 @@ def _scores(path: Path, name: str, values: Any) -> list[float]:
             value = math.nan
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise WorkbenchError(f"{path}: scores of head {name} are numbers; got {value!r}")
-        if value < 0 or math.isinf(value):
-            raise WorkbenchError(f"{path}: scores of head {name} are 0 or more; got {value!r}")
+        if math.isinf(value):
+            raise WorkbenchError(f"{path}: scores of head {name} are finite or NaN; got {value!r}")
         scores.append(float(value))
     return scores
 
