@@ -246,8 +246,12 @@ class StreamingEffect(Result):
         table = self.frame()
         metric = next(iter(self.metrics))
         ax = axis(ax, 5.5, 3.4)
-        names = [f"random, as many as {row.condition}" if row.random else row.condition for row in table.itertuples()]
-        ax.barh(names, table[metric], color=["0.6" if drawn else "tab:blue" for drawn in table["random"]])
+        rows = range(len(table))
+        names = [
+            f"random, as many as {row.condition}" if row.random else str(row.condition) for row in table.itertuples()
+        ]
+        ax.barh(rows, table[metric], color=["0.6" if drawn else "tab:blue" for drawn in table["random"]])
+        ax.set_yticks(rows, names)
         ax.invert_yaxis()
         ax.set(xlabel=metric, title=f"Heads made streaming\n{self.provenance.model}")
         return ax
