@@ -86,6 +86,8 @@ def induction_or_retrieval(
     """
     if not all(0 < bar <= 1 for bar in thresholds):
         raise WorkbenchError(f"thresholds are shares in (0, 1]; got {thresholds}")
+    if result is not None and (options or lengths is not None):
+        raise WorkbenchError(f"a result is measured already: leave {', '.join(options) or 'lengths'} out")
     found = result if result is not None else retrieval_heads(model, lengths, depths, seed=seed, **options)
     if any(not isinstance(layer, int) for layer in found.layers):
         raise Refused("telling induction from retrieval needs one stack of layers; this model has several")
