@@ -89,8 +89,7 @@ def copy_suppression(
         other = _exchanged(predicted)
         weights = head_weights(model, layer)
         v = run.acts[Site("v", layer)].transpose(1, 2)  # [B, G, K, E]
-        written = torch.einsum("bhke,hed->bhkd", v[:, weights.groups], weights.o)
-        own = _own(written, out, run.tokens.ids)
+        own = _own(v[:, weights.groups], weights.o, out, run.tokens.ids)
         amap = run.maps[layer]
         numbers: dict[str, list[Tensor]] = {"attention": [], "own_logit": []}
         for target in (predicted, other):
@@ -167,9 +166,11 @@ def _weighted(condition: Mod, weights: Tensor) -> Mod:
     return lambda b, h, q, k: condition(b, h, q, k) * weights.to(q.device)[b, h, k]
 
 
-def _own(written: Tensor, out: Unembedding, ids: Tensor) -> Tensor:
-    """What each key's value adds to the logit of the key's own token, ``[B, H, K]``, before the last norm divides."""
-    return torch.einsum("bhkd,bkd->bhk", written, out.matrix.T[ids.to(out.matrix.device)].to(written.dtype))
+def _own(v: Tensor, o: Tensor, out: Unembedding, ids: Tensor) -> Tensor:
+    """What each key's value ``[B, H, K, E]`` adds to the logit of the key's own token, ``[B, H, K]``, before the last norm
+    divides."""
+    columns = out.matrix.T[ids.to(out.matrix.device)].to(v.dtype)
+    return (v * torch.einsum("hed,bkd->bhke", o, columns)).sum(-1)
 
 
 def _mean(values: Tensor, queries: Tensor) -> Tensor:

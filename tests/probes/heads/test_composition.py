@@ -46,6 +46,14 @@ def test_the_compiled_induction_head_reads_the_previous_token_head_through_its_k
     assert found.undefined == {}
 
 
+def test_the_induction_heads_of_the_trained_model_read_its_previous_token_heads_through_their_keys():
+    found = composition(wb.load("tiny-softmax"), channels="k")
+    best = found.top("k", 6)
+    assert {pair.writer for pair in best} == {(0, 2), (0, 3)}
+    assert {pair.reader[0] for pair in best} == {1}
+    assert best[0].value > 2.5 * found.null
+
+
 def test_random_weights_stand_at_their_null():
     model = make(replace(CONFIG, layers=3, heads=8, kv_heads=None, width=96, head_width=6))
     found = composition(model)
