@@ -98,7 +98,9 @@ def head_patterns(source: Source, *, side: int = 32, raw: bool = False) -> HeadP
         found, even = (torch.zeros(b, h, side, side, dtype=torch.float64) for _ in range(2))
         for lo, hi, rows in layer.chunks(copies=2):
             seen = layer.visible(lo, hi)
-            weight = 1.0 if layer.amap.sign == "signed" else rows.sum(-1, keepdim=True)
+            weight = rows.sum(-1, keepdim=True)
+            if layer.amap.sign == "signed":
+                weight = torch.ones_like(weight)
             spread = seen * (weight / seen.sum(-1, keepdim=True).clamp(min=1))
             for part, into in ((rows, found), (spread, even)):
                 into += over_queries[:, None, :, lo:hi] @ (part @ over_keys.mT[:, None])

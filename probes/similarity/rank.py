@@ -200,7 +200,7 @@ def _largest(layer: Aligned, rank: int, iterations: int, seed: int) -> Tensor:
 
 
 def _device(layer: Aligned) -> torch.device:
-    return layer.amap.rows(0, 0).device
+    return layer.amap.rows(0, 1).device
 
 
 def _original(layer: Aligned) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Every analysis of this group: padding, batches and chunks leave the numbers alone, and shuffles are what they say."""
 
+import contextlib
 import importlib
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.errors import Refused
+import workbench as wb
+from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.probes.examples import bundled_run, random_rows
@@ -147,3 +149,29 @@ def test_keys_before_the_queries_are_seen_by_all(dense):
     layer = aligned(0, dense(rows), None)
     assert layer.visible(0, 4).sum(-1).flatten().tolist() == [6, 7, 8, 9]
     assert aligned(0, dense(rows), None, mask=Mask()).visible(0, 4).sum(-1).unique().tolist() == [9]
+
+
+def test_every_family_of_maps_is_answered_or_refused():
+    """A variant per class of maps; only errors that say why may come."""
+    found = {}
+    for variant in wb.variants():
+        with contextlib.suppress(WorkbenchError):
+            amap = variant.operator(**variant.example(0, 12, torch.float64))[1]
+            found.setdefault((type(amap), amap.sign), amap)
+    answers = {
+        **ANSWERS,
+        "sharing": lambda m: sharing([m, m], skip=0),
+        "rank bounds": lambda m: rank_collapse(m, rank=3),
+        "heads of the layer before": lambda m: head_sharing([m, m]),
+        "steps": lambda m: map_stability(m, m),
+        "disparity": lambda m: temporal_disparity([m, m], 0),
+    }
+    answered = 0
+    for amap in found.values():
+        for name, answer in answers.items():
+            with contextlib.suppress(WorkbenchError):
+                table = answer(amap).frame()
+                assert len(table), name
+                answered += 1
+    assert len(found) > 30
+    assert answered > 0.6 * len(found) * len(answers)
