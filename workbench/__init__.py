@@ -165,6 +165,15 @@ _NAMES: dict[str, str] = {
     "Heads": "workbench.probes.removal:Heads",
     "kv_groups": "workbench.probes.removal:kv_groups",
     # analyses: structure
+    "distance_spectra": "workbench.probes.structure.spectra:distance_spectra",
+    "receptive_fields": "workbench.probes.structure.spectra:receptive_fields",
+    "pointer_fidelity": "workbench.probes.structure.pointers:pointer_fidelity",
+    "oracle_recall": "workbench.probes.structure.oracle:oracle_recall",
+    "sparsified": "workbench.probes.structure.oracle:sparsified",
+    "rollout": "workbench.probes.structure.rollout:rollout",
+    "flow": "workbench.probes.structure.flow:flow",
+    "attributed_rollout": "workbench.probes.structure.attributed:attributed_rollout",
+    "erased": "workbench.probes.structure.attributed:erased",
     "reach": "workbench.probes.structure.reach:reach",
     "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
     # analyses: vision

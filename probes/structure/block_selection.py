@@ -22,6 +22,8 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.mixers.chosen import block_means
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import random_maps
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -155,3 +157,17 @@ def _check(q: Tensor, k: Tensor, size: int) -> None:
             f"q is [B, H, Q, E] and k [B, G, K, E] with G dividing H, blocks of one token or more; got {list(q.shape)}, "
             f"{list(k.shape)}, size={size}"
         )
+
+
+ANALYSES = (
+    Analysis(
+        name="selection-curves",
+        question="Does a rule that picks blocks of keys pick those that the attention goes to?",
+        function=selection_curves,
+        example=lambda: {"amap": random_maps(1, tokens=16)[0], "scores": {}, "size": 4},
+        paper="SeerAttention (Learning Intrinsic Sparse Attention in Your LLMs, 2024), recall against sparsity",
+        source="maps",
+        null="random blocks, and the oracle that ranks by the true mass",
+        cause="workbench.probes.structure.oracle.sparsified",
+    ),
+)

@@ -21,6 +21,7 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap
+from workbench.probes.catalogue import Analysis
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -151,3 +152,16 @@ def _of_mask(mask: Mask, tokens: int, size: int) -> Tensor:
 def _check_size(blocks: int) -> None:
     if blocks > _LIMIT:
         raise Refused(f"{blocks:,} blocks are over the limit of {_LIMIT:,}: use a larger block size")
+
+
+ANALYSES = (
+    Analysis(
+        name="reach",
+        question="How far does information travel through layers of sparse attention?",
+        function=reach,
+        example=lambda: {"pattern": Mask(causal=True, window=4), "tokens": 32, "size": 4, "layers": 4},
+        paper="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention (2025)",
+        source="tensors",
+        null="dense attention, which reaches everything in one layer",
+    ),
+)

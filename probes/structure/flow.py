@@ -1,0 +1,91 @@
+"""How much attention can reach each token from a query, if no path may carry more than its weights allow?
+
+Attention flow (Abnar and Zuidema, arXiv 2005.00928): tokens of all layers are the nodes of a graph whose edges carry at
+most Abar_l[q, k] = row-normalised (1 - r) A_l + r I. The flow of an input token is the maximum flow from the query in
+the last layer to that token in the input. Unlike rollout, paths share what their common edges allow.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.errors import Refused, WorkbenchError
+from workbench.probes.catalogue import Analysis
+from workbench.probes.examples import random_maps
+from workbench.probes.sources import Source, provenance_of
+from workbench.probes.structure.rollout import rollout, square_layers
+from workbench.probes.tables import TokenTable
+from workbench.run import Run
+
+_UNIT = 10**7
+"""Capacities are whole numbers of this part of 1: scipy's maximum flow counts in integers."""
+_LIMIT = 2**22
+
+
+def flow(source: Source, query: int = -1, *, residual: float = 0.5, raw: bool = False) -> TokenTable:
+    """Maximum flow from a query to every input token, ``[B, T]``, beside its rollout.
+
+    ``query`` is a position, by default the last. Capacities are rounded to 1e-7. Refused for signed and channel maps,
+    and above four million edges: the graph has layers x T x T of them, and one flow is computed per token.
+    """
+    layers = square_layers(source, raw)
+    if not 0 <= residual < 1:
+        raise WorkbenchError(f"residual is the share of the stream itself, in [0, 1); got {residual}")
+    b, _, length, _ = layers[0].shape
+    if not -length <= query < length:
+        raise WorkbenchError(f"query is a position below {length}; got {query}")
+    if len(layers) * length**2 > _LIMIT:
+        raise Refused(
+            f"{len(layers)} layers of {length} tokens have {len(layers) * length**2:,} edges, over {_LIMIT:,}; use rollout"
+        )
+    top = query % length
+    steps = [residual_mean(amap.dense().detach().cpu().double().mean(1), residual) for amap in layers]
+    found = torch.stack([_flows([step[i] for step in steps], top) for i in range(b)])
+    rolled = rollout(source, queries=[top], residual=residual, raw=raw)[:, 0]
+    tokens = source.tokens.labels if isinstance(source, Run) else ()
+    units = {"flow": "attention", "rollout": "attention"}
+    return TokenTable(
+        f"Attention flow from token {top}",
+        {"flow": found, "rollout": rolled},
+        units,
+        tokens,
+        provenance=provenance_of(source),
+    )
+
+
+def residual_mean(weights: Tensor, residual: float) -> Tensor:
+    """Abar of head-mean weights ``[B, T, T]``."""
+    mixed = (1 - residual) * weights + residual * torch.eye(weights.shape[-1], dtype=weights.dtype)
+    return mixed / mixed.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def _flows(steps: list[Tensor], top: int) -> Tensor:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import maximum_flow
+
+    length, rows, columns, data = len(steps[0]), [], [], []
+    for i, step in enumerate(reversed(steps)):  # from the last layer down to the input
+        q, k = np.nonzero(step.numpy())
+        rows.append(q + i * length)
+        columns.append(k + (i + 1) * length)
+        data.append(np.round(step.numpy()[q, k] * _UNIT).astype(np.int32))
+    size = (len(steps) + 1) * length
+    edges = np.concatenate(data), (np.concatenate(rows), np.concatenate(columns))
+    graph = coo_array(edges, shape=(size, size)).tocsr()
+    ends = range(size - length, size)
+    return torch.tensor([maximum_flow(graph, top, end).flow_value / _UNIT for end in ends], dtype=torch.float64)
+
+
+ANALYSES = (
+    Analysis(
+        name="flow",
+        question="How much attention can reach each token from a query, path by path?",
+        function=flow,
+        example=lambda: {"source": random_maps(2, tokens=8)},
+        paper="Abnar and Zuidema 2020 (arXiv 2005.00928)",
+        source="maps",
+        null="its rollout, in which paths do not share what edges allow",
+    ),
+)
