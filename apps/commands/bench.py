@@ -17,7 +17,7 @@ from workbench.errors import UnknownName, WorkbenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
-NAMES = ("kernels", "capture", "decode", "maps")
+NAMES = ("kernels", "capture", "decode", "maps", "retrieval")
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "benchmarks"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
