@@ -67,9 +67,21 @@ def test_the_root_of_a_planted_tree_is_where_most_mass_arrives():
     assert int(found.root[0]) == 0
     assert found.depth[0].tolist() == [0] + [1] * 5 + [2] * 14
     assert found.leaf[0].sum() == 15
+    assert float(found.summary()["depth"][0]) == pytest.approx(33 / 20)
+
+
+def test_a_star_is_far_from_its_null():
+    weight = torch.full((20, 20), 0.01, dtype=torch.float64)
+    weight[7] = 1.0
+    found = dependency_tree(AttentionMap.from_dense(weight[None, None]), GRID)
     table = found.summary()
-    assert table["depth"][0] > 1.5
-    assert float(table["root"][0]) > float(table["root_null_high"][0])
+    assert int(found.root[0]) == 7
+    assert table["leaves"][0] == 19 / 20 > table["leaves_null_high"][0]
+    assert table["depth"][0] == 19 / 20 < table["depth_null_low"][0]
+    assert table["root"][0] > 2 * table["root_null_high"][0]
+    # Every child still sends what it sent, to others.
+    assert found.null["root"].shape == (16, 1)
+    assert (found.null["root"] >= 1 / 20).all()
 
 
 def best_of_all(weight, root):
