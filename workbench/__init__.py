@@ -71,6 +71,7 @@ _NAMES: dict[str, str] = {
     "received": "workbench.probes.sinks.received:received",
     "gates": "workbench.probes.sinks.gates:gates",
     "learned_sinks": "workbench.probes.sinks.gates:learned_sinks",
+    "sink_use": "workbench.probes.sinks.use:sink_use",
     "overfocus": "workbench.probes.sinks.overfocus:overfocus",
     "overfocus_loss": "workbench.probes.sinks.overfocus:overfocus_loss",
     "value_drain": "workbench.probes.sinks.drain:value_drain",
