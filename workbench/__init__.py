@@ -175,6 +175,11 @@ _NAMES: dict[str, str] = {
     "flow": "workbench.probes.structure.flow:flow",
     "attributed_rollout": "workbench.probes.structure.attributed:attributed_rollout",
     "erased": "workbench.probes.structure.attributed:erased",
+    "internal_consistency": "workbench.probes.structure.consistency:internal_consistency",
+    "weighted_vote": "workbench.probes.structure.consistency:weighted_vote",
+    "coding_rate": "workbench.probes.structure.coding_rate:coding_rate",
+    "coding_rates": "workbench.probes.structure.coding_rate:coding_rates",
+    "critical_bands": "workbench.probes.structure.critical_bands:critical_bands",
     "reach": "workbench.probes.structure.reach:reach",
     "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
     # analyses: vision
