@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
+import torch
 from builders import hugging_face
 from natives import make
 from suppressor import copy_suppressor
 
 import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.probes.heads.kinds import head_scores
+from workbench.probes.heads.kinds import KINDS, head_scores
 from workbench.probes.heads.roles import ROLES, SCORES, head_roles, role_ablation
 from workbench.results import load_result
 
@@ -33,6 +36,15 @@ def test_the_roles_follow_their_thresholds(compiled):
             score, gap = float(compiled.value["induction"][layer][h]), float(compiled.z["induction"][layer][h])
             assert ("induction" in own) == (score >= 0.3 and gap >= 3)
             assert ("positional" in own) == (float(compiled.value["positional"][layer][h]) >= 0.8)
+
+
+def test_a_score_that_its_null_explains_is_no_role():
+    model = wb.load("compiled-induction")
+    scores = head_scores(model, kinds=tuple(KINDS), batches=1, sequences=4)
+    chance = replace(scores, z={layer: torch.zeros_like(z) for layer, z in scores.z.items()})
+    roles = head_roles(model, scores=chance, sequences=4, length=24)
+    assert roles.labels[1][2] == ("content", "copying")
+    assert not roles.heads("previous")
 
 
 def test_removing_the_induction_head_ends_repetition_and_removing_others_does_not(compiled):

@@ -87,6 +87,7 @@ def test_heads_that_look_at_a_class_stand_out_of_their_null():
     assert at(found, "same_z", layer=1) > 5
     # a sink looks at a place: its class is that of the first token alone, and no shuffle can tell
     assert at(found, "special", layer=2) == 1
+    assert found.null["special"][2][0] == 1
     assert math.isnan(at(found, "special_z", layer=2))
     assert found.undefined["special_z"] == "only first tokens are of this class"
     assert at(found, "newline") != at(found, "newline")
