@@ -138,16 +138,16 @@ def cluster_heads(
     *,
     importance: Mapping[tuple[int | str, int], float] | None = None,
     code: int = 8,
-    epochs: int = 200,
+    steps: int = 300,
     embedding: str = "tsne",
     seed: int = 0,
 ) -> HeadClusters:
     """Codes, clusters and a picture of the patterns of heads.
 
     ``clusters``: so many by k-means; None: as many as HDBSCAN finds (patterns in no dense place get -1). ``importance``: a
-    number per ``(layer, head)``, to be connected with the clusters. ``code``: numbers per pattern; ``epochs``: passes of
-    training, on the CPU and one after another, the same for the same ``seed``. ``embedding``: ``tsne`` or ``pca``, of the
-    codes. Refuses fewer than 8 patterns. With fewer than two clusters, or as many as patterns, silhouettes are NaN.
+    number per ``(layer, head)``, to be connected with the clusters. ``code``: numbers per pattern; ``steps``: of training, on
+    64 patterns at a time, on the CPU, the same for the same ``seed``. ``embedding``: ``tsne`` or ``pca``, of the codes.
+    Refuses fewer than 8 patterns, and equal ones. With fewer than two clusters, or as many as patterns, silhouettes are NaN.
     """
     from sklearn.decomposition import PCA
 
@@ -158,12 +158,12 @@ def cluster_heads(
         raise Refused(f"an autoencoder of {n} patterns learns nothing: give 8 or more, from more heads or sequences")
     if clusters is not None and not 2 <= clusters < n:
         raise WorkbenchError(f"clusters lie between 2 and the {n} patterns less one; got {clusters}")
-    if code < 2 or epochs < 1:
-        raise WorkbenchError(f"a code of at least 2 numbers, at least 1 epoch; got code={code}, epochs={epochs}")
+    if code < 2 or steps < 1:
+        raise WorkbenchError(f"a code of at least 2 numbers, at least 1 step; got code={code}, steps={steps}")
     images = scaled(patterns.patterns).float()
     if bool((images == images[0]).all()):
         raise Refused("all patterns are equal: there is nothing to tell apart")
-    codes, rebuilt = _autoencoder(images, code, epochs, seed)
+    codes, rebuilt = _autoencoder(images, code, steps, seed)
     flat = images.flatten(1).double()
     known = min(code, n - 1, flat.shape[1])
     pca = PCA(known, svd_solver="full").fit(flat.numpy())
@@ -223,20 +223,22 @@ class _Net(nn.Module):
         return self.decode(self.encode(images[:, None]))[:, 0, : self.side, : self.side]
 
 
-def _autoencoder(images: Tensor, code: int, epochs: int, seed: int) -> tuple[Tensor, Tensor]:
+def _autoencoder(images: Tensor, code: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Codes ``[N, code]`` and flat reconstructions ``[N, side * side]`` in float64."""
     n = len(images)
     batch = min(64, n)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = _Net(images.shape[1], code)
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        for _ in range(epochs):
-            for rows in torch.randperm(n).split(batch):
-                loss = (net(images[rows]) - images[rows]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+        order: list[Tensor] = []
+        for _ in range(steps):
+            order = order or list(torch.randperm(n).split(batch))
+            rows = order.pop()
+            loss = (net(images[rows]) - images[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     with torch.no_grad():
         return net.encode(images[:, None]).double(), net(images).flatten(1).double()
 
@@ -285,7 +287,7 @@ ANALYSES = (
         example=lambda: {
             "patterns": head_patterns(planted_heads(grid=4, copies=2)[0], side=16),
             "clusters": 6,
-            "epochs": 30,
+            "steps": 30,
             "embedding": "pca",
         },
         paper="ViT visual analytics 2023 (arXiv 2303.13731), abstract",

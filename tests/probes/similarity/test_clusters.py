@@ -62,7 +62,7 @@ def test_planted_rings_stand_at_their_distance() -> None:
 
 def test_codes_separate_the_six_families(planted, found) -> None:
     codes, components = found.separation(planted[1])
-    assert codes > 0.5  # measured .66 to .82 over grids of 4, 6, 8, noise .3 and 1, two seeds
+    assert codes > 0.5  # measured .58 to .80 over grids of 4, 6, 8, noise .3 and 1, two seeds
     assert components > 0.5
     assert found.silhouette > 0.5 > 0.1 > found.silhouette_shuffled
     assert 0 < found.error_pca < 0.2
@@ -88,16 +88,16 @@ def test_importance_is_connected_with_clusters(planted, found) -> None:
     )
     assert other.connection()[2] > 0.02
     assert int(found.clusters()["patterns"].sum()) == 36
-    assert all(part != part for part in cluster_heads(planted[0], 2, epochs=1, embedding="pca").connection())
+    assert all(part != part for part in cluster_heads(planted[0], 2, steps=1, embedding="pca").connection())
 
 
 def test_the_same_seed_gives_the_same_and_clusters_may_be_found(planted) -> None:
-    one, two = (cluster_heads(planted[0], epochs=40, seed=3) for _ in range(2))
+    one, two = (cluster_heads(planted[0], steps=40, seed=3) for _ in range(2))
     assert torch.equal(one.codes, two.codes)
     assert torch.equal(one.embedding, two.embedding)
     assert len(set(one.cluster.tolist()) - {-1}) >= 2
     before = torch.random.get_rng_state()
-    cluster_heads(planted[0], 3, epochs=1, embedding="pca")
+    cluster_heads(planted[0], 3, steps=1, embedding="pca")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -110,11 +110,11 @@ def test_mistakes_are_told(planted) -> None:
     with pytest.raises(UnknownName, match="tsne"):
         cluster_heads(planted[0], 2, embedding="umap")
     with pytest.raises(WorkbenchError, match="a label per pattern"):
-        cluster_heads(planted[0], 2, epochs=1, embedding="pca").separation(["a"])
+        cluster_heads(planted[0], 2, steps=1, embedding="pca").separation(["a"])
     same = HeadPatterns(torch.ones(9, 8, 8).double(), torch.ones(9, 8, 8).double(), (0,) * 9, (0,) * 9, tuple(range(9)))
     with pytest.raises(Refused, match="equal"):
-        cluster_heads(same, epochs=1, embedding="pca")
+        cluster_heads(same, steps=1, embedding="pca")
     nearly = HeadPatterns(same.patterns.clone(), same.null, same.sequence, same.layer, same.head)
     nearly.patterns[:, 0, 0] += torch.rand(9, generator=torch.Generator().manual_seed(0)).double()
-    found = cluster_heads(nearly, epochs=1, embedding="pca")
+    found = cluster_heads(nearly, steps=1, embedding="pca")
     assert ("silhouette" in found.undefined) == (found.silhouette != found.silhouette)

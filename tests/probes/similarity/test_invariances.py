@@ -151,6 +151,7 @@ def test_keys_before_the_queries_are_seen_by_all(dense):
     assert aligned(0, dense(rows), None, mask=Mask()).visible(0, 4).sum(-1).unique().tolist() == [9]
 
 
+@pytest.mark.slow
 def test_every_family_of_maps_is_answered_or_refused():
     """A variant per class of maps; only errors that say why may come."""
     found = {}
