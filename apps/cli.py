@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import analyses, attention, bench, circuits, models, variants
+from workbench.apps.commands import analyses, attention, bench, circuits, models, retrieval, variants
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ for command in (
     circuits.methods,
     attention.capture,
     attention.sinks,
-    attention.retrieval,
+    retrieval.retrieval,
     attention.heads,
     analyses.analyses,
     analyses.analyse,

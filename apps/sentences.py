@@ -11,6 +11,7 @@ import pandas as pd
 from workbench.apps.terminal import cell, percent, visible
 
 if TYPE_CHECKING:
+    from workbench.probes.ablation import AblationCurve
     from workbench.probes.heads.kinds import HeadScores
     from workbench.probes.heads.roles import HeadRoles
     from workbench.probes.retrieval.copying import RetrievalResult
@@ -203,7 +204,14 @@ def retrieval_lines(result: RetrievalResult) -> list[str]:
         for h in heads[:4]
     ]
     more = f" and {len(heads) - 4} more" if len(heads) > 4 else ""
-    return [found, f"{len(heads)} retrieval head{'s' * (len(heads) != 1)}: {', '.join(named)}{more}"]
+    counts = result.counts().iloc[0]
+    share = f"{percent(counts['share_above'])} of the heads ({percent(counts['null_above'])} by chance)"
+    idle = f"{percent(counts['share_zero'])} copy nothing at all"
+    return [
+        found,
+        f"{len(heads)} retrieval head{'s' * (len(heads) != 1)}: {', '.join(named)}{more}",
+        f"{share} copy {percent(result.threshold)} of the needle or more; {idle}",
+    ]
 
 
 def masking_lines(result: MaskingResult) -> list[str]:
@@ -214,4 +222,17 @@ def masking_lines(result: MaskingResult) -> list[str]:
     return [
         f"needle accuracy {percent(mean['none'])}; {percent(mean['top'])} without heads {top.replace(' ', ', ')}; "
         f"{percent(mean['random'])} without as many random heads"
+    ]
+
+
+def masking_curve_lines(result: AblationCurve) -> list[str]:
+    """How many of the best heads it takes to lose the needles, beside random ones."""
+    frame = result.frame()
+    gone = frame[frame["ranked"] < result.base.mean().item() / 2]
+    row = (gone if len(gone) else frame).iloc[0 if len(gone) else -1]
+    heads = "the best head" if row["removed"] == 1 else f"the best {row['removed']:.0f} heads"
+    return [
+        f"without {heads} the model retrieves {percent(row['ranked'])} of a needle, without as many random ones "
+        f"{percent(row['random'])} ({percent(row['random_low'])} to {percent(row['random_high'])}); with all of them "
+        f"{percent(row['base'])}"
     ]

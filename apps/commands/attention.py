@@ -1,4 +1,4 @@
-"""``capture``, ``sinks``, ``heads``, ``retrieval``: what the heads of a model do with a text."""
+"""``capture``, ``sinks``, ``heads``: what the heads of a model do with a text."""
 
 from __future__ import annotations
 
@@ -326,63 +326,6 @@ def heads(
             part = f", the first 64 of {len(rows)} (all with --json)" if len(rows) > 64 else ""
             console.print(table(f"{model}: what each head does{part}", columns, rows[:64]))
         for line in [*head_lines(result), *(role_lines(found) if found is not None else [])]:
-            console.print(line)
-        if target is not None:
-            console.print(f"saved in {target}")
-
-    answer(as_json, payload, show)
-
-
-def retrieval(
-    model: ModelArgument,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            "--lengths",
-            help="Lengths of the texts in tokens, separated by commas.",
-            show_default="a quarter and all of what the model was made for, 2,048 at most",
-        ),
-    ] = None,
-    depths: Annotated[int, typer.Option("--depths", min=1, help="Number of depths at which the needle stands.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the texts.")] = 0,
-    out: OutOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Retrieval heads.
-
-    Which heads fetch a fact from far back, over lengths of the text and depths of the fact.
-    """
-    sizes, target = None if lengths is None else inputs.numbers(lengths, "--lengths"), inputs.fresh(out)
-    with working(f"{model}: retrieval heads") as tick:
-        import workbench as wb
-
-        result = wb.retrieval_heads(inputs.load(model), lengths=sizes, depths=depths, seed=seed, progress=tick)
-        if target is not None:
-            result.save(target)
-    payload = {
-        "command": "retrieval",
-        "model": model,
-        "lengths": sorted({int(length) for length in result.length}),
-        "depths": depths,
-        "threshold": result.threshold,
-        "rows": result.frame(),
-        "grid": result.grid(),
-        "undefined": result.reason,
-        "saved": target,
-        "provenance": result.provenance,
-    }
-
-    def show(console: Console) -> None:
-        from workbench.apps.sentences import retrieval_lines
-
-        grid = result.grid().pivot(index="depth", columns="length", values="recall")
-        rows = [[f"{100 * depth:.0f}%", *row] for depth, row in zip(grid.index, grid.values.tolist(), strict=True)]
-        names = ["depth", *(f"{length:,} tokens" for length in grid.columns)]
-        console.print(table(f"{model}: part of the needles retrieved", dict.fromkeys(names, "right"), rows))
-        heads = [[h.layer, h.head, h.score, h.null] for h in result.heads()[:_SHOWN]]
-        columns = dict.fromkeys(["layer", "head", "copy score", "null"], "right")
-        console.print(table("retrieval heads", columns, heads))
-        for line in retrieval_lines(result):
             console.print(line)
         if target is not None:
             console.print(f"saved in {target}")
