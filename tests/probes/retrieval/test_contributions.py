@@ -124,6 +124,21 @@ def test_all_direct_paths_together_are_the_logit(name):
     assert norm.kind == ("rms" if name == "llama" else "layer")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_directions_are_the_gradient_with_the_scale_held_fixed(name):
+    model = MODELS[name]()
+    run = model.run(ids(1, 9), read=["blocks.1.hook_resid_post"])
+    stream, normalised = run.acts[Site("resid_post", 1)][0].detach(), run.output[0].detach()
+    u = model.weight("W_U")[:, [7]].T.detach()
+    x = stream[-1:].clone().requires_grad_()
+    inner = model.model.transformer.ln_f if name == "gpt2" else model.model.model.norm
+    middle = x - x.mean() if name == "gpt2" else x
+    scale = (middle.square().mean() + 1e-5 * (name == "gpt2")).sqrt().detach()
+    (middle / scale * inner.weight.detach() @ u[0]).sum().backward()
+    found = norm_of(stream, normalised).through(u, stream[-1:])
+    torch.testing.assert_close(found, x.grad, atol=1e-6, rtol=1e-4)
+
+
 def test_a_norm_of_another_kind_is_refused():
     x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(Refused, match="norm='none'"):

@@ -4,7 +4,9 @@ from builders import native
 
 import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
+from workbench.patterns.softmax import SoftmaxMap
 from workbench.probes.examples import random_maps, random_rows
 from workbench.probes.retrieval.razor import razor_heads, razor_policy, razor_recall, razor_scores
 from workbench.probes.retrieval.streaming import Streaming
@@ -132,6 +134,20 @@ def test_padding_does_not_count_and_gates_are_looked_inside():
     gated = GatedMap(plain, torch.rand(plain.shape[:3], dtype=torch.float64))
     one, two = (razor_recall(m, policy=policy).values["recall"][0] for m in (plain, gated))
     torch.testing.assert_close(one, two)
+
+
+def test_first_tokens_are_the_first_real_ones():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 9, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    padded = [
+        torch.cat([torch.randn(1, 2, 3, 4, dtype=torch.float64, generator=generator), part], 2) for part in (q, k)
+    ]
+    real = (torch.arange(12) >= 3)[None]
+    plain = SoftmaxMap(q, k, mask=Mask(causal=True))
+    left = SoftmaxMap(*padded, mask=Mask(causal=True, keys=real, queries=real))
+    one, two = (razor_recall(m, policy=Streaming(2, 3)) for m in (plain, left))
+    torch.testing.assert_close(two.values["recall"][0], one.values["recall"][0])
+    torch.testing.assert_close(two.null["recall"][0], one.null["recall"][0])
 
 
 def test_induction_heads_of_the_trained_model_retrieve():
