@@ -118,7 +118,8 @@ def test_what_is_set_by_hand():
         torch.testing.assert_close(found.zero, set_to([0.0] * 4), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(found.mean, set_to(means), atol=1e-6, rtol=1e-5)
     every = massive_effect(model, texts, ratio=100, random=1, where="all")
-    assert len(every.entries) == 2 * 6 + 2 * 5  # what is taken down of the triggers leaves a number that still stands out
+    # What is taken down of the triggers leaves a number that still stands out.
+    assert len(every.entries) == 2 * 6 + 2 * 5
     assert found.zero.mean() > 10 * found.mean.mean()
 
 
