@@ -51,7 +51,9 @@ def test_norms_of_one_mode_have_no_outliers(seed):
 def test_the_valley_lies_where_the_density_is_lowest():
     logs = torch.cat([torch.linspace(-0.2, 0.2, 300), torch.linspace(2.8, 3.2, 30)]).double()
     assert 1.3 < float(torch.tensor(valley(logs)).log()) < 2.6
-    assert valley(torch.cat([logs[:300], logs[300:] - 2.6])) is None  # less than a factor of two apart
+    near, far = (torch.cat([0.2 * logs[:300], 0.2 * logs[:60] + gap]) for gap in (0.5, 0.9))
+    assert valley(near) is None  # two modes less than a factor of 2 apart
+    assert valley(far) is not None
     assert valley(torch.zeros(50, dtype=torch.float64)) is None
 
 
