@@ -21,7 +21,7 @@ from workbench.probes.ablation import (
     next_token_loss,
 )
 from workbench.probes.examples import needles
-from workbench.probes.removal import Heads
+from workbench.probes.removal import Heads, kv_groups
 from workbench.results import load_result
 from workbench.run import Run
 from workbench.sites import Site
@@ -229,6 +229,17 @@ def test_whole_groups_are_removed_together(tiny, texts):
     with torch.no_grad():
         run = tiny.run(texts, edit={f"blocks.1.attn.hook_z[{head}]": torch.zeros_like for head in (0, 1)})
     torch.testing.assert_close(found.ranked[0], next_token_loss(run), atol=1e-5, rtol=1e-5)
+
+
+def test_heads_together_are_one_or_more_different_ones():
+    for heads in ((), (1, 1)):
+        with pytest.raises(WorkbenchError, match="one or more different ones"):
+            Heads(0, heads)
+
+
+def test_groups_of_a_model_are_its_query_heads_by_kv_head():
+    model = hugging_face("llama").model
+    assert kv_groups(model) == [Heads(layer, heads) for layer in range(2) for heads in ((0, 1), (2, 3))]
 
 
 def test_sublayers_are_ranked_among_themselves(tiny, texts):

@@ -110,9 +110,15 @@ def test_one_shot_ranks_by_single_removals(case):
 
 
 @pytest.mark.parametrize("search", ["greedy", "one-shot"])
-def test_protected_early_sublayers_go_last(case, search):
+def test_protected_early_sublayers_go_last(search):
+    """Even if they write nothing, and would go first."""
+    case = native(layers=3)
+    with torch.no_grad():
+        case.net.blocks[0].attn.W_O.zero_()
+    free = sublayer_removal(case.model, case.inputs, search=search, random=1)
     found = sublayer_removal(case.model, case.inputs, protect=0.4, search=search, random=1)
     early = {str(site) for site in sublayers(case.model)[: round(0.4 * 6)]}
+    assert free.order[0] == "blocks.0.hook_attn_out"
     assert len(early) == 2
     assert set(found.order[-2:]) == early
 
