@@ -10,7 +10,7 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Manifest, Shape, Tokens
 from workbench.pairs import Pairs
-from workbench.probes.retrieval.choosing import in_turn
+from workbench.probes.retrieval.choosing import _table, _Turn, in_turn
 from workbench.run import EMPTY, Maps, Provenance, Run
 
 NEEDLES, VOCAB = 3, 40
@@ -165,3 +165,14 @@ def test_what_is_no_choice_is_refused():
 
     with pytest.raises(WorkbenchError, match="no turns of contexts with 3 needles"):
         wb.needle_choice(Chooser(), 16, prompts=odd)
+
+
+def test_looks_are_pooled_over_the_turns_of_a_context():
+    """A turn in which a head looks less at needles weighs less; contexts weigh alike."""
+
+    def turn(context, asked, others):
+        return _Turn(context, [1.0, 0.0], *(torch.tensor([[share]], dtype=torch.float64) for share in (asked, others)))
+
+    found = _table([turn(0, 1.0, 0.0), turn(0, 0.0, 0.5), turn(1, 0.0, 1.0)], 2, (0,), Provenance("planted"))
+    assert float(found.values["right"][0]) == pytest.approx((2 / 3 + 0) / 2)
+    assert float(found.values["asked"][0]) == pytest.approx((0.5 + 0) / 2)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "retrieval.py"
 SIZES = ("--tokens", "4096", "--layers", "2", "--width", "64", "--depths", "2", "--steps", "2", "--threads", "1")
 
@@ -14,6 +16,7 @@ def run(*more):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_memory_of_a_sweep_is_linear_in_the_text():
     done = run("--json", "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -23,6 +26,7 @@ def test_memory_of_a_sweep_is_linear_in_the_text():
     assert row["peak_gb"] - row["before_gb"] < 0.25 * row["maps_gb"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_exceeded_is_an_error():
     done = run("--limit", "0.01")
     assert done.returncode == 1
