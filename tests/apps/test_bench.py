@@ -25,7 +25,7 @@ def test_alone_it_lists_what_there_is(workbench):
     assert [row["name"] for row in rows] == list(bench.NAMES)
     assert rows[0]["measures"].startswith("What block maps and statistics cost in one attention call")
     assert "\n" not in rows[0]["measures"]
-    assert "│ capture │ What capture costs" in workbench("bench").out
+    assert "│ capture   │ What capture costs" in workbench("bench").out
 
 
 def test_options_are_passed_on_and_the_answer_is_one_document():
