@@ -162,8 +162,9 @@ def masking_curve(
 
     ``metric``: ``recall`` of the needle in the answer, written greedily, or of its first token ``accuracy`` or
     ``probability``. Heads are off from the last token of the prompt on, as published, which needs a key-value cache; with
-    ``whole`` in the prompt too, so that reading it suffers as well. Prompts are new ones (``seed``) where a ``RetrievalResult``
-    retrieved, else at ``lengths`` and ``depths``, by ``prompts`` as in ``retrieval_heads``. ``progress(done, total)`` is called after every set of heads.
+    ``whole`` in the prompt too, so that reading it suffers as well. Prompts are new ones (``seed``) where a
+    ``RetrievalResult`` retrieved, else at ``lengths`` and ``depths``, by ``prompts`` as in ``retrieval_heads``.
+    ``progress(done, total)`` is called after every set of heads.
     """
     ranked = _ranked(ranking)
     if metric not in METRICS:
