@@ -120,6 +120,10 @@ def test_removal_is_the_edit_it_says(planted):
     table = sink_removal(model, texts, random=1).frame().query("sequence == 0 and position == 4")
     received = torch.stack([run.maps[layer].dense()[0, 0, 4:, 4].mean() for layer in (4, 5, 6)]).mean()
     assert float(table["score_removed"].iloc[0]) == pytest.approx(float(received), abs=1e-6)
+    with torch.no_grad():
+        plain = model.run(texts, maps=wb.capture())
+    received = torch.stack([plain.maps[layer].dense()[0, 0, 4:, 4].mean() for layer in (4, 5, 6)]).mean()
+    assert float(table["score"].iloc[0]) == pytest.approx(float(received), abs=1e-6)
     mean = sink_removal(model, texts, random=1, removal="mean").frame().query("sequence == 0 and position == 4")
     assert (
         float(mean["lifetime_removed"].iloc[0]) == 3

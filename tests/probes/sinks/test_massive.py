@@ -141,7 +141,7 @@ def test_random_numbers_stand_in_the_same_block_and_text():
     original = module._random
     try:
         module._random = lambda *args: seen.append(original(*args)) or seen[-1]
-        found = massive_effect(planted_model(), planted_texts(), ratio=100, random=5)
+        found = massive_effect(planted_model(), planted_texts(), ratio=100, random=30, where="all")
     finally:
         module._random = original
     wanted = sorted((layer, text) for layer, text, *_ in found.entries.tolist())
