@@ -1,11 +1,12 @@
 """Does removing the parts that an analysis ranks first change the model more than removing others?
 
 Every ranking is a claim about cause, and this is its test: parts are removed in the order of the ranking, and as many random
-parts beside it, layer by layer the same number. What removal means is always said; ``probes/removal.py`` has the words.
+parts beside it (``matched`` says which). What removal means is always said; ``probes/removal.py`` has the words.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,7 +40,11 @@ _NUMBERS = 2**22
 @dataclass(frozen=True)
 class AblationCurve(Result):
     """``base`` ``[N]``: the metric of N examples with nothing removed; ``ranked`` ``[C, N]`` with the first ``counts[c]`` parts
-    of the ranking removed, ``random`` ``[R, C, N]`` with as many random ones, R draws."""
+    of the ranking removed, ``random`` ``[R, C, N]`` with as many random ones, R draws.
+
+    Up to half of what random parts are drawn from, they are others than the ranked ones, of the same layers while these have
+    any. Beyond half there are not enough others: the ranked parts are drawn too, and the curves meet where all are removed.
+    """
 
     metric: str
     ablation: str
@@ -103,9 +108,9 @@ def ablation_curve(
     ``inputs``: ``Pairs``, or what ``model.run`` takes. ``metric``: ``loss`` (mean negative log probability of the next token,
     nats), ``kl`` (of the next-token distribution from the unchanged model's, nats), with pairs ``probability``, ``accuracy``
     and ``logit-difference`` of the answer, or a function of the run. ``counts``: how many to remove, by default up to ten steps
-    from 1 to all of the ranking. ``pool``: what random parts are drawn from, by default all heads of the model, or the ranking
-    itself if it ranks anything else; of the layer of the part they stand in for, and outside of the removed ones, where there
-    are any left. Whole KV groups are ranked as ``Heads(layer, heads)``, sublayers as ``Site("attn_out", l)``.
+    from 1 to all of the ranking. ``pool``: what random parts are drawn from, as ``matched`` tells; by default all heads of the
+    stacks it ranks heads of, or the ranking itself if it ranks anything else. Whole KV groups are ranked as
+    ``Heads(layer, heads)``, sublayers as ``Site("attn_out", l)``.
     """
     order = [as_part(part) for part in ranking]
     if not order:
@@ -114,10 +119,10 @@ def ablation_curve(
         raise WorkbenchError("the ranking names a part twice")
     if random < 1:
         raise WorkbenchError(f"random is the number of random rankings, at least 1; got {random}")
-    steps = _counts(len(order)) if counts is None else tuple(counts)
+    steps = steps_to(len(order)) if counts is None else tuple(counts)
     if not steps or min(steps) < 1 or max(steps) > len(order):
         raise WorkbenchError(f"counts lie between 1 and the {len(order)} parts of the ranking; got {list(steps)}")
-    everything = list(dict.fromkeys(_pool(model, order) if pool is None else map(as_part, pool)))
+    everything = default_pool(model, order) if pool is None else list(dict.fromkeys(map(as_part, pool)))
     name, measure = named_metric(metric, inputs)
     if name == "loss" and not model.shape.causal:
         raise Refused(f"{model.name} sees the next token; its loss is none: use kl, or a metric of your own")
@@ -140,22 +145,44 @@ P = TypeVar("P", Site, Heads, Site | Heads)
 
 
 def matched(chosen: Sequence[P], pool: Sequence[P], generator: torch.Generator) -> list[P]:
-    """As many parts of the pool, none of them chosen, layer by layer where the layer has some left; chosen ones only if
-    nothing else is left."""
-    taken = set(chosen)
-    left = [part for part in dict.fromkeys(pool) if part not in taken]
-    spare = [part for part in dict.fromkeys(pool) if part in taken]
-    picked: list[P] = []
-    for part in chosen:
-        if not left:
-            left, spare = spare, []
-        if not left:
-            raise Refused(f"the pool holds {len(pool)} parts, too few to draw {len(chosen)} random ones")
-        near = [other for other in left if (other.layer, other.stack) == (part.layer, part.stack)] or left
-        pick = near[int(torch.randint(len(near), (1,), generator=generator))]
-        left.remove(pick)
-        picked.append(pick)
+    """As many random parts of the pool as are chosen: the control of every removal.
+
+    Each stands in for a chosen part and is of its layer and kind. Where the chosen ones fill a layer, or leave too few others
+    in it, the rest are of the same kind in any layer, and of any kind if there is none. None is a chosen one as long as the pool
+    holds enough others; if it does not (more than half of it is chosen), chosen ones are drawn like any other.
+    """
+    everything, taken = list(dict.fromkeys(pool)), set(chosen)
+    others = [part for part in everything if part not in taken]
+    drawn_from = others if len(others) >= len(chosen) else everything
+    if len(drawn_from) < len(chosen):
+        raise Refused(f"the pool holds {len(everything)} parts, too few to draw {len(chosen)} random ones")
+    open_places = set(map(_place, others))
+    wanted = Counter(place for place in map(_place, chosen) if place in open_places)
+    picked = _drawn(drawn_from, wanted, _place, generator)
+    for like in (_kind, lambda part: ""):
+        left = [part for part in drawn_from if part not in picked]
+        picked += _drawn(left, Counter(map(like, chosen)) - Counter(map(like, picked)), like, generator)
     return picked
+
+
+def _drawn(parts: Sequence[P], wanted: Counter[Any], like: Callable[[P], Any], generator: torch.Generator) -> list[P]:
+    """Random parts, as many of every likeness as are wanted of it, or all that there are."""
+    found: list[P] = []
+    for i in torch.randperm(len(parts), generator=generator).tolist():
+        if wanted[like(parts[i])] > 0:
+            wanted[like(parts[i])] -= 1
+            found.append(parts[i])
+    return found
+
+
+def _kind(part: Site | Heads) -> tuple[str, str]:
+    if isinstance(part, Heads):
+        return part.stack, f"{len(part.heads)} heads"
+    return part.stack, part.kind if part.head is None else f"{part.kind} of a head"
+
+
+def _place(part: Site | Heads) -> tuple[Any, ...]:
+    return (part.layer, *_kind(part))
 
 
 def next_token_loss(run: Run) -> Tensor:
@@ -243,11 +270,18 @@ def _answer_probability(logits: Tensor, pairs: Pairs) -> Tensor:
     return torch.where(answer >= 0, p.gather(1, answer.clamp(min=0)), 0.0).sum(1)
 
 
-def _counts(parts: int) -> tuple[int, ...]:
-    return tuple(sorted({max(1, round(parts * i / 10)) for i in range(1, 11)}))
+def default_metric(model: Model, inputs: Any) -> str:
+    """``probability`` of the answer for pairs, the ``loss`` of texts, else ``kl``."""
+    return "probability" if isinstance(inputs, Pairs) else "loss" if model.shape.causal else "kl"
 
 
-def _pool(model: Model, order: Sequence[Site | Heads]) -> Sequence[Site | Heads]:
-    if all(isinstance(part, Site) and part.kind == "z" and part.head is not None and not part.stack for part in order):
-        return all_heads(model)
-    return order
+def steps_to(most: int) -> tuple[int, ...]:
+    """Up to ten even steps from 1 to ``most``."""
+    return tuple(sorted({max(1, round(most * i / 10)) for i in range(1, 11)}))
+
+
+def default_pool(model: Model, order: Sequence[Site | Heads]) -> list[Site | Heads]:
+    """What random parts are drawn from: all heads of the stacks if the ranking ranks heads, else what it ranks."""
+    if all(isinstance(part, Site) and part.kind == "z" and part.head is not None for part in order):
+        return [head for stack in dict.fromkeys(part.stack for part in order) for head in all_heads(model, stack)]
+    return list(dict.fromkeys(order))

@@ -1,16 +1,16 @@
 """Which ranking finds what the model needs?
 
 Every ranking of heads (or other parts) is put to the same test: parts are removed in its order and the metric watched, beside
-random parts of the same layers. The area between the two curves, averaged over the counts of removed parts, says in the unit of
-the metric what the ranking is worth. A ranking that knows nothing has 0 on average; how far it gets by luck is seen on shuffled
-orders that go through the same test.
+random parts of the same layers (Wu et al. 2024, arXiv 2404.15574; LOCOS, arXiv 2607.01002, with means). The area between the
+two curves, averaged over the counts of removed parts, says in the unit of the metric what the ranking is worth. A ranking that
+knows nothing has about 0 on average; how far it gets by luck is seen on shuffled orders that go through the same test.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
 from workbench.models.protocol import Model
-from workbench.probes.ablation import AblationCurve, Metric, ablation_curve
+from workbench.pairs import Pairs
+from workbench.probes.ablation import AblationCurve, Metric, ablation_curve, default_metric, default_pool, steps_to
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Ranking = Sequence[Part] | HeadTable | tuple[HeadTable, str]
-"""Parts in order, a table of heads (by its first measure, largest first), or a table and the measure to rank by."""
+"""Parts in order, a table of heads (by its first measure, largest first), or a pair of a table and the measure to rank by."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class RankingComparison(Result):
             )
         return pd.DataFrame(rows)
 
+    def by_count(self) -> pd.DataFrame:
+        """One row per ranking and count: ``ranking``, then the columns of ``AblationCurve.frame``."""
+        import pandas as pd
+
+        parts = [curve.frame().assign(ranking=name) for name, curve in self.curves.items()]
+        table = pd.concat(parts, ignore_index=True)
+        return table[["ranking", *table.columns.drop("ranking")]]
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curves of all rankings on one axis; grey: the range of all random draws."""
         ax = axis(ax, 5.6, 3.8)
@@ -85,42 +94,63 @@ class RankingComparison(Result):
         return ax
 
 
-def compare_importance(
+def compare_rankings(
     model: Model,
     inputs: Any,
     rankings: Mapping[str, Ranking],
     *,
-    metric: str | Metric = "loss",
+    metric: str | Metric | None = None,
     ablation: str = "mean",
     labels: Tensor | None = None,
     counts: Sequence[int] | None = None,
+    pool: Iterable[Part] | None = None,
     random: int = 8,
     seed: int = 0,
 ) -> RankingComparison:
     """An ablation curve per ranking and the area between it and random removal, with 95% intervals over examples.
 
-    ``metric``, ``ablation``, ``counts``, ``random`` and ``seed`` as in ``ablation_curve``; with ``labels`` ``[B]`` the metric is
-    ``probability``, ``loss`` or ``accuracy`` of the class. Rank on one set of examples and compare on another: a ranking made
-    on these very examples flatters itself. ``random`` is also how many shuffled orders of the same parts are tested, at least 2.
+    ``inputs``: ``Pairs``, several of them (prompts of several lengths; what stands in for a removed part is then that of each
+    batch), or what ``model.run`` takes. ``rankings``: name -> parts in order, best first; or a table of heads, by its first
+    measure, or ``(table, measure)``. ``metric``, ``ablation``, ``pool``, ``random`` and ``seed`` as in ``ablation_curve``; the
+    metric is by default the answer's probability of pairs, else the loss of texts or ``kl``; with ``labels`` ``[B]`` it is
+    ``probability`` (default), ``loss`` or ``accuracy`` of the class. ``counts``: how many to remove, by default up to ten steps
+    to what the shortest ranking names and to half of the pool, beyond which random parts overlap the ranked ones. ``random`` is
+    also how many shuffled orders of the same parts are tested, at least 2.
+
+    Rank on one set of examples and compare on another: a ranking made on these very examples flatters itself.
     """
     if not rankings:
-        raise WorkbenchError("no rankings given: name them, as {'mine': table, 'other': [(0, 1), (2, 3)]}")
+        raise WorkbenchError("no ranking given: name them, as {'mine': table, 'other': [(0, 1), (2, 3)]}")
     if random < 2:
         raise WorkbenchError(f"random is the number of random rankings, at least 2 to see chance; got {random}")
+    batches = _batches(inputs)
+    if labels is not None and len(batches) > 1:
+        raise WorkbenchError("pairs have answers of their own; leave labels out")
     orders = {name: ranked_parts(ranking) for name, ranking in rankings.items()}
-    if counts is None:
-        shortest = min(map(len, orders.values()))
-        counts = sorted({max(1, round(shortest * i / 10)) for i in range(1, 11)})
-    if labels is not None and isinstance(metric, str):
-        metric = _class_metric(Judge.of(model, inputs, labels), metric)
-    options: dict[str, Any] = dict(metric=metric, ablation=ablation, counts=counts, random=random, seed=seed)
-    curves = {name: ablation_curve(model, inputs, order, **options) for name, order in orders.items()}
+    for name, order in orders.items():
+        if not order:
+            raise Refused(f"ranking {name!r} names no parts")
     everything = list(dict.fromkeys(as_part(part) for order in orders.values() for part in order))
+    drawn = list(dict.fromkeys(map(as_part, pool))) if pool is not None else default_pool(model, everything)
+    if counts is None:
+        counts = steps_to(max(1, min(*map(len, orders.values()), len(drawn) // 2)))
+    if labels is not None and not callable(metric):
+        metric = _class_metric(Judge.of(model, batches[0], labels), metric or MEASURES[0])
+    options: dict[str, Any] = dict(ablation=ablation, counts=counts, pool=drawn)
+
+    def curve(order: Sequence[Part], random: int, seed: int) -> AblationCurve:
+        chosen = [default_metric(model, batch) if metric is None else metric for batch in batches]
+        return _joined([
+            ablation_curve(model, batch, order, metric=one, random=random, seed=seed, **options)
+            for batch, one in zip(batches, chosen, strict=True)
+        ])  # fmt: skip
+
+    curves = {name: curve(order, random, seed) for name, order in orders.items()}
     generator = torch.Generator().manual_seed(seed)
     luck = []
     for draw in range(random):
         order = [everything[i] for i in torch.randperm(len(everything), generator=generator).tolist()]
-        luck.append(_area(ablation_curve(model, inputs, order, **{**options, "random": 1, "seed": seed + draw})).mean())
+        luck.append(_area(curve(order, 1, seed + draw)).mean())
     return RankingComparison(
         curves=curves,
         areas={name: _area(curve) for name, curve in curves.items()},
@@ -128,6 +158,22 @@ def compare_importance(
         agreement=_agreement([curve.order for curve in curves.values()]),
         provenance=next(iter(curves.values())).provenance,
     )
+
+
+def _batches(inputs: Any) -> list[Any]:
+    """Several batches of pairs, or the one input given."""
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str) and any(isinstance(x, Pairs) for x in inputs):
+        if not all(isinstance(part, Pairs) for part in inputs):
+            raise WorkbenchError("a list that holds Pairs holds nothing else; build them with wb.task(...).build(...)")
+        return list(inputs)
+    return [inputs]
+
+
+def _joined(curves: Sequence[AblationCurve]) -> AblationCurve:
+    """The curves of one ranking and the same random draws on several batches, as one over all examples."""
+    base = torch.cat([curve.base for curve in curves])
+    ranked, drawn = (torch.cat([getattr(curve, name) for curve in curves], -1) for name in ("ranked", "random"))
+    return replace(curves[0], base=base, ranked=ranked, random=drawn)
 
 
 def _area(curve: AblationCurve) -> Tensor:
@@ -191,20 +237,19 @@ def _example() -> dict[str, Any]:
             "by number": [(layer, head) for layer in range(2) for head in range(4)],
         },
         "random": 3,
-        "metric": "probability",
     }
 
 
 ANALYSES = (
     Analysis(
-        name="compare-importance",
-        question="Which ranking of heads finds what the model needs?",
-        function=compare_importance,
+        name="ranking-comparison",
+        question="Which ranking of the heads names those that the model needs?",
+        function=compare_rankings,
         example=_example,
-        paper="removal curves as in Michel et al. 2019 (arXiv 1905.10650) and Wu et al. 2024 (arXiv 2404.15574)",
+        paper="Michel et al. 2019 (arXiv 1905.10650); Wu et al. 2024 (arXiv 2404.15574); LOCOS 2026 (arXiv 2607.01002)",
         source="model",
         null="random heads of the same layers, and shuffled orders in the place of the ranking",
-        cause="ablation_curve removes the heads",
+        cause="compare_rankings",
         definition="the area between the curves, its interval and its range by chance are ours",
     ),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs, at_answer
-from workbench.probes.ablation import Metric, named_metric, over_tokens
+from workbench.probes.ablation import Metric, default_metric, named_metric, over_tokens
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled
@@ -151,7 +151,7 @@ def sublayer_removal(
     removal = Removal.of(model, inputs, candidates, "zero")
     judged = inputs if evaluate is None else evaluate
     if metric is None:
-        metric = "probability" if isinstance(judged, Pairs) else "loss" if model.shape.causal else "kl"
+        metric = default_metric(model, judged)
     name, measure = named_metric(metric, judged)
     tried = removal if evaluate is None else Removal.of(model, evaluate, candidates, "zero")
     guarded = set(candidates[: round(protect * len(candidates))])

@@ -1,39 +1,28 @@
-"""Does a head bring back the answer, and is the answer lost without the heads that a score ranks first?
+"""Does a head bring back the answer?
 
-``recovery``: the prompt without the needle is run with one head's output (``hook_z``) replaced by what that head gave on the
+The prompt without the needle is run with one head's output (``hook_z``) replaced by what that head gave on the
 prompt with the needle (causal recovery, LOCOS, arXiv 2607.01002):
 
     recovered(h) = m(without needle, head h from the clean run) - m(without needle)
-
-``compare_rankings``: heads are removed (their output set to its mean) in the order of several rankings, as in the test of
-contribution scores against scores of attention, with as many random heads beside each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.errors import Refused, UnknownName
 from workbench.models.protocol import Edit, Model
 from workbench.pairs import Pairs
-from workbench.probes.ablation import AblationCurve, ablation_curve
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled
 from workbench.probes.retrieval.trials import by_position
 from workbench.probes.tables import HeadTable
-from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
 
 PLACES = ("answer", "all")
 MEASURES = ("log_probability", "logit", "share")
@@ -102,78 +91,6 @@ def recovery(model: Model, pairs: Pairs | Sequence[Pairs], *, place: str = "answ
     )
 
 
-@dataclass(frozen=True)
-class RankingComparison(Result):
-    """``curves``: name of the ranking -> what removing its first heads does, with random heads beside it."""
-
-    curves: Mapping[str, AblationCurve]
-    provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
-
-    def frame(self) -> pd.DataFrame:
-        """The frames of the curves, one below the other: ``ranking``, then the columns of ``AblationCurve.frame``."""
-        import pandas as pd
-
-        parts = []
-        for name, curve in self.curves.items():
-            table = curve.frame()
-            table.insert(0, "ranking", name)
-            parts.append(table)
-        return pd.concat(parts, ignore_index=True)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The metric over the number of removed heads, a line per ranking, and random heads (grey: those of the first)."""
-        ax = axis(ax, 4.8, 3.2)
-        first = next(iter(self.curves.values()))
-        for name, curve in self.curves.items():
-            ax.plot(curve.counts, curve.ranked.mean(1).numpy(), marker="o", label=name)
-        draws = first.random.mean(2)
-        ax.plot(first.counts, draws.mean(0).numpy(), linestyle="--", color="0.4", label="random")
-        ax.fill_between(first.counts, draws.amin(0).numpy(), draws.amax(0).numpy(), color="0.4", alpha=0.2, linewidth=0)
-        ax.set(xlabel=f"heads removed ({first.ablation})", ylabel=first.metric, title=self.provenance.model)
-        ax.legend()
-        return ax
-
-
-def compare_rankings(
-    model: Model,
-    pairs: Pairs,
-    rankings: Mapping[str, Sequence[tuple[int, int]] | HeadTable],
-    *,
-    measures: Mapping[str, str] | None = None,
-    counts: Sequence[int] | None = None,
-    metric: str = "probability",
-    ablation: str = "mean",
-    **options: Any,
-) -> RankingComparison:
-    """Ablation curves of several rankings of the heads on the same prompts.
-
-    ``rankings``: name -> heads ``(layer, head)``, best first, or a ``HeadTable``, ranked by ``measures[name]`` (its first measure
-    by default). ``counts``: how many to remove, by default 1, 2, 4, ... up to half of the heads. ``metric``, ``ablation`` and
-    further options are those of ``ablation_curve``; random heads are of the same layers.
-    """
-    if not rankings:
-        raise WorkbenchError("no ranking given; pass {'name': heads or a HeadTable, ...}")
-    orders = {name: _order(name, given, (measures or {}).get(name)) for name, given in rankings.items()}
-    most = max(1, min(model.shape.layers * model.shape.heads // 2, *map(len, orders.values())))
-    steps = tuple(2**i for i in range(most.bit_length())) if counts is None else tuple(counts)
-    curves = {
-        name: ablation_curve(
-            model, pairs, order[: max(steps)], metric=metric, ablation=ablation, counts=steps, **options
-        )
-        for name, order in orders.items()
-    }
-    return RankingComparison(curves, next(iter(curves.values())).provenance)
-
-
-def _order(name: str, given: Sequence[tuple[int, int]] | HeadTable, measure: str | None) -> list[tuple[int, int]]:
-    heads = [head[:2] for head in given.top(measure)] if isinstance(given, HeadTable) else list(given)
-    if not heads:
-        raise Refused(f"ranking {name!r} ranks no head: its scores are undefined")
-    if any(not isinstance(layer, int) for layer, _ in heads):
-        raise Refused("removing heads needs plain layer numbers; this model has several stacks")
-    return [(int(layer), int(head)) for layer, head in heads]
-
-
 def _patch(clean: Tensor, place: str) -> Edit:
     def edit(output: Tensor) -> Tensor:
         if place == "all":
@@ -225,20 +142,5 @@ ANALYSES = (
         null="a random head of the same layer",
         cause="recovery",
         definition="the patch is at the answer's position by default (published: everywhere)",
-    ),
-    Analysis(
-        name="ranking-comparison",
-        question="Which ranking of the heads names those that the answer needs?",
-        function=compare_rankings,
-        example=lambda: {
-            "model": bundled("compiled-needle"),
-            "pairs": _without_needle(),
-            "rankings": {"copying": [(1, 1), (0, 0)], "other": [(0, 1), (1, 0)]},
-            "random": 2,
-        },
-        paper="LOCOS 2026 (arXiv 2607.01002), mean-ablation of the first heads of rankings",
-        source="model",
-        null="as many random heads of the same layers",
-        cause="compare_rankings",
     ),
 )

@@ -201,13 +201,46 @@ def test_random_parts_are_matched_by_layer_and_spare_the_removed_ones():
     assert seen == {pool[2], pool[3], *pool[9:]}, "every other head of the layers is drawn some time"
 
 
-def test_random_parts_of_a_full_layer_come_from_others_and_in_the_end_from_the_removed():
-    pool = [Site("z", layer, head) for layer in range(2) for head in range(2)]
-    picked = matched(pool[:2], pool, torch.Generator().manual_seed(0))
-    assert set(picked) == set(pool[2:])
+def test_random_parts_of_a_full_layer_come_from_any_other():
+    """A layer that is chosen whole has no other head; its stand-ins do not use up the layer of another chosen head first."""
+    pool = [Site("z", layer, head) for layer in range(4) for head in range(4)]
+    chosen = [*pool[:4], pool[4], pool[5]]
+    others = set()
+    for seed in range(60):
+        picked = matched(chosen, pool, torch.Generator().manual_seed(seed))
+        assert len(set(picked)) == 6
+        assert not set(picked) & set(chosen)
+        assert {part for part in picked if part.layer == 1} == {pool[6], pool[7]}
+        others |= {part for part in picked if part.layer > 1}
+    assert others == set(pool[8:])
+
+
+def test_beyond_half_of_the_pool_chosen_parts_are_drawn_like_others():
+    """Of 12 heads, 8 are chosen (4, 3, 1): each head of a layer that is not full is as likely; not the 4 others every time."""
+    pool = [Site("z", layer, head) for layer in range(3) for head in range(4)]
+    chosen = [*pool[:7], pool[8]]
+    draws = [matched(chosen, pool, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert all(len(set(picked)) == 8 for picked in draws)
+    counts = [sum(part in picked for picked in draws) / 400 for part in pool]
+    # 3 of 4 of layer 1, 1 of 4 of layer 2; the 4 for the full layer from the 8 that are then left
+    wanted = [0.5] * 4 + [0.75 + 0.25 / 2] * 4 + [0.25 + 0.75 / 2] * 4
+    assert counts == pytest.approx(wanted, abs=0.1)
     assert set(matched(pool, pool, torch.Generator().manual_seed(0))) == set(pool)
+
+
+def test_a_pool_that_is_too_small_is_refused():
+    pool = [Site("z", 0, head) for head in range(2)]
     with pytest.raises(Refused, match="the pool holds 1 parts, too few to draw 2"):
-        matched(pool[:2], pool[:1], torch.Generator())
+        matched(pool, pool[:1], torch.Generator())
+
+
+def test_stand_ins_of_sublayers_are_of_their_kind():
+    pool = [Site(kind, layer) for layer in range(4) for kind in ("attn_out", "mlp_out")]
+    for seed in range(20):
+        (picked,) = matched([pool[0]], pool, torch.Generator().manual_seed(seed))
+        assert picked.kind == "attn_out"
+        assert picked.layer > 0
+    assert [part.kind for part in matched([pool[0]], pool[:2], torch.Generator())] == ["mlp_out"]
 
 
 def test_a_part_named_twice_in_the_pool_is_drawn_once():

@@ -8,7 +8,7 @@ import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.probes.ablation import ablation_curve
 from workbench.probes.examples import needles
-from workbench.probes.importance.comparison import compare_importance, ranked_parts
+from workbench.probes.importance.comparison import compare_rankings, ranked_parts
 from workbench.probes.importance.first_order import first_order
 from workbench.probes.importance.leave_one_out import leave_one_head_out
 from workbench.probes.removal import Heads
@@ -31,7 +31,7 @@ def test_a_good_ranking_beats_shuffled_orders_and_a_bad_one_does_not(compiled, p
     train = wb.task("needle", length=32, depth=0.5, split="test").build(7, compiled.tokenizer, 4)
     good = leave_one_head_out(compiled, train, ablation="zero", draws=0)
     worst = list(reversed(ranked_parts(good)))
-    found = compare_importance(
+    found = compare_rankings(
         compiled, pairs, {"good": good, "worst": worst}, metric="probability", ablation="zero", counts=(1, 2), random=6
     )
     table = found.frame().set_index("ranking")
@@ -43,9 +43,40 @@ def test_a_good_ranking_beats_shuffled_orders_and_a_bad_one_does_not(compiled, p
     assert len(found.plot().lines) >= 3
 
 
+def test_without_counts_the_control_never_overlaps(compiled, pairs):
+    whole = [(layer, head) for layer in range(2) for head in range(4)]
+    found = compare_rankings(compiled, pairs, {"all": whole, "five": whole[:5]}, random=2)
+    assert found.curves["all"].counts == (1, 2, 3, 4)
+    assert found.curves["all"].metric == "probability"
+    short = compare_rankings(compiled, pairs, {"all": whole, "three": whole[:3]}, random=2)
+    assert short.curves["all"].counts == (1, 2, 3)
+
+
+def test_batches_of_several_lengths_are_compared_together(compiled, pairs):
+    other = needles(compiled, 40, 2, depth=0.2)
+    order = {"one": [(1, 1), (0, 1)]}
+    options = dict(counts=(1, 2), random=3, seed=5)
+    both, *alone = (compare_rankings(compiled, given, order, **options) for given in ([pairs, other], pairs, other))
+    for name in ("base", "ranked", "random"):
+        parts = [getattr(each.curves["one"], name) for each in alone]
+        torch.testing.assert_close(getattr(both.curves["one"], name), torch.cat(parts, -1))
+    torch.testing.assert_close(both.areas["one"], torch.cat([each.areas["one"] for each in alone]))
+    with pytest.raises(WorkbenchError, match="holds nothing else"):
+        compare_rankings(compiled, [pairs, "a text"], order)
+    with pytest.raises(WorkbenchError, match="answers of their own"):
+        compare_rankings(compiled, [pairs, other], order, labels=torch.tensor([0]))
+
+
+def test_texts_are_compared_by_their_loss():
+    case = native()
+    found = compare_rankings(case.model, case.inputs, {"one": [(0, 0), (1, 1)]}, random=2)
+    assert found.curves["one"].metric == "loss"
+    assert found.by_count()[["ranking", "removed"]].to_numpy().tolist() == [["one", 1], ["one", 2]]
+
+
 def test_the_area_is_the_mean_over_counts_of_the_difference(compiled, pairs):
     order = [(0, 0), (1, 1), (0, 2)]
-    found = compare_importance(compiled, pairs, {"one": order}, metric="loss", counts=(1, 3), random=3, seed=4)
+    found = compare_rankings(compiled, pairs, {"one": order}, metric="loss", counts=(1, 3), random=3, seed=4)
     curve = ablation_curve(compiled, pairs, order, metric="loss", counts=(1, 3), random=3, seed=4)
     wanted = [
         sum(float(curve.ranked[c, n] - sum(curve.random[r, c, n] for r in range(3)) / 3) for c in range(2)) / 2
@@ -68,6 +99,8 @@ def test_tables_groups_stacks_and_lists_are_rankings():
     t5 = hugging_face("t5")
     stack = leave_one_head_out(t5.model, t5.inputs, stack="decoder", draws=0)
     assert all(part.stack == "decoder" for part in ranked_parts(stack))
+    judged = compare_rankings(t5.model, t5.inputs, {"one": ranked_parts(stack)[:2]}, metric="kl", random=3)
+    assert judged.curves["one"].order[0].startswith("decoder.")
     nothing = HeadTable("t", {"a": {0: torch.tensor([float("nan")])}}, {"a": ""})
     with pytest.raises(Refused, match="nothing to rank"):
         ranked_parts(nothing)
@@ -78,7 +111,7 @@ def test_tables_groups_stacks_and_lists_are_rankings():
 def test_groups_go_through_the_same_test():
     case = native()
     groups = leave_one_head_out(case.model, case.inputs, by="kv-group", draws=0)
-    found = compare_importance(case.model, case.inputs, {"groups": groups}, random=2)
+    found = compare_rankings(case.model, case.inputs, {"groups": groups}, random=2)
     assert found.curves["groups"].order[0].endswith("]")
     assert found.frame()["chance_low"].notna().all()
 
@@ -88,20 +121,22 @@ def test_classes_of_images():
     labels = torch.tensor([0, 1])
     table = first_order(vit.model, vit.inputs, labels=labels, exact=False)
     options = dict(labels=labels, metric="probability", random=2, counts=(1, 4))
-    found = compare_importance(vit.model, vit.inputs, {"first": table}, **options)
+    found = compare_rankings(vit.model, vit.inputs, {"first": table}, **options)
     assert found.curves["first"].metric == "probability"
     with torch.no_grad():
         wanted = vit.model.run(vit.inputs).logits.softmax(-1)[torch.arange(2), labels]
     torch.testing.assert_close(found.curves["first"].base, wanted)
     with pytest.raises(UnknownName, match="metric of a class"):
-        compare_importance(vit.model, vit.inputs, {"first": table}, labels=labels, metric="kl")
+        compare_rankings(vit.model, vit.inputs, {"first": table}, labels=labels, metric="kl")
 
 
 def test_saved_and_refused(compiled, pairs, tmp_path):
-    found = compare_importance(compiled, pairs, {"one": [(0, 0)], "two": [(1, 1)]}, random=2)
+    found = compare_rankings(compiled, pairs, {"one": [(0, 0)], "two": [(1, 1)]}, random=2)
     assert load_result(found.save(tmp_path / "comparison")).type == "RankingComparison"
     assert found.frame()["agreement_two"].isna()[0]
-    with pytest.raises(WorkbenchError, match="no rankings given"):
-        compare_importance(compiled, pairs, {})
+    with pytest.raises(WorkbenchError, match="no ranking given"):
+        compare_rankings(compiled, pairs, {})
+    with pytest.raises(Refused, match="ranking 'none' names no parts"):
+        compare_rankings(compiled, pairs, {"none": []})
     with pytest.raises(WorkbenchError, match="at least 2"):
-        compare_importance(compiled, pairs, {"one": [(0, 0)]}, random=1)
+        compare_rankings(compiled, pairs, {"one": [(0, 0)]}, random=1)

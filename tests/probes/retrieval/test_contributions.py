@@ -10,6 +10,7 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.native import NativeModel
 from workbench.pairs import Pairs
 from workbench.probes.examples import needles
+from workbench.probes.importance.comparison import compare_rankings
 from workbench.probes.retrieval.contributions import contributions
 from workbench.probes.retrieval.direct_path import norm_of, output_weights
 from workbench.probes.retrieval.trials import by_position, needle_spans, windows_elsewhere
@@ -241,6 +242,27 @@ def test_spans_and_windows():
     running = torch.nn.functional.pad(torch.arange(6.0).cumsum(-1), (1, 0))
     assert windows_elsewhere(running, 2, 4, 6).tolist() == [1.0, 9.0]
     assert not len(windows_elsewhere(running[:4], 1, 3, 3))
+
+
+def test_contributions_name_the_heads_that_the_answer_needs():
+    """Mean ablation of the compiled model: the head that contributes loses the answer; those that look elsewhere do not."""
+    model = wb.load("compiled-needle")
+    task = wb.task("needle", length=64, depth=0.5, corruption="filler", split="test")
+    pairs = task.build(0, model.tokenizer, 8)
+    scores = contributions(model, pairs)
+    found = compare_rankings(
+        model,
+        pairs,
+        {"contribution": scores, "attention": (scores, "attention"), "bos": [(1, 0), (0, 1)]},
+        counts=(1, 2),
+        random=4,
+    )
+    table = found.by_count().set_index(["ranking", "removed"])
+    assert table.loc[("contribution", 1), "base"] > 0.19
+    assert table.loc[("contribution", 1), "ranked"] < 0.1 * table.loc[("contribution", 1), "base"]
+    assert table.loc[("contribution", 1), "random"] > 0.99 * table.loc[("contribution", 1), "base"]
+    assert table.loc[("bos", 2), "ranked"] == pytest.approx(table.loc[("bos", 2), "base"], rel=1e-3)
+    assert found.curves["attention"].order[0] == "blocks.1.attn.hook_z[1]"
 
 
 def test_weights_are_those_of_the_heads():

@@ -4,11 +4,9 @@ from builders import hugging_face, native
 from random_nets import ids
 
 import workbench as wb
-from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.errors import UnknownName
 from workbench.pairs import Pairs
-from workbench.probes.retrieval.contributions import contributions
-from workbench.probes.retrieval.recovery import compare_rankings, recovery
-from workbench.results import load_result
+from workbench.probes.retrieval.recovery import recovery
 from workbench.sites import Site
 
 
@@ -96,45 +94,7 @@ def test_nothing_lost_is_nothing_to_recover():
     assert found.values["log_probability"][0].abs().max() < 1e-12
 
 
-def test_contributions_name_the_heads_that_the_answer_needs():
-    """Mean ablation of the compiled model: the head that contributes loses the answer; those that look elsewhere do not."""
+def test_unknown_places_are_refused():
     model = wb.load("compiled-needle")
-    pairs = without_needle(model, 8)
-    scores = contributions(model, pairs)
-    found = compare_rankings(
-        model,
-        pairs,
-        {"contribution": scores, "attention": scores, "bos": [(1, 0), (0, 1)]},
-        measures={"attention": "attention"},
-        counts=(1, 2),
-        random=4,
-    )
-    table = found.frame().set_index(["ranking", "removed"])
-    assert table.loc[("contribution", 1), "base"] > 0.19
-    assert table.loc[("contribution", 1), "ranked"] < 0.1 * table.loc[("contribution", 1), "base"]
-    assert table.loc[("contribution", 1), "random"] > 0.99 * table.loc[("contribution", 1), "base"]
-    assert table.loc[("bos", 2), "ranked"] == pytest.approx(table.loc[("bos", 2), "base"], rel=1e-3)
-    assert found.curves["attention"].order[0] == "blocks.1.attn.hook_z[1]"
-
-
-def test_comparisons_are_drawn_and_saved(tmp_path):
-    model = wb.load("compiled-needle")
-    found = compare_rankings(
-        model, without_needle(model, 2), {"one": [(1, 1), (0, 0)], "two": [(0, 0), (1, 1)]}, random=2
-    )
-    assert found.curves["one"].counts == (1, 2)
-    assert [line.get_label() for line in found.plot().lines] == ["one", "two", "random"]
-    assert load_result(found.save(tmp_path / "curves")).table["ranking"].tolist() == ["one"] * 2 + ["two"] * 2
-
-
-def test_what_cannot_be_compared_is_refused():
-    model = wb.load("compiled-needle")
-    pairs = without_needle(model, 2)
     with pytest.raises(UnknownName, match="answer, all"):
-        recovery(model, pairs, place="needle")
-    with pytest.raises(WorkbenchError, match="no ranking"):
-        compare_rankings(model, pairs, {})
-    with pytest.raises(Refused, match="ranks no head"):
-        compare_rankings(model, pairs, {"none": []})
-    with pytest.raises(Refused, match="several stacks"):
-        compare_rankings(model, pairs, {"cross": [("cross.0", 1)]})
+        recovery(model, without_needle(model, 2), place="needle")
