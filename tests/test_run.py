@@ -45,3 +45,13 @@ def test_tokens_refuse_wrong_shapes() -> None:
         wb.Tokens(torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(wb.WorkbenchError, match="token mask is bool"):
         wb.Tokens(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_asking_whether_something_is_there_is_no_error() -> None:
+    run = example()
+    assert "blocks.0.attn.hook_z" in run.acts
+    assert "blocks.1.attn.hook_z" not in run.acts
+    assert "blocks.0.attn.hook_nothing" not in run.acts
+    assert run.acts.get("blocks.1.attn.hook_z") is None
+    assert 0 in run.maps
+    assert 4 not in run.maps

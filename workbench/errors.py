@@ -10,8 +10,11 @@ class WorkbenchError(ValueError):
     """A request that cannot be answered: the message says what was asked, what was got and what to call instead."""
 
 
-class UnknownName(WorkbenchError):
-    """A name that does not exist; the message lists the names that do, at its end the nearest one."""
+class UnknownName(WorkbenchError, KeyError):
+    """A name that does not exist; the message lists the names that do, at its end the nearest one.
+
+    Also a ``KeyError``, so that ``in`` and ``get`` of mappings that raise it say no instead of raising.
+    """
 
     def __init__(self, what: str, name: object, known: Iterable[object]) -> None:
         import difflib
@@ -20,6 +23,9 @@ class UnknownName(WorkbenchError):
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.8)
         nearest = f"; nearest: {near[0]}" if near else ""
         super().__init__(f"no {what} {str(name)!r}; known: {', '.join(names) or 'none'}{nearest}")
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Refused(WorkbenchError):

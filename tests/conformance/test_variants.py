@@ -356,3 +356,9 @@ def test_the_identity_holds(variant: Variant) -> None:
 def test_the_identity_notices_a_broken_operator(variant: Variant) -> None:
     with pytest.raises(AssertionError):
         identities()[variant.name](broken(variant.operator))
+
+
+def test_no_rows_are_an_empty_tensor(variant: Variant) -> None:
+    amap = variant(**example(variant, 9))[1]
+    b, h, _, k = amap.shape
+    assert amap.rows(0, 0).shape == (b, h, 0, k)

@@ -49,7 +49,7 @@ def pointer_attention(
 
     def rows(lo: int, hi: int) -> Tensor:
         step = max(1, attention_map.CHUNK // (b * h * m * q.shape[3]))
-        parts = [_additive(held[0][:, :, x : min(hi, x + step)], *held[1:]) for x in range(lo, hi, step)]
+        parts = [_additive(held[0][:, :, x : min(hi, x + step)], *held[1:]) for x in range(lo, max(hi, lo + 1), step)]
         return masked_softmax(torch.cat(parts, 2), visible(mask, hi - lo, m, q.device, lo))[0]
 
     row_sum = "1" if mask.covers(n, m) else "<=1"

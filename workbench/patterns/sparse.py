@@ -91,7 +91,7 @@ class SparseMap(AttentionMap):
         parts = []
         for lo, hi in self._pieces(width):
             at, weights = self._entries(lo, hi)
-            at = at.expand(b, h, -1, -1).reshape(b, h, -1, 1)
+            at = at.expand(b, h, -1, -1).flatten(2, 3)[..., None]
             seen = values.gather(2, at.expand(-1, -1, -1, width)).view(b, h, hi - lo, -1, width)
             parts.append((weights.to(work)[..., None, :] @ seen).squeeze(-2).to(v.dtype))
         return torch.cat(parts, 2)
@@ -104,8 +104,8 @@ class SparseMap(AttentionMap):
         out = y.new_zeros(b, h, k, width, dtype=work)
         for lo, hi in self._pieces(width):
             at, weights = self._entries(lo, hi)
-            part = (weights.to(work)[..., None] * y[:, :, lo:hi, None].to(work)).reshape(b, h, -1, width)
-            index = at.expand(b, h, -1, -1).reshape(b, h, -1, 1).expand(-1, -1, -1, width)
+            part = (weights.to(work)[..., None] * y[:, :, lo:hi, None].to(work)).flatten(2, 3)
+            index = at.expand(b, h, -1, -1).flatten(2, 3)[..., None].expand(-1, -1, -1, width)
             out.scatter_add_(2, index, part)
         return out.view(b, g, h // g, k, width).sum(2).to(y.dtype)
 
