@@ -200,6 +200,8 @@ _NAMES: dict[str, str] = {
     "planted_images": "workbench.datasets.patches:planted_images",
     "hiprune": "workbench.probes.vision.hiprune:hiprune",
     "pruning_curve": "workbench.probes.vision.pruning:pruning_curve",
+    "flow_heat": "workbench.probes.vision.vl_sam:flow_heat",
+    "point_prompts": "workbench.probes.vision.vl_sam:point_prompts",
     # circuits
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",

@@ -7,9 +7,9 @@ patch j receives, averaged over heads and over all queries (class token included
     buffers    their up to four neighbours in the grid: one column or one row away
     registers  the patches with the largest a in a deep layer among the rest, until ``keep`` are kept
 
-Published: object layer 9 of CLIP's 24, deep layer the last but one, alpha 0.1, keep 192, 128 or 64 of 576. Layers are taken here at
-the same share of the depth. The code finds neighbours by token number, so that the first column borders on the last one of the row
-above; here rows do not wrap. If buffers do not all fit, those of the strongest anchors come first.
+Published: object layer 9 of CLIP's 24, deep layer the last but one, alpha 0.1, keep 192, 128 or 64 of 576. Layers are taken here
+at the same share of the depth. The code finds neighbours by token number, so that the first column borders on the last one of the
+row above; here rows do not wrap. If buffers do not all fit, those of the strongest anchors come first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class KeptTokens(Result):
         return self.why != PRUNED
 
     def recall(self) -> dict[str, Tensor]:
-        """Share of the mass on patches that the kept ones receive, by layer: ``object`` and ``deep``, ``[B]``; NaN without any."""
+        """Share of the mass on patches that the kept ones receive, ``object`` and ``deep``, each ``[B]``; NaN without any."""
         return _recall(self.kept, self.object_mass, self.deep_mass)
 
     def inside(self, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class KeptTokens(Result):
         return pd.DataFrame(rows)
 
     def frame(self) -> pd.DataFrame:
-        """One row per image and patch: ``image, patch, row, column, why, object_mass, deep_mass`` and what even attention gives."""
+        """One row per image and patch: ``image, patch, row, column, why, object_mass, deep_mass``, with their nulls."""
         import pandas as pd
 
         b, n = self.why.shape

@@ -136,11 +136,13 @@ def entry(layer: int, grid: Grid) -> Site:
     return Site("resid_pre", 0, None, grid.stack) if layer == START else Site("resid_post", layer, None, grid.stack)
 
 
-def unseen(model: Model, gone: Tensor, grid: Grid, layer: int) -> dict[Site, Edit]:
+def unseen(model: Model, gone: Tensor, grid: Grid, layer: int) -> dict[Site | str, Edit | Tensor]:
     """Edits that take the patches ``gone`` out of all blocks after ``layer``, and out of the mean that a native model of images
     answers with."""
     layers = [at for at in attention_layers(model, grid.stack) if at > layer]
-    edits: dict[Site, Edit] = {Site("pattern", at, None, grid.stack): without_columns(gone, grid) for at in layers}
+    edits: dict[Site | str, Edit | Tensor] = {
+        Site("pattern", at, None, grid.stack): without_columns(gone, grid) for at in layers
+    }
     last = Site("final_norm")
     if not grid.stack and grid.cls is None and str(last) in model.manifest().sites:
         edits[last] = mean_patch(gone, grid)
