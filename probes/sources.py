@@ -40,6 +40,17 @@ def maps_of(source: object) -> dict[int | str, AttentionMap]:
     return found
 
 
+def one_map(source: object) -> AttentionMap:
+    """The one map given; raises for anything else, and for several maps or a run of them."""
+    if isinstance(source, AttentionMap):
+        return source
+    found = maps_of(source)
+    raise WorkbenchError(
+        f"expected one attention map; got a {type(source).__name__} of layers {', '.join(map(str, found))}: choose one, as "
+        "in run.maps[0]"
+    )
+
+
 def provenance_of(source: object) -> Provenance:
     """Where the maps come from: that of the run, or ``maps``."""
     return source.provenance if isinstance(source, Run) else Provenance("maps")

@@ -40,6 +40,10 @@ class DenseMap(AttentionMap):
     def __init__(
         self, weights: Tensor, *, offset: int | None = None, kv_heads: int | None = None, **metadata: str
     ) -> None:
+        if not isinstance(weights, Tensor):
+            raise WorkbenchError(
+                f"weights are a tensor [B, H, Q, K]; got a {type(weights).__name__}: torch.as_tensor(it)"
+            )
         if weights.ndim != 4 or 0 in weights.shape:
             raise WorkbenchError(f"weights are [B, H, Q, K], not empty; got {list(weights.shape)}")
         if not weights.is_floating_point():

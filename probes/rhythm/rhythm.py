@@ -108,7 +108,7 @@ def rhythm(
     counted = (torch.ones(batch, length, dtype=torch.bool) if real is None else real) & (torch.arange(length) >= prompt)
     wanted = {head.layer for head in near}, {head.layer for head in far}
     w = mean_over(near, {n: waad(m, window, prompt=prompt) for n, m in maps.items() if n in wanted[0]})
-    f = mean_over(far, {n: fai(m, clip, prompt=prompt) for n, m in maps.items() if n in wanted[1]})
+    f = mean_over(far, {n: fai(m, clip, prompt=prompt, real=real) for n, m in maps.items() if n in wanted[1]})
     w, f = (x.masked_fill(~counted, float("nan")) for x in (w, f))
     delta = torch.nn.functional.pad((w[:, :-1] - w[:, 1:]).abs(), (0, 1), value=float("nan"))
     values = {"waad": w, "delta": delta, "fai": f, "preplan": _largest(delta, top), "anchor": _largest(f, top)}

@@ -19,7 +19,9 @@ from workbench.errors import WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
+from workbench.probes.padding import padding
 from workbench.probes.rhythm.bands import band_sums, check, first_key
+from workbench.probes.sources import one_map
 
 
 def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
@@ -29,7 +31,7 @@ def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
     stand on them are NaN. Weight that is missing from a row (a gate, a learned sink) counts as distance 0. Distances to
     later keys count by their size. Refused for signed and channel maps.
     """
-    check(amap)
+    check(one_map(amap))
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise WorkbenchError(f"window is the largest distance that counts, at least 1; got {window!r}")
     first = first_key(prompt, amap.shape[3])
@@ -39,18 +41,19 @@ def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
     return found.masked_fill(torch.arange(amap.shape[2]) + amap.offset < first, float("nan"))
 
 
-def fai(amap: AttentionMap, clip: tuple[int, int] = (10, 50), *, prompt: int = 0) -> Tensor:
+def fai(amap: AttentionMap, clip: tuple[int, int] = (10, 50), *, prompt: int = 0, real: Tensor | None = None) -> Tensor:
     """Future attention influence of every key, ``[B, H, K]``: mean weight it gets from the queries ``clip[0]`` to
     ``clip[1]`` tokens later, float64.
 
-    NaN for keys that no query stands so far behind (the last ones), and for the keys of the ``prompt``. Takes the band
+    NaN for keys that no query stands so far behind (the last ones), and for the keys of the ``prompt``. Padding queries
+    do not count: ``real`` ``[B, Q]`` is False on them, by default where the map's own mask says so. Takes the band
     below the diagonal alone, so that its cost grows with the text, not with its square. Refused for signed and channel
     maps.
     """
-    check(amap)
+    check(one_map(amap))
     near, far = _clip(clip)
     first = first_key(prompt, amap.shape[3])
-    total, count = band_sums(amap, near, far)
+    total, count = band_sums(amap, near, far, padding(0, amap, None).queries if real is None else real)
     found = total / count
     return found.masked_fill(torch.arange(amap.shape[3]) < first, float("nan"))
 

@@ -28,7 +28,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.similarity.aligned import Aligned, aligned, aligned_layers, even
-from workbench.probes.sources import Source, provenance_of
+from workbench.probes.sources import Source, one_map, provenance_of
 from workbench.probes.tables import HeadTable
 
 EXACT = 2048
@@ -49,14 +49,14 @@ def effective_rank(amap: AttentionMap, *, size: int | None = None) -> Tensor:
     ``size``: of the map of block sums instead, whose rank is at most the number of blocks. NaN for a map without weight. Padding
     that the map's own mask names does not count. Refuses maps of more than 2,048 queries and keys: see ``rank_bounds``.
     """
-    layer = aligned("", amap, None)
+    layer = aligned("", one_map(amap), None)
     return _measures(_spectrum(layer, size))["effective_rank"]
 
 
 def rank_bounds(amap: AttentionMap, rank: int = 64, *, iterations: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The least and the most effective rank, ``[B, H]`` each, that the ``rank`` largest singular values and the norm of a map
     leave possible. Takes ``iterations`` + 1 products with the map and with its adjoint, at any length."""
-    least, most = _bounding_spectra(aligned("", amap, None), rank, iterations, seed)
+    least, most = _bounding_spectra(aligned("", one_map(amap), None), rank, iterations, seed)
     return _measures(least)["effective_rank"], _measures(most)["effective_rank"]
 
 

@@ -24,6 +24,7 @@ from workbench.maps import AttentionMap
 from workbench.mixers.chosen import block_means
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
+from workbench.probes.sources import one_map
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -116,7 +117,7 @@ def selection_curves(
     ``kept`` are shares of the visible blocks of a row, in (0, 1]. A block is visible if the map has weight in it; rows
     without any are left out. Refused for maps with negative weights, whose mass says nothing about what matters.
     """
-    if amap.sign == "signed":
+    if one_map(amap).sign == "signed":
         raise Refused("a signed map has no mass to recall: weights cancel")
     mass = amap.blocks(size, "sum").double()
     wrong = [share for share in kept if not 0 < share <= 1]

@@ -114,7 +114,7 @@ def test_rows_of_a_generation_stand_where_they_are():
     assert late.offset == 12
     torch.testing.assert_close(waad(late), waad(whole)[..., 12:])
     total, count = band_sums(late, 1, 3)
-    assert count.tolist() == [sum(12 <= s + d < 20 for d in (1, 2, 3)) for s in range(20)]
+    assert count[0, 0].tolist() == [sum(12 <= s + d < 20 for d in (1, 2, 3)) for s in range(20)]
     assert float(total[0, 0, 5]) == 0
 
 
