@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.results import Result, axis, head_map
+from workbench.results import Result, axis, head_map, wrapped
 from workbench.run import Provenance
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class LayerTable(Result):
             ax.legend()
         step = max(1, len(places) // 16)
         ax.set_xticks(places[::step], [str(layer) for layer in self.layers[::step]])
-        ax.set(xlabel="layer", ylabel=self.units[name], title=f"{self.title}\n{self.provenance.model}")
+        title = wrapped(f"{self.title}\n{self.provenance.model}", 3.8)
+        ax.set(xlabel="layer", ylabel=wrapped(self.units[name], 2.8), title=title)
         return ax
 
 
@@ -195,7 +196,8 @@ class TokenTable(Result):
         names = self.tokens[0] if self.tokens else ()
         if names and length <= 80:
             ax.set_xticks(range(length), list(names[:length]), rotation=70, ha="right", fontsize=7, parse_math=False)
-        ax.set(xlabel="token", ylabel=self.units[name], title=f"{self.title}\n{self.provenance.model}")
+        title = wrapped(f"{self.title}\n{self.provenance.model}", 4.0)
+        ax.set(xlabel="token", ylabel=wrapped(self.units[name], 2.8), title=title)
         return ax
 
 

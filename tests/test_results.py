@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workbench.errors import WorkbenchError
-from workbench.results import Result, axis, head_map, load_result, table_html
+from workbench.results import Result, axis, head_map, load_result, table_html, wrapped
 from workbench.run import Provenance
 
 
@@ -137,3 +137,13 @@ def test_head_maps_leave_undefined_heads_blank():
     assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("t", "head", "layer")
     with pytest.raises(WorkbenchError, match="at least one"):
         head_map(None, [], [], title="t", unit="u")
+
+
+def test_long_labels_stay_on_the_figure() -> None:
+    unit = "part of a query's weight that the learned sink takes away from all of the visible keys"
+    ax = head_map(None, [torch.ones(2)], [0], title="A title that says a great deal about what is drawn", unit=unit)
+    ax.figure.canvas.draw()
+    drawn, (width, height) = ax.figure.get_tightbbox(), ax.figure.get_size_inches()
+    assert 0 <= drawn.x0 <= drawn.x1 <= width
+    assert 0 <= drawn.y0 <= drawn.y1 <= height
+    assert wrapped("one\ntwo", 3) == "one\ntwo"

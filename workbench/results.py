@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,14 +162,21 @@ def head_map(
     grid = np.full((len(values), heads), np.nan)
     for i, row in enumerate(values):
         grid[i, : len(row)] = row.detach().double().cpu().numpy()
-    ax = axis(ax, max(4.8, 2.5 + 0.32 * heads), max(2.6, 1.8 + 0.32 * len(values)))
+    width, height = max(4.8, 2.5 + 0.32 * heads), max(2.6, 1.8 + 0.32 * len(values))
+    ax = axis(ax, width, height)
     image = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
     step = max(1, len(values) // 16)
     ax.set_yticks(range(0, len(values), step), [str(layer) for layer in list(layers)[::step]])
     ax.set_xticks(range(0, heads, max(1, heads // 16)))
-    ax.set(xlabel="head", ylabel="layer", title=title)
-    ax.figure.colorbar(image, ax=ax, label=unit)
+    ax.set(xlabel="head", ylabel="layer", title=wrapped(title, 0.75 * width))
+    ax.figure.colorbar(image, ax=ax, label=wrapped(unit, height - 0.8))
     return ax
+
+
+def wrapped(text: str, inches: float) -> str:
+    """A label in lines that fit on ``inches`` of a figure, at matplotlib's own size; its own line breaks are kept."""
+    width = max(12, int(inches * 10))
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def _number(value: float) -> str:
