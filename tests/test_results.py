@@ -142,7 +142,7 @@ def test_head_maps_leave_undefined_heads_blank():
 def test_long_labels_stay_on_the_figure() -> None:
     unit = "part of a query's weight that the learned sink takes away from all of the visible keys"
     ax = head_map(None, [torch.ones(2)], [0], title="A title that says a great deal about what is drawn", unit=unit)
-    ax.figure.canvas.draw()
+    ax.figure.draw_without_rendering()
     drawn, (width, height) = ax.figure.get_tightbbox(), ax.figure.get_size_inches()
     assert 0 <= drawn.x0 <= drawn.x1 <= width
     assert 0 <= drawn.y0 <= drawn.y1 <= height

@@ -57,7 +57,7 @@ def test_the_example_is_drawn_and_saved(name, answered, tmp_path):
     axis = result.plot()
     assert axis.has_data()
     assert axis.get_xlabel() or axis.get_title() or axis.get_ylabel()
-    axis.figure.canvas.draw()
+    axis.figure.draw_without_rendering()
     saved = load_result(result.save(tmp_path / "result"))
     pd.testing.assert_frame_equal(
         saved.frame().reset_index(drop=True).astype(str), result.frame().reset_index(drop=True).astype(str)
