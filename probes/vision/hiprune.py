@@ -164,7 +164,7 @@ def hiprune(
     if draws < 1:
         raise WorkbenchError(f"draws is the number of random choices, at least 1; got {draws}")
     maps = patch_maps(source, grid, raw=raw)
-    names = tuple(_layer(maps, which) for which in (object_layer, deep_layer))
+    names = tuple(pick_layer(maps, which) for which in (object_layer, deep_layer))
     mass = {name: received(maps[name], grid) for name in dict.fromkeys(names)}
     if len({len(each) for each in mass.values()}) > 1:
         raise WorkbenchError("layers of one run have one batch")
@@ -175,7 +175,7 @@ def hiprune(
     for _ in range(draws):
         for name, found in _recall(random_patches(why != PRUNED, generator), shallow, deep).items():
             random[name].append(found)
-    even = torch.stack([_even(maps[name], grid) for name in names])
+    even = torch.stack([even_share(maps[name], grid) for name in names])
     undefined = {
         f"{what} recall, image {image}": "the patches receive nothing"
         for what, values in (("object", shallow), ("deep", deep))
@@ -191,7 +191,7 @@ def received(amap: AttentionMap, grid: Grid) -> Tensor:
     return amap.received().detach().cpu().double().mean(1)[:, grid.index] / real
 
 
-def _even(amap: AttentionMap, grid: Grid) -> Tensor:
+def even_share(amap: AttentionMap, grid: Grid) -> Tensor:
     """The same if every query spread mass 1 evenly over what it may see, mean over images, ``[N]``."""
     seen = seen_by(amap)
     keys = seen.keys()
@@ -199,7 +199,8 @@ def _even(amap: AttentionMap, grid: Grid) -> Tensor:
     return total.mean(0)[grid.index]
 
 
-def _layer(maps: Mapping[int | str, AttentionMap], which: int | str | float) -> int | str:
+def pick_layer(maps: Mapping[int | str, AttentionMap], which: int | str | float) -> int | str:
+    """A layer by name, or floor(s L) of L layers for a share s of the depth."""
     names = list(maps)
     if isinstance(which, float):
         if not 0 <= which < 1:
