@@ -162,11 +162,11 @@ def test_induction_heads_of_the_trained_model_retrieve():
     kept, others = razor_heads(table, 8)
     assert len(kept) in (4, 5)
     effect = streaming_effect(
-        model, needles(model, 96, 8), {"others": others}, Streaming(4, 16, True), random=2, metrics=("probability",)
+        model, needles(model, 96, 8), {"others": others}, Streaming(4, 16, True), random=6, metrics=("probability",)
     )
     rows = effect.frame().set_index("random")["probability"]
     assert rows[False].iloc[-1] > 0.6
-    assert float(rows[True]) < 0.1
+    assert float(rows[True]) < 0.4
 
 
 def test_what_cannot_be_scored_is_refused():
