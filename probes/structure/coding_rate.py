@@ -114,6 +114,7 @@ ANALYSES = (
         paper="Yu et al. 2023 (arXiv 2306.01129)",
         source="model",
         null="random subspaces of the same size",
-        definition="outside of CRATE: subspaces are what the values of the last layer read, sparsity is that of MLP units",
+        definition="outside of CRATE: subspaces are what the values of the last layer read, sparsity is that of MLP units; "
+        "tokens have length 1 before they are projected, in the authors' script after it",
     ),
 )

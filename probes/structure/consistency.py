@@ -1,7 +1,7 @@
 """From which layer on does a model know its answer?
 
 Internal consistency (Xie et al., arXiv 2405.18711): the stream after layer l is read by the model's own last norm and
-unembedding (logit lens), restricted to the possible answers; its label is the largest of them. The consistency of an
+unembedding (logit lens), normalised over the possible answers alone; its label is the largest of them. The consistency of an
 example is the part of the layers whose label is that of the last:
 
     IC = mean over l < L of 1[label_l = label_L].
@@ -66,20 +66,22 @@ def internal_consistency(
     mask = run.tokens.mask.cpu()
     at = inputs.position if hasattr(inputs, "position") else mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     rows = torch.arange(len(mask))
-    layers = [head.logits(run.acts[site][rows, at]).double().cpu().log_softmax(-1)[:, ids] for site in sites]
+    layers = [head.logits(run.acts[site][rows, at]).double().cpu()[:, ids] for site in sites]
     return consistency_of(
         torch.stack(layers), calibrate=calibrate, seed=seed, layers=tuple(range(len(sites))), provenance=run.provenance
     )
 
 
 def consistency_of(scores: Tensor, *, calibrate: bool = True, seed: int = 0, **labels: Any) -> Consistency:
-    """The same from scores ``[L, N, C]`` of C answers to N examples in L layers, the last layer last."""
+    """The same from scores ``[L, N, C]`` of C answers to N examples in L layers, the last layer last: logits or log
+    probabilities, which are normalised over the answers, so that what an example adds to all of them does not count."""
     if scores.ndim != 3 or scores.shape[0] < 2 or scores.shape[2] < 2:
         raise WorkbenchError(f"scores are [L, N, C] with two layers and two answers or more; got {list(scores.shape)}")
     count, classes = scores.shape[1:]
     if calibrate and count < 2:
         raise Refused("calibration takes quantiles over examples: give two or more, or calibrate=False")
-    values = scores.double()
+    logp = scores.double().log_softmax(-1)
+    values = logp
     if calibrate:
         values = values - values.quantile((classes - 1) / classes, dim=1, keepdim=True)
     best = values == values.amax(-1, keepdim=True)
@@ -96,7 +98,7 @@ def consistency_of(scores: Tensor, *, calibrate: bool = True, seed: int = 0, **l
         {"agreement": high},
         {"agreement": torch.stack(shuffled).mean(0)},
         labels=values.argmax(-1),
-        scores=scores,
+        scores=logp,
         agreements=agree,
         **labels,
     )
@@ -137,5 +139,7 @@ ANALYSES = (
         paper="Xie et al. 2024 (arXiv 2405.18711)",
         source="model",
         null="the last labels of other examples",
+        definition="labels are the answers furthest above their quantile, and the last layer does not count; the authors' code "
+        "asks whether the last label's answer is above its quantile, the last layer included",
     ),
 )

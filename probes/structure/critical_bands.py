@@ -56,6 +56,11 @@ class CriticalBands(Result):
     reason: str = ""
     provenance: Provenance = field(default_factory=lambda: Provenance("classifier"))
 
+    @property
+    def peak_sensitivity(self) -> float:
+        """The published form of the peak, 2^(A - 4): 1/16 where it takes the largest of the five published noises."""
+        return 2.0 ** (self.peak - 4)
+
     def frame(self) -> pd.DataFrame:
         """One row per band and noise: ``cycles, deviation, accuracy, low, high, sensitivity``."""
         import pandas as pd
@@ -202,6 +207,7 @@ ANALYSES = (
         source="tensors",
         null="accuracy without noise, and the other bands",
         cause="is the intervention: one band of frequencies is masked",
-        definition="thresholds are interpolated; bands that never reach the level count as sensitivity 0 in the fit",
+        definition="thresholds are interpolated, where the authors count the noises that bring accuracy down; bands that never "
+        "reach the level count as sensitivity 0 in the fit",
     ),
 )
