@@ -128,9 +128,8 @@ def attention_outliers(run: Run, grid: Grid, *, k: int = 10, layer: int | None =
 
 def _read(run: Run, grid: Grid) -> list[int]:
     found: dict[str, set[int]] = {"q": set(), "k": set()}
-    for name in run.acts:
-        site = Site.parse(name)
-        if site.kind in found and site.stack == grid.stack and site.layer is not None:
+    for site in run.acts:
+        if isinstance(site, Site) and site.kind in found and site.stack == grid.stack and site.layer is not None:
             found[site.kind].add(site.layer)
     both = sorted(found["q"] & found["k"])
     if not both:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers as hf
-from random_nets import DECODER, VISION, net, noise
+from eager_nets import eager_llava
+from random_nets import VISION, net, noise
 from vision_nets import llava, vision
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
@@ -17,16 +18,6 @@ from workbench.sites import Site
 
 def first(count, n=12, batch=2):
     return torch.arange(n).expand(batch, -1) < count
-
-
-def eager_llava():
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**DECODER), image_token_id=5,
-        vision_feature_layer=-2, image_seq_length=16,
-    )  # fmt: skip
-    made = net(hf.LlavaForConditionalGeneration, config, implementation="eager")
-    ids = torch.tensor([[1, 7, *[5] * 16, 8, 9, 10]])
-    return HFModel(made, name="llava"), {"input_ids": ids, "pixel_values": noise(1, 3, 16, 16).double()}
 
 
 def tiny_vit():
