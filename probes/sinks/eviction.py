@@ -5,7 +5,8 @@ The causal test of StreamingLLM (Xiao et al., arXiv 2309.17453): a query sees th
 what no token needs, evicting them ruins the model though their content says nothing (Llama-2-13B on PG19: perplexity
 5158 with 0 + 1024 tokens, 5.40 with 4 + 1020). The null keeps as many other early tokens in their place.
 
-A row loses the weight of evicted keys and is divided by what is left, which is softmax over the keys that stay.
+A row loses the weight of evicted keys and is divided by what is left of its denominator, which is softmax over the keys that
+stay (and the learned sink of a layer that has one).
 Positions stay those of the text; the re-indexing of the paper's cache is not done, so that only visibility changes.
 """
 
@@ -23,6 +24,7 @@ from workbench.models.protocol import Edit, Model
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled
+from workbench.probes.hidden_keys import without_keys
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -124,8 +126,7 @@ def eviction(
         seen = (apart < window - count) | keep[:, None]
 
         def edit(pattern: Tensor) -> Tensor:
-            left = pattern * seen[:, None].to(pattern.device)
-            return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+            return without_keys(pattern, seen[:, None])
 
         edits: dict[Site | str, Edit | Tensor] = {Site("pattern", layer): edit for layer in chosen}
         return _late_loss(model.run(tokens, edit=edits), place, window)

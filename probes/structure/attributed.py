@@ -19,6 +19,7 @@ from workbench.models.protocol import Edit, Model
 from workbench.pairs import Pairs, logit_difference
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
+from workbench.probes.hidden_keys import without_keys
 from workbench.probes.tables import TokenTable
 from workbench.sites import Site
 
@@ -66,8 +67,7 @@ def erased(
         hidden = order.masked_fill(spared, float("-inf")).argsort(dim=1, descending=True).argsort(dim=1) < count
 
         def edit(pattern: Tensor) -> Tensor:
-            left = pattern * ~hidden[:, None, None].to(pattern.device)
-            return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+            return without_keys(pattern, ~hidden[:, None, None])
 
         edits: dict[Site | str, Edit | Tensor] = {Site("pattern", layer): edit for layer in range(model.shape.layers)}
         run = model.run(pairs.clean, edit=edits)

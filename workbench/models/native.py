@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.captures import Capture
-from workbench.errors import UnknownName, WorkbenchError
+from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.current import inside
 from workbench.models.hookpoints import attached
@@ -201,6 +201,11 @@ class NativeModel:
         reads = parse_sites(read, self._serves, self._names)
         edits = parse_edits(edit, self._serves, self._names)
         wanted = check_layers(maps, range(self.shape.layers))
+        for site in edits:
+            if self._point(site.whole) not in self.net.hook_dict:
+                raise Refused(
+                    f"{site} cannot be edited: the mixer {self.net.config.mixer!r} of {self.name} does not build it; edit hook_z"
+                )
 
         acts: dict[Site, Tensor] = {}
         captured: dict[int | str, AttentionMap] = {}
