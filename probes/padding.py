@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
+from workbench.probes.sources import ungated
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def padding(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> Paddi
     stack = name.split(".")[0] if isinstance(name, str) and "." in name else ""
     key_side = _side(tokens, "decoder" if stack == "decoder" else "" if stack != "vision" else None)
     query_side = _side(tokens, "decoder" if stack in ("decoder", "cross") else "" if stack != "vision" else None)
-    inner = amap.raw if isinstance(amap, GatedMap) else amap
-    mask = getattr(inner, "mask", None) or Mask()
+    mask = getattr(ungated(amap), "mask", None) or Mask()
     keys_real = None if mask.keys is None else mask.keys.cpu().expand(b, keys)
     behind = 0 if mask.window is None or mask.prefix else amap.offset - mask.window + 1
     if keys_real is not None and 0 < behind < keys:

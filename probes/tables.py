@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
+from workbench.probes.bootstrap import interval
 from workbench.results import Result, axis, head_map, wrapped
 from workbench.run import Provenance
 
@@ -60,6 +61,40 @@ class HeadTable(Result):
                     f"{name!r} of {self.title!r} is one number per head, {_sizes(wanted)}; got "
                     f"{_sizes({layer: tuple(row.shape) for layer, row in part.items()})}"
                 )
+
+    @classmethod
+    def averaged(
+        cls,
+        title: str,
+        each: Mapping[str, Layers],
+        units: Mapping[str, str],
+        *,
+        null: Mapping[str, Layers] | None = None,
+        single: Mapping[str, Layers] | None = None,
+        undefined: Mapping[str, str] | None = None,
+        provenance: Provenance | None = None,
+    ) -> HeadTable:
+        """A table of means over sequences with 95% intervals, its measures in the order of ``units``.
+
+        ``each`` measure -> layer -> ``[N, H]``, a number per sequence; NaN is left out. ``null`` likewise or ``[H]``. ``single``:
+        measures that are one number per head, ``[H]``, and have no interval.
+        """
+        means, low, high = _over_sequences(each)
+        rows = means | {name: dict(part) for name, part in (single or {}).items()}
+        nulls = {
+            name: {layer: row if row.ndim == 1 else row.nanmean(0) for layer, row in part.items()}
+            for name, part in (null or {}).items()
+        }
+        return cls(
+            title=title,
+            values={name: rows[name] for name in units if name in rows},
+            units=units,
+            low=low,
+            high=high,
+            null=nulls,
+            undefined=undefined or {},
+            provenance=provenance or Provenance("maps"),
+        )
 
     @property
     def layers(self) -> tuple[int | str, ...]:
@@ -120,6 +155,33 @@ class LayerTable(Result):
     def __post_init__(self) -> None:
         _check_measures(self)
         _check_shapes(self, (len(self.layers),))
+
+    @classmethod
+    def averaged(
+        cls,
+        title: str,
+        each: Mapping[str, Mapping[int | str, Tensor]],
+        units: Mapping[str, str],
+        *,
+        null: Mapping[str, Mapping[int | str, Tensor]] | None = None,
+        undefined: Mapping[str, str] | None = None,
+        provenance: Provenance | None = None,
+    ) -> LayerTable:
+        """A table of means over sequences with 95% intervals, in the order of ``units``: ``each`` measure -> layer ->
+        ``[N]``, ``null`` likewise; NaN is left out."""
+        layers = tuple(next(iter(each.values())))
+        means, low, high = ({n: _stacked(part) for n, part in found.items()} for found in _over_sequences(each))
+        return cls(
+            title=title,
+            layers=layers,
+            values={name: means[name] for name in units if name in means},
+            units=units,
+            low=low,
+            high=high,
+            null={n: _stacked({la: row.nanmean() for la, row in part.items()}) for n, part in (null or {}).items()},
+            undefined=undefined or {},
+            provenance=provenance or Provenance("maps"),
+        )
 
     def frame(self) -> pd.DataFrame:
         """One row per layer: ``layer``, then each measure with its ``_low _high _null`` where it has them."""
@@ -199,6 +261,20 @@ class TokenTable(Result):
         title = wrapped(f"{self.title}\n{self.provenance.model}", 4.0)
         ax.set(xlabel="token", ylabel=wrapped(self.units[name], 2.8), title=title)
         return ax
+
+
+def _over_sequences(each: Mapping[str, Layers]) -> list[dict[str, dict[int | str, Tensor]]]:
+    """Means over the first axis, and the ends of their intervals."""
+    found: list[dict[str, dict[int | str, Tensor]]] = [{}, {}, {}]
+    for name, part in each.items():
+        for layer, rows in part.items():
+            for kept, numbers in zip(found, (rows.nanmean(0), *interval(rows)), strict=True):
+                kept.setdefault(name, {})[layer] = numbers
+    return found
+
+
+def _stacked(part: Mapping[int | str, Tensor]) -> Tensor:
+    return torch.stack(list(part.values()))
 
 
 def _check_measures(table: Any) -> None:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
+from workbench.models.protocol import Tokens
+from workbench.probes.padding import padding
+from workbench.probes.sources import ungated
 
 _CHUNK = 2**24
 
@@ -115,7 +118,7 @@ def visibility(
     ``mask`` wins over the map's own; a map without one is causal if it holds no weight on any key after its query, and
     sees everything otherwise. ``real`` ``[B, Q]`` and ``keys`` ``[B, K]`` are False on padding.
     """
-    inner = amap.raw if isinstance(amap, GatedMap) else amap
+    inner = ungated(amap)
     found = mask if mask is not None else getattr(inner, "mask", None)
     if not isinstance(found, Mask):
         found = Mask(causal=not looks_ahead(inner), offset=inner.offset)
@@ -133,6 +136,14 @@ def visibility(
     if found.queries is not None:
         rows = rows & found.queries.cpu()
     return Visibility(found, (queries, inner.shape[3]), rows)
+
+
+def layer_visibility(
+    name: int | str, amap: AttentionMap, tokens: Tokens | None, *, mask: Mask | None = None
+) -> Visibility:
+    """Who may see whom in a layer of a run with these tokens, padding left out."""
+    pad = padding(name, amap, tokens)
+    return visibility(amap, mask=mask, real=pad.queries, keys=pad.keys)
 
 
 def looks_ahead(amap: AttentionMap) -> bool:

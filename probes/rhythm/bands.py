@@ -5,18 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.maps import AttentionMap
 
 _ROWS = 512
-
-
-def check(amap: AttentionMap, name: int | str = 0) -> None:
-    """Refuse maps in which there is no such thing as an earlier token or a share of attention."""
-    if amap.domain in ("channel", "frequency"):
-        raise Refused(f"layer {name!r}: rows of a {amap.domain} map are no tokens, so they have no distance")
-    if amap.sign == "signed":
-        raise Refused(f"layer {name!r}: weights of a signed map cancel, so a mean distance says nothing")
 
 
 def first_key(prompt: int, keys: int) -> int:

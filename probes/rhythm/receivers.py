@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
-from workbench.probes.bootstrap import interval
+from workbench.maps import AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.padding import padding
-from workbench.probes.rhythm.bands import check, first_key
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.rhythm.bands import first_key
+from workbench.probes.rhythm.waad import NO_DISTANCE
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
-from workbench.run import Run
 
 _CHUNK = 2**22
 
@@ -46,34 +45,31 @@ def receiver_heads(
     if near < 0 or least < 1:
         raise WorkbenchError(f"near is 0 or more, least 1 or more; got near={near}, least={least}")
     maps = maps_of(source)
-    tokens = source.tokens if isinstance(source, Run) else None
     generator = torch.Generator().manual_seed(seed)
-    value, low, high, null = ({} for _ in range(4))
+    each, null = {}, {}
     undefined = {}
     for name, amap in maps.items():
-        check(amap, name)
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        b, _, queries, keys = inner.shape
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, NO_DISTANCE)
+        b, _, queries, keys = asked.shape
         if queries != keys:
             raise Refused(
                 f"layer {name!r}: columns are compared over one text; this map has {queries} queries of {keys} keys"
             )
         first = first_key(prompt, keys)
-        real = padding(name, amap, tokens).queries
+        real = padding(name, amap, tokens_of(source)).queries
         real = torch.ones(b, keys, dtype=torch.bool) if real is None else real
         real = real & (torch.arange(keys) >= first)
         place = torch.arange(keys).expand(b, -1) if sentences is None else _numbers(sentences, b, keys)
-        own, shuffled, enough = _columns(inner, real, place, near, least, generator)
-        each = _kurtosis(own, enough)
-        value[name], (low[name], high[name]) = each.nanmean(0), interval(each)
-        null[name] = _kurtosis(shuffled, enough).nanmean(0)
-        if bool(each.isnan().all()):
+        own, shuffled, enough = _columns(asked, real, place, near, least, generator)
+        each[name], null[name] = _kurtosis(own, enough), _kurtosis(shuffled, enough)
+        if bool(each[name].isnan().all()):
             undefined[str(name)] = (
                 f"fewer than four columns are seen by {least} queries that stand {near} or more after them"
             )
-    return HeadTable(
-        "Receiver heads", {"kurtosis": value}, {"kurtosis": "excess kurtosis of column means"}, {"kurtosis": low},
-        {"kurtosis": high}, {"kurtosis": null}, undefined, provenance_of(source),
+    return HeadTable.averaged(
+        "Receiver heads", {"kurtosis": each}, {"kurtosis": "excess kurtosis of column means"}, null={"kurtosis": null},
+        undefined=undefined, provenance=provenance_of(source),
     )  # fmt: skip
 
 

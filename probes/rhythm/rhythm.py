@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench.maps import GatedMap
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.padding import padding
 from workbench.probes.rhythm.spans import SHARE, global_heads, head_spans, local_heads, mean_over
 from workbench.probes.rhythm.waad import fai, waad
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, inner, maps_of, provenance_of
 from workbench.probes.tables import TokenTable
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -91,7 +90,7 @@ def rhythm(
     """
     if not 0 < top <= 1:
         raise WorkbenchError(f"top is the part of the tokens that is marked, in (0, 1]; got {top}")
-    maps = {n: m.raw if raw and isinstance(m, GatedMap) else m for n, m in maps_of(source).items()}
+    maps = {name: inner(name, amap, raw) for name, amap in maps_of(source).items()}
     sizes = {m.shape[::2] + m.shape[3:] + (m.offset,) for m in maps.values()}
     if len(sizes) > 1 or next(iter(maps.values())).shape[2] != next(iter(maps.values())).shape[3]:
         raise WorkbenchError(

@@ -17,16 +17,14 @@ from torch import Tensor
 
 from workbench import mods
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
-from workbench.probes.bootstrap import interval
+from workbench.maps import AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
-from workbench.probes.padding import padding
-from workbench.probes.rhythm.bands import check, first_key
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.rhythm.bands import first_key
+from workbench.probes.rhythm.waad import NO_DISTANCE
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, real_mean, tokens_of
 from workbench.probes.tables import Head, HeadTable
-from workbench.probes.visibility import visibility
-from workbench.run import Run
+from workbench.probes.visibility import Visibility, layer_visibility
 
 SHARE = 0.3
 
@@ -39,25 +37,21 @@ def head_spans(source: Source, *, prompt: int = 0, raw: bool = False) -> HeadTab
     maps.
     """
     maps = maps_of(source)
-    tokens = source.tokens if isinstance(source, Run) else None
-    value, low, high, null = ({} for _ in range(4))
+    each, null = {}, {}
     for name, amap in maps.items():
-        check(amap, name)
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, NO_DISTANCE)
         first = first_key(prompt, amap.shape[3])
-        pad = padding(name, amap, tokens)
-        seen = visibility(inner, real=pad.queries, keys=pad.keys)
+        seen = layer_visibility(name, asked, tokens_of(source))
         counted = seen.real & (torch.arange(amap.shape[2]) + amap.offset >= first)
         if not bool(counted.any()):
             raise Refused(f"layer {name!r} has no query after the prompt of {prompt} tokens")
-        distance = inner.mass(mods.both(mods.distance(), mods.span(first, amap.shape[3])))
-        each = _mean(distance.detach().cpu().double(), counted)
-        value[name], (low[name], high[name]) = each.mean(0), interval(each)
-        null[name] = _mean(_even(inner, seen, first), counted).mean(0).expand(amap.shape[1])
-    return HeadTable(
-        "Head span", {"span": value}, {"span": "tokens"}, {"span": low}, {"span": high}, {"span": null},
-        provenance=provenance_of(source),
-    )  # fmt: skip
+        distance = asked.mass(mods.both(mods.distance(), mods.span(first, amap.shape[3])))
+        each[name] = real_mean(distance, counted)
+        null[name] = real_mean(_even(asked, seen, first), counted).mean(0).expand(amap.shape[1])
+    return HeadTable.averaged(
+        "Head span", {"span": each}, {"span": "tokens"}, null={"span": null}, provenance=provenance_of(source)
+    )
 
 
 def local_heads(spans: HeadTable, share: float = SHARE) -> list[Head]:
@@ -81,17 +75,11 @@ def _count(spans: HeadTable, share: float) -> int:
     return max(1, round(share * len(spans.top("span"))))
 
 
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the counted queries, ``[B, H]``."""
-    kept = counted[:, None].expand(len(values), 1, -1)
-    return torch.where(kept, values, 0.0).sum(-1) / kept.sum(-1)
-
-
-def _even(amap: AttentionMap, seen: object, first: int) -> Tensor:
+def _even(amap: AttentionMap, seen: Visibility, first: int) -> Tensor:
     """Distance under even attention, ``[B, 1 or H, Q]``."""
     parts = []
     keys = torch.arange(amap.shape[3])
-    for lo, hi, tile in seen.tiles():  # type: ignore[attr-defined]
+    for lo, hi, tile in seen.tiles():
         apart = (torch.arange(lo, hi)[:, None] + amap.offset - keys).abs() * (keys >= first)
         parts.append((tile * apart).sum(-1, dtype=torch.float64) / tile.sum(-1).clamp(min=1))
     found = torch.cat(parts, -1)

@@ -20,8 +20,10 @@ from workbench.maps import AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.padding import padding
-from workbench.probes.rhythm.bands import band_sums, check, first_key
-from workbench.probes.sources import one_map
+from workbench.probes.rhythm.bands import band_sums, first_key
+from workbench.probes.sources import need_shares, one_map
+
+NO_DISTANCE = "have no mean distance: rows of channels are no tokens, and signed weights cancel"
 
 
 def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
@@ -31,7 +33,7 @@ def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
     stand on them are NaN. Weight that is missing from a row (a gate, a learned sink) counts as distance 0. Distances to
     later keys count by their size. Refused for signed and channel maps.
     """
-    check(one_map(amap))
+    need_shares(0, one_map(amap), NO_DISTANCE)
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise WorkbenchError(f"window is the largest distance that counts, at least 1; got {window!r}")
     first = first_key(prompt, amap.shape[3])
@@ -50,7 +52,7 @@ def fai(amap: AttentionMap, clip: tuple[int, int] = (10, 50), *, prompt: int = 0
     below the diagonal alone, so that its cost grows with the text, not with its square. Refused for signed and channel
     maps.
     """
-    check(one_map(amap))
+    need_shares(0, one_map(amap), NO_DISTANCE)
     near, far = _clip(clip)
     first = first_key(prompt, amap.shape[3])
     total, count = band_sums(amap, near, far, padding(0, amap, None).queries if real is None else real)

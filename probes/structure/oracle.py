@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
-from workbench.maps import GatedMap
+from workbench.errors import WorkbenchError
 from workbench.models.protocol import Edit, Model
 from workbench.probes.ablation import named_metric
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, random_maps
-from workbench.probes.padding import padding
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.hidden_keys import without_keys
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import visibility
+from workbench.probes.visibility import layer_visibility
 from workbench.results import Result, axis
-from workbench.run import Provenance, Run
+from workbench.run import Provenance
 from workbench.sites import Site
 
 if TYPE_CHECKING:
@@ -51,31 +50,24 @@ def oracle_recall(source: Source, *, keys: Sequence[int] = KEYS, raw: bool = Fal
     chosen = tuple(keys)
     if not chosen or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in chosen):
         raise WorkbenchError(f"keys are numbers of keys per query, at least 1; got {list(chosen)}")
-    tokens = source.tokens if isinstance(source, Run) else None
-    values: dict[str, dict[int | str, Tensor]] = {f"top_{k}": {} for k in chosen}
-    low, high, null = ({name: dict(part) for name, part in values.items()} for _ in range(3))
+    each: dict[str, dict[int | str, Tensor]] = {f"top_{k}": {} for k in chosen}
+    null: dict[str, dict[int | str, Tensor]] = {f"top_{k}": {} for k in chosen}
     for name, amap in maps_of(source).items():
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        if inner.sign == "signed" or inner.domain in ("channel", "frequency"):
-            raise Refused(f"layer {name!r}: a {inner.sign} {inner.domain} map has no mass to recall")
-        pad = padding(name, amap, tokens)
-        seen = visibility(inner, real=pad.queries, keys=pad.keys)
-        most = min(max(chosen), inner.shape[3])
-        gained = inner.topk(most).values.detach().cpu().double().cumsum(-1)
-        total = inner.row_sums().detach().cpu().double()
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, "hold no mass to recall")
+        seen = layer_visibility(name, asked, tokens_of(source))
+        most = min(max(chosen), asked.shape[3])
+        gained = asked.topk(most).values.detach().cpu().double().cumsum(-1)
+        total = asked.row_sums().detach().cpu().double()
         counted = (total > 0) & seen.real[:, None]
         visible = seen.keys().clamp(min=1)
         for k in chosen:
-            key = f"top_{k}"
             share = torch.where(counted, gained[..., min(k, most) - 1] / total.clamp(min=1e-300), 0.0)
-            each = share.sum(-1) / counted.sum(-1)
-            by_chance = torch.where(counted, (k / visible).clamp(max=1.0).expand_as(share), 0.0).sum(-1) / counted.sum(
-                -1
-            )
-            values[key][name], (low[key][name], high[key][name]) = each.nanmean(0), interval(each)
-            null[key][name] = by_chance.nanmean(0)
-    units = dict.fromkeys(values, "share of the row")
-    return HeadTable("Oracle top-k", values, units, low, high, null, provenance=provenance_of(source))
+            by_chance = torch.where(counted, (k / visible).clamp(max=1.0).expand_as(share), 0.0)
+            each[f"top_{k}"][name] = share.sum(-1) / counted.sum(-1)
+            null[f"top_{k}"][name] = by_chance.sum(-1) / counted.sum(-1)
+    units = dict.fromkeys(each, "share of the row")
+    return HeadTable.averaged("Oracle top-k", each, units, null=null, provenance=provenance_of(source))
 
 
 @dataclass(frozen=True)
@@ -140,8 +132,7 @@ def sparsified(
             if k >= pattern.shape[-1]:
                 return pattern
             rank = pattern if by_weight else torch.rand(pattern.shape, generator=generator).to(pattern) * (pattern > 0)
-            kept = torch.zeros_like(pattern).scatter_(-1, rank.topk(k, dim=-1).indices, 1.0) * pattern
-            return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
+            return without_keys(pattern, torch.zeros_like(pattern).scatter_(-1, rank.topk(k, dim=-1).indices, 1.0))
 
         edits: dict[Site | str, Edit | Tensor] = {Site("pattern", layer): edit for layer in places}
         return measure(model.run(tokens, edit=edits), plain)

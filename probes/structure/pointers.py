@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
 from workbench.mods import Mod
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.masses import mean_masses
-from workbench.probes.padding import padding
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, real_mean, tokens_of
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import visibility
-from workbench.run import Run
+from workbench.probes.visibility import layer_visibility
 
 
 def pointer_fidelity(source: Source, targets: Tensor | Mod, *, raw: bool = False) -> HeadTable:
@@ -35,34 +32,28 @@ def pointer_fidelity(source: Source, targets: Tensor | Mod, *, raw: bool = False
     are no distributions, fidelity where no query has a target. Padding does not count; ``raw=True`` looks inside the
     gate of gated maps.
     """
-    tokens = source.tokens if isinstance(source, Run) else None
-    values: dict[str, dict[int | str, Tensor]] = {"fidelity": {}, "entropy": {}}
-    low, high, null = ({name: dict(part) for name, part in values.items()} for _ in range(3))
+    each: dict[str, dict[int | str, Tensor]] = {"fidelity": {}, "entropy": {}}
+    null: dict[str, dict[int | str, Tensor]] = {"fidelity": {}, "entropy": {}}
     undefined = {}
     for name, amap in maps_of(source).items():
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        if inner.domain in ("channel", "frequency") or inner.sign == "signed":
-            raise Refused(f"layer {name!r}: weights of a {inner.sign} {inner.domain} map do not add up to a fidelity")
-        pad = padding(name, amap, tokens)
-        seen = visibility(inner, real=pad.queries, keys=pad.keys)
-        mod = _mod(targets, inner) if isinstance(targets, Tensor) else targets
-        masses, even = mean_masses(inner, seen, [mod])
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, "do not add up to a fidelity")
+        seen = layer_visibility(name, asked, tokens_of(source))
+        mod = _mod(targets, asked) if isinstance(targets, Tensor) else targets
+        masses, even = mean_masses(asked, seen, [mod])
         try:
-            rows = inner.entropy().detach().cpu().double() / math.log(2)
-            real = seen.real[:, None]
-            bits = torch.where(real, rows, 0.0).sum(-1) / real.sum(-1)
+            bits = real_mean(asked.entropy(), seen.real) / math.log(2)
         except Refused as error:
             bits = torch.full(masses.shape[1:], float("nan"), dtype=torch.float64)
             undefined[str(name)] = str(error)
         count = seen.keys()
         most = torch.where(count > 0, count.clamp(min=1).log2(), 0.0).sum(-1) / seen.real.sum(-1)[:, None]
-        for key, each, by_chance in (("fidelity", masses[0], even[0]), ("entropy", bits, most.expand_as(bits))):
-            values[key][name], (low[key][name], high[key][name]) = each.nanmean(0), interval(each)
-            null[key][name] = by_chance.nanmean(0)
+        each["fidelity"][name], null["fidelity"][name] = masses[0], even[0]
+        each["entropy"][name], null["entropy"][name] = bits, most.expand_as(bits)
         if bool(masses.isnan().all()):
             undefined[f"{name} fidelity"] = "no query has a target that it may see"
     units = {"fidelity": "mean weight on the target", "entropy": "bits"}
-    return HeadTable("Pointers", values, units, low, high, null, undefined, provenance_of(source))
+    return HeadTable.averaged("Pointers", each, units, null=null, undefined=undefined, provenance=provenance_of(source))
 
 
 def _mod(targets: Tensor, amap: AttentionMap) -> Mod:

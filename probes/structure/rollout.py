@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import DENSE_LIMIT, AttentionMap, GatedMap
+from workbench.maps import DENSE_LIMIT, AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
-from workbench.probes.sources import Source, maps_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares
 
 
 def rollout(
@@ -57,13 +57,12 @@ def square_layers(source: Source, raw: bool = False) -> list[AttentionMap]:
     found = []
     shapes = set()
     for name, amap in maps_of(source).items():
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        if inner.sign == "signed" or inner.domain in ("channel", "frequency"):
-            raise Refused(f"layer {name!r}: weights of a {inner.sign} {inner.domain} map do not roll out")
-        if inner.channelwise:
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, "do not roll out")
+        if asked.channelwise:
             raise Refused(f"layer {name!r}: every channel has a map of its own; there is no one path to follow")
-        shapes.add((inner.shape[0], inner.shape[2], inner.shape[3]))
-        found.append(inner)
+        shapes.add((asked.shape[0], asked.shape[2], asked.shape[3]))
+        found.append(asked)
     if len(shapes) > 1 or any(q != k for _, q, k in shapes):
         raise WorkbenchError(
             f"layers follow each other over one set of tokens; got maps [B, Q, K] {sorted(shapes)}: choose the layers of one "

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
+from workbench.errors import UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
-from workbench.probes.padding import padding
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import Visibility, visibility
+from workbench.probes.visibility import Visibility, layer_visibility
 from workbench.results import Result, axis
-from workbench.run import Provenance, Run
+from workbench.run import Provenance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,17 +86,11 @@ def distance_spectra(source: Source, *, raw: bool = False) -> Spectra:
     Rows are walked in chunks and summed by distance, so that memory grows with the text alone. Padding does not count.
     Gated maps count as they act; ``raw=True`` looks inside the gate. Refused for signed and channel maps.
     """
-    tokens = source.tokens if isinstance(source, Run) else None
     weight, even = {}, {}
     for name, amap in maps_of(source).items():
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        if inner.domain in ("channel", "frequency") or inner.sign == "signed":
-            raise Refused(
-                f"layer {name!r}: weights of a {inner.sign} {inner.domain} map have no spectrum over distance"
-            )
-        pad = padding(name, amap, tokens)
-        seen = visibility(inner, real=pad.queries, keys=pad.keys)
-        weight[name], even[name] = _spectrum(inner, seen)
+        asked = inner(name, amap, raw)
+        need_shares(name, asked, "have no spectrum over distance")
+        weight[name], even[name] = _spectrum(asked, layer_visibility(name, asked, tokens_of(source)))
     return Spectra(weight, even, provenance_of(source))
 
 
@@ -112,15 +105,14 @@ def receptive_fields(source: Source, *, parts: tuple[float, ...] = PARTS, raw: b
         raise WorkbenchError(f"parts of the weight lie in (0, 1]; got {parts}")
     spectra = distance_spectra(source, raw=raw)
     names = {part: f"within_{100 * part:g}" for part in parts}
-    values: dict[str, dict[int | str, Tensor]] = {names[part]: {} for part in parts}
-    low, high, null = ({name: dict(part) for name, part in values.items()} for _ in range(3))
+    each: dict[str, dict[int | str, Tensor]] = {name: {} for name in names.values()}
+    null: dict[str, dict[int | str, Tensor]] = {name: {} for name in names.values()}
     for layer, weight in spectra.weight.items():
         for part, name in names.items():
-            each = _quantile(weight, part)
-            values[name][layer], (low[name][layer], high[name][layer]) = each.nanmean(0), interval(each)
+            each[name][layer] = _quantile(weight, part)
             null[name][layer] = _quantile(spectra.even[layer], part).mean().expand(weight.shape[1])
     units = dict.fromkeys(names.values(), "tokens")
-    return HeadTable("Receptive field", values, units, low, high, null, provenance=spectra.provenance)
+    return HeadTable.averaged("Receptive field", each, units, null=null, provenance=spectra.provenance)
 
 
 def octaves(length: int) -> list[tuple[int, int]]:
