@@ -22,17 +22,15 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.maps import AttentionMap
+from workbench.models.protocol import Tokens
 from workbench.mods import Mod
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.masses import mean_masses
-from workbench.probes.padding import padding
 from workbench.probes.retrieval.documents import Documents, document_sums, readable
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, maps_of, provenance_of, tokens_of
 from workbench.probes.tables import LayerTable
-from workbench.probes.visibility import visibility
-from workbench.run import Run
+from workbench.probes.visibility import layer_visibility
 
 LAST = 2
 TEMPERATURE = 0.05
@@ -61,34 +59,32 @@ def block_rank(
     maps = _chosen(maps_of(source), layers)
     found = {name: _relevance(readable(name, amap, prompts, raw), prompts, last) for name, amap in maps.items()}
     rows: dict[int | str, Tensor] = {**found, TOGETHER: torch.stack(list(found.values())).mean(0)}
-    run = source if isinstance(source, Run) else None
-    across = [_across(name, readable(name, amap, prompts, raw), prompts, run) for name, amap in maps.items()]
+    tokens = tokens_of(source)
+    across = [_across(name, readable(name, amap, prompts, raw), prompts, tokens) for name, amap in maps.items()]
     across.append(
         (torch.stack([mean for mean, _ in across]).mean(0), torch.stack([even for _, even in across]).mean(0))
     )
-    ndcg = torch.stack([prompts.ndcg(part, k) for part in rows.values()])  # [L, B]
-    gold = torch.stack([torch.where(prompts.gold, part, 0.0).sum(-1) for part in rows.values()])
+    gold = {name: torch.where(prompts.gold, part, 0.0).sum(-1) for name, part in rows.items()}  # [B]
     sizes = torch.where(prompts.there, prompts.documents[..., 1] - prompts.documents[..., 0], 0).double()
     part = (sizes * prompts.gold).sum(-1) / sizes.sum(-1)
     chance = prompts.ndcg(torch.zeros(prompts.gold.shape), k)
-    values = {"ndcg": ndcg, "relevance": gold, "across": torch.stack([mean for mean, _ in across])}
-    blind = bool(gold.isnan().all(1).any())
-    ends = {name: interval(each.T) for name, each in values.items()}
-    return LayerTable(
-        title="Documents ranked by attention",
-        layers=tuple(rows),
-        values={name: each.nanmean(1) for name, each in values.items()},
-        units={
+    blind = any(bool(each.isnan().all()) for each in gold.values())
+    return LayerTable.averaged(
+        "Documents ranked by attention",
+        {
+            "ndcg": {name: prompts.ndcg(each, k) for name, each in rows.items()},
+            "relevance": gold,
+            "across": {name: mean for name, (mean, _) in zip(rows, across, strict=True)},
+        },
+        {
             "ndcg": f"NDCG@{k}",
             "relevance": "part of the document mass on gold documents",
             "across": "mass on other documents",
         },
-        low={name: low for name, (low, _) in ends.items()},
-        high={name: high for name, (_, high) in ends.items()},
         null={
-            "ndcg": chance.mean().expand(len(rows)),
-            "relevance": part.mean().expand(len(rows)),
-            "across": torch.stack([even for _, even in across]).nanmean(1),
+            "ndcg": dict.fromkeys(rows, chance),
+            "relevance": dict.fromkeys(rows, part),
+            "across": {name: even for name, (_, even) in zip(rows, across, strict=True)},
         },
         undefined=dict.fromkeys(("ndcg", "relevance"), BLIND) if blind else {},
         provenance=provenance_of(source),
@@ -158,16 +154,14 @@ def _relevance(amap: AttentionMap, prompts: Documents, last: int) -> Tensor:
     return torch.stack(parts)
 
 
-def _across(name: int | str, amap: AttentionMap, prompts: Documents, run: Run | None) -> tuple[Tensor, Tensor]:
+def _across(name: int | str, amap: AttentionMap, prompts: Documents, tokens: Tokens | None) -> tuple[Tensor, Tensor]:
     """Mass of document tokens on other documents, and the same if attention were even: ``[B]`` each, mean over heads."""
-    pad = padding(name, amap, run.tokens if run is not None else None)
     numbers = torch.full(prompts.ids.shape, -1)
     for b, ranges in enumerate(prompts.documents.tolist()):
         for d, (lo, hi) in enumerate(ranges):
             if lo >= 0:
                 numbers[b, lo:hi] = d
-    seen = visibility(amap, real=pad.queries, keys=pad.keys)
-    mean, even = mean_masses(amap, seen, [_others(numbers)])
+    mean, even = mean_masses(amap, layer_visibility(name, amap, tokens), [_others(numbers)])
     return mean[0].nanmean(-1), even[0].nanmean(-1)
 
 

@@ -26,7 +26,6 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.scores import working_dtype
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.probes.retrieval.direct_path import Norm, check_norm, norm_of, output_weights, unembeddings
@@ -79,23 +78,16 @@ def contributions(
         trials.append(found.mean(found.values))
         chance.append(found.mean(found.chance))
     values, nulls = torch.cat(trials, 0), torch.cat(chance, 0)  # [R, measures, L, H]
-    low, high = interval(values)
     silent = not bool(values.isfinite().any())
 
-    def table(numbers: Tensor) -> dict[int | str, Tensor]:
-        return dict(zip(layers, numbers, strict=True))
+    def tables(numbers: Tensor) -> dict[str, dict[int | str, Tensor]]:
+        return {name: dict(zip(layers, numbers[:, i].unbind(1), strict=True)) for i, name in enumerate(MEASURES)}
 
-    return HeadTable(
-        title="Contribution of the needle to the answer",
-        values={name: table(values[:, i].nanmean(0)) for i, name in enumerate(MEASURES)},
-        units=_UNIT,
-        low={name: table(low[i]) for i, name in enumerate(MEASURES)},
-        high={name: table(high[i]) for i, name in enumerate(MEASURES)},
-        null={
-            name: table(nulls[:, i].nanmean(0))
-            for i, name in enumerate(MEASURES)
-            if name in ("contribution", "attention")
-        },
+    return HeadTable.averaged(
+        "Contribution of the needle to the answer",
+        tables(values),
+        _UNIT,
+        null={name: part for name, part in tables(nulls).items() if name in ("contribution", "attention")},
         undefined=dict.fromkeys(MEASURES, UNSAID) if silent else {},
         provenance=provenance,
     )

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
+from workbench.errors import WorkbenchError
+from workbench.maps import AttentionMap
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs
+from workbench.probes.sources import inner, need_shares
 
 _CHUNK = 2**22
 
@@ -145,15 +146,14 @@ def document_sums(values: Tensor, documents: Tensor) -> Tensor:
 
 
 def readable(name: int | str, amap: AttentionMap, prompts: Documents, raw: bool, *, null: bool = False) -> AttentionMap:
-    """The map that is asked: checked against the prompts, without its gate if ``raw``; signed maps are refused."""
+    """The map that is asked: checked against the prompts, without its gate if ``raw``; signed and channel maps are refused."""
     ids = prompts.null_ids if null else prompts.ids
-    inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-    if inner.sign == "signed":
-        raise Refused(f"layer {name}: weights have signs, and attention to a document is a share; use nonnegative maps")
-    if ids is None or (inner.shape[0], inner.shape[3]) != tuple(ids.shape):
+    asked = inner(name, amap, raw)
+    need_shares(name, asked, "are no shares of attention to a document")
+    if ids is None or (asked.shape[0], asked.shape[3]) != tuple(ids.shape):
         got = None if ids is None else list(ids.shape)
         raise WorkbenchError(
-            f"layer {name}: the map has B={inner.shape[0]} and {inner.shape[3]} keys, the prompts are {got}; run the model on "
+            f"layer {name}: the map has B={asked.shape[0]} and {asked.shape[3]} keys, the prompts are {got}; run the model on "
             f"{'prompts.null_ids' if null else 'prompts.ids'} with maps=wb.capture()"
         )
-    return inner
+    return asked

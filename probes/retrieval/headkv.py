@@ -15,16 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
-from workbench.probes.bootstrap import interval
+from workbench.errors import UnknownName, WorkbenchError
+from workbench.maps import AttentionMap
+from workbench.models.protocol import Tokens
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.padding import padding
 from workbench.probes.retrieval.trials import windows_elsewhere
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable, Layers
-from workbench.run import Run
 
 WINDOW = 8
 BETA = 1.2
@@ -42,20 +41,16 @@ def head_kv(source: Source, spans: Tensor, window: int = WINDOW, *, raw: bool = 
     """
     if window < 1:
         raise WorkbenchError(f"the window holds one token or more; got {window}")
-    run = source if isinstance(source, Run) else None
     values, chance = {}, {}
     for name, amap in maps_of(source).items():
-        ends = _ends(name, amap, run)
+        ends = _ends(name, amap, tokens_of(source))
         values[name], chance[name] = _importance(name, amap, spans, ends, window, raw)
-    ends_of = {name: interval(part) for name, part in values.items()}
     nowhere = any(bool(part.isnan().all()) for part in chance.values())
-    return HeadTable(
-        title="Attention to the needle before the answer",
-        values={"importance": {name: part.mean(0) for name, part in values.items()}},
-        units={"importance": f"largest attention to the needle from the last {window} tokens"},
-        low={"importance": {name: low for name, (low, _) in ends_of.items()}},
-        high={"importance": {name: high for name, (_, high) in ends_of.items()}},
-        null={"importance": {name: part.nanmean(0) for name, part in chance.items()}},
+    return HeadTable.averaged(
+        "Attention to the needle before the answer",
+        {"importance": values},
+        {"importance": f"largest attention to the needle from the last {window} tokens"},
+        null={"importance": chance},
         undefined={"importance null": NOWHERE} if nowhere else {},
         provenance=provenance_of(source),
     )
@@ -98,10 +93,10 @@ def cache_budget(table: HeadTable, budget: int, *, measure: str | None = None, b
     )
 
 
-def _ends(name: int | str, amap: AttentionMap, run: Run | None) -> list[int]:
+def _ends(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> list[int]:
     """Row after the last real query of every sequence."""
     b, _, queries, _ = amap.shape
-    real = padding(name, amap, run.tokens if run is not None else None).queries
+    real = padding(name, amap, tokens).queries
     if real is None:
         return [queries] * b
     last = queries - real.flip(1).int().argmax(1)
@@ -112,9 +107,8 @@ def _importance(
     name: int | str, amap: AttentionMap, spans: Tensor, ends: list[int], window: int, raw: bool
 ) -> tuple[Tensor, Tensor]:
     """Importance and its mean over other stretches, ``[B, H]`` each."""
-    amap = amap.raw if raw and isinstance(amap, GatedMap) else amap
-    if amap.sign == "signed":
-        raise Refused(f"layer {name}: weights have signs, and attention to the needle is a share; use nonnegative maps")
+    amap = inner(name, amap, raw)
+    need_shares(name, amap, "are no shares of attention to the needle")
     if spans.shape != (amap.shape[0], 2):
         raise WorkbenchError(f"spans are [B, 2] with B={amap.shape[0]}; got {list(spans.shape)}")
     found, chance = [], []

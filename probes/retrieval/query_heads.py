@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.retrieval.documents import Documents, mean_row, readable
@@ -51,14 +50,11 @@ def query_heads(source: Source, prompts: Documents, null: Source, *, raw: bool =
         score[name], by_chance[name] = gold.nanmean(-1), found.nanmean(-1)
         ndcg[name] = prompts.ndcg(found, k)
     chance = float(prompts.ndcg(torch.zeros(prompts.gold.shape), k).mean())
-    low_high = {name: {m: interval(v) for m, v in part.items()} for name, part in (("score", score), ("ndcg", ndcg))}
-    return HeadTable(
-        title="Query-focused retrieval heads",
-        values={"score": _mean(score), "ndcg": _mean(ndcg)},
-        units={"score": "attention to gold documents, beyond the empty question's", "ndcg": f"NDCG@{k}"},
-        low={name: {m: ends[0] for m, ends in part.items()} for name, part in low_high.items()},
-        high={name: {m: ends[1] for m, ends in part.items()} for name, part in low_high.items()},
-        null={"score": _mean(by_chance), "ndcg": {m: torch.full_like(v[0], chance) for m, v in ndcg.items()}},
+    return HeadTable.averaged(
+        "Query-focused retrieval heads",
+        {"score": score, "ndcg": ndcg},
+        {"score": "attention to gold documents, beyond the empty question's", "ndcg": f"NDCG@{k}"},
+        null={"score": by_chance, "ndcg": {m: torch.full_like(v[0], chance) for m, v in ndcg.items()}},
         provenance=provenance_of(source),
     )
 
@@ -84,10 +80,6 @@ def calibrated(asked: Tensor, nothing: Tensor, documents: Tensor) -> Tensor:
                 part = torch.where(part < floor - rounding, 0.0, part)
             out[b, :, d] = part.sum(-1)
     return out
-
-
-def _mean(values: dict[int | str, Tensor]) -> dict[int | str, Tensor]:
-    return {name: part.nanmean(0) for name, part in values.items()}
 
 
 def _example() -> dict[str, object]:

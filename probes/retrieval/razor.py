@@ -19,17 +19,16 @@ from torch import Tensor
 from workbench import mods
 from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
 from workbench.models.protocol import Model
 from workbench.mods import Mod
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, random_maps
 from workbench.probes.heads.repeats import vocabulary
 from workbench.probes.masses import mean_masses
 from workbench.probes.padding import Padding, padding
 from workbench.probes.retrieval.streaming import KVHead, Streaming
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, maps_of, need_shares, provenance_of, tokens_of, ungated
 from workbench.probes.tables import HeadTable
 from workbench.probes.visibility import visibility
 from workbench.run import Run
@@ -80,29 +79,22 @@ def razor_scores(
     head = start.expand(sequences, -1)
     where = {"echo": mods.previous(period), "induction": mods.previous(period - 1)}
     request = capture(mass=where, keep=False)
-    found: dict[str, dict[str, dict[int | str, Tensor]]] = {"values": {}, "null": {}, "low": {}, "high": {}}
     run = model.run(torch.cat([head, once.repeat(1, repeats)], 1), maps=request, logits=None)
     control = model.run(torch.cat([head, other], 1), maps=request, logits=None)
     first = len(start) + period
-    for name in where:
-        rows = {layer: _mean(run, layer, name, first) for layer in run.maps}
-        ends = {layer: interval(part) for layer, part in rows.items()}
-        found["values"][name] = {layer: part.mean(0) for layer, part in rows.items()}
-        found["null"][name] = {layer: _mean(control, layer, name, first).mean(0) for layer in run.maps}
-        found["low"][name] = {layer: low for layer, (low, _) in ends.items()}
-        found["high"][name] = {layer: high for layer, (_, high) in ends.items()}
-    kept = _kept(found["values"], {layer: amap.kv_heads for layer, amap in run.maps.items()}, echo, induction)
-    return HeadTable(
-        title=f"Echo and induction heads, {period} tokens repeated {repeats} times",
-        values={**found["values"], "kept": kept},
-        units={
+    each = {name: {layer: _mean(run, layer, name, first) for layer in run.maps} for name in where}
+    scores = {name: {layer: part.mean(0) for layer, part in rows.items()} for name, rows in each.items()}
+    kept = _kept(scores, {layer: amap.kv_heads for layer, amap in run.maps.items()}, echo, induction)
+    return HeadTable.averaged(
+        f"Echo and induction heads, {period} tokens repeated {repeats} times",
+        each,
+        {
             "echo": "attention to the same token",
             "induction": "attention to the token after it",
             "kept": "keeps all keys",
         },
-        low=found["low"],
-        high=found["high"],
-        null=found["null"],
+        single={"kept": kept},
+        null={name: {layer: _mean(control, layer, name, first) for layer in run.maps} for name in where},
         provenance=run.provenance,
     )
 
@@ -132,35 +124,26 @@ def razor_recall(source: Source, kept: Collection[KVHead] = (), policy: Streamin
     mass on those keys over real queries divided by the mean mass on all. The null is evenly spread attention. Gates are looked
     inside of, since they do not choose keys; signed maps are refused. Rows are walked in chunks.
     """
-    run = source if isinstance(source, Run) else None
-    values: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("recall", "policy")}
-    low: dict[int | str, Tensor] = {}
-    high: dict[int | str, Tensor] = {}
-    null: dict[int | str, Tensor] = {}
+    each, policies, null = {}, {}, {}
     for name, amap in maps_of(source).items():
-        inner = amap.raw if isinstance(amap, GatedMap) else amap
-        if inner.sign == "signed":
-            raise Refused(f"layer {name}: weights have signs, and recall is a part of the mass; use nonnegative maps")
-        rule = policy or razor_policy(inner.shape[3])
-        pad = padding(name, inner, run.tokens if run is not None else None)
-        seen = visibility(inner, real=pad.queries, keys=pad.keys)
-        mean, even = mean_masses(inner, seen, [_held(rule, _starts(pad, inner)), mods.full()])
-        part = mean[0] / mean[1]
-        values["recall"][name] = part.nanmean(0)
-        low[name], high[name] = interval(part)
-        null[name] = (even[0] / even[1]).nanmean(0)
-        whole = torch.zeros(inner.shape[1], dtype=torch.bool)
+        asked = ungated(amap)
+        need_shares(name, asked, "are no parts of a mass to recall")
+        rule = policy or razor_policy(asked.shape[3])
+        pad = padding(name, asked, tokens_of(source))
+        seen = visibility(asked, real=pad.queries, keys=pad.keys)
+        mean, even = mean_masses(asked, seen, [_held(rule, _starts(pad, asked)), mods.full()])
+        each[name], null[name] = mean[0] / mean[1], even[0] / even[1]
+        whole = torch.zeros(asked.shape[1], dtype=torch.bool)
         for layer, group in kept:
             if layer == name:
-                size = inner.shape[1] // inner.kv_heads
+                size = asked.shape[1] // asked.kv_heads
                 whole[group * size : (group + 1) * size] = True
-        values["policy"][name] = torch.where(whole, 1.0, values["recall"][name])
-    return HeadTable(
-        title="Attention that a short cache keeps",
-        values=values,
-        units={"recall": "part of the attention mass", "policy": "part of the attention mass"},
-        low={"recall": low},
-        high={"recall": high},
+        policies[name] = torch.where(whole, 1.0, each[name].nanmean(0))
+    return HeadTable.averaged(
+        "Attention that a short cache keeps",
+        {"recall": each},
+        {"recall": "part of the attention mass", "policy": "part of the attention mass"},
+        single={"policy": policies},
         null={"recall": null, "policy": null},
         provenance=provenance_of(source),
     )

@@ -16,7 +16,6 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName
 from workbench.models.protocol import Edit, Model
 from workbench.pairs import Pairs
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled
 from workbench.probes.retrieval.trials import by_position
@@ -72,20 +71,14 @@ def recovery(model: Model, pairs: Pairs | Sequence[Pairs], *, place: str = "answ
                 found[:, :, layer, head] = torch.cat([gained, share[:, None]], 1)
         rows.append(found)
     values = torch.cat(rows)
-    low, high = interval(values)
     mean = values.nanmean(0)
     others = (mean.sum(-1, keepdim=True) - mean) / (heads - 1) if heads > 1 else torch.full_like(mean, float("nan"))
 
-    def table(numbers: Tensor) -> dict[str, dict[int | str, Tensor]]:
-        return {name: dict(zip(layers, numbers[i], strict=True)) for i, name in enumerate(MEASURES)}
-
-    return HeadTable(
-        title="Recovery of the answer by one head",
-        values=table(mean),
-        units=_UNIT,
-        low=table(low),
-        high=table(high),
-        null=table(others),
+    return HeadTable.averaged(
+        "Recovery of the answer by one head",
+        {name: {layer: values[:, i, layer] for layer in layers} for i, name in enumerate(MEASURES)},
+        _UNIT,
+        null={name: {layer: others[i, layer] for layer in layers} for i, name in enumerate(MEASURES)},
         undefined={"share": NOTHING_LOST} if bool(mean[2].isnan().all()) else {},
         provenance=provenance,
     )

@@ -30,6 +30,7 @@ from workbench.probes.ablation import matched, named_metric
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
+from workbench.probes.sources import ungated
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -139,7 +140,7 @@ def layer_scores(model: Model, ids: Tensor) -> tuple[dict[int, LayerScores], dic
     found, refused = {}, {}
     for layer, own in kinds.items():
         amap = run.maps[layer]
-        inner = amap.raw if isinstance(amap, GatedMap) else amap
+        inner = ungated(amap)
         if not isinstance(inner, SoftmaxMap):
             refused[layer] = f"its map is a {type(inner).__name__}, not softmax attention"
         elif missing[layer]:

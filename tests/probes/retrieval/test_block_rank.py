@@ -137,7 +137,7 @@ def test_what_cannot_be_ranked_is_refused():
         block_rank(maps, prompts(), ())
     with pytest.raises(WorkbenchError, match="at least 1"):
         block_rank(maps, prompts(), last=0)
-    with pytest.raises(Refused, match="signs"):
+    with pytest.raises(Refused, match="signed token map"):
         block_rank(AttentionMap.from_dense(-random_rows(2, 2, 20)), prompts())
     with pytest.raises(WorkbenchError, match="leaves the map's 6 queries"):
         block_rank(AttentionMap.from_dense(random_rows(2, 2, 6, keys=20), offset=0), prompts())

@@ -83,7 +83,7 @@ def test_gates_and_signs():
     score = head_kv(plain, SPANS).values["importance"][0]
     torch.testing.assert_close(head_kv(gated, SPANS).values["importance"][0], score / 4)
     torch.testing.assert_close(head_kv(gated, SPANS, raw=True).values["importance"][0], score)
-    with pytest.raises(Refused, match="weights have signs"):
+    with pytest.raises(Refused, match="signed token map"):
         head_kv(AttentionMap.from_dense(-random_rows(2, 2, 20)), SPANS)
 
 

@@ -173,7 +173,7 @@ def test_what_cannot_be_scored_is_refused():
         query_heads(maps, p, [*nothing, *nothing])
     with pytest.raises(WorkbenchError, match="run the model on prompts.null_ids"):
         query_heads(maps, p, maps)
-    with pytest.raises(Refused, match="weights have signs"):
+    with pytest.raises(Refused, match="signed token map"):
         query_heads(AttentionMap.from_dense(-random_rows(2, 2, 20)), p, nothing)
     with pytest.raises(WorkbenchError, match="gold is bool"):
         Documents(p.ids, RANGES, GOLD.long(), QUERY)

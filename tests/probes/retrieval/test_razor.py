@@ -175,5 +175,5 @@ def test_what_cannot_be_scored_is_refused():
         razor_scores(model, 5, 1)
     with pytest.raises(WorkbenchError, match="two tokens or more"):
         razor_scores(model, 1)
-    with pytest.raises(Refused, match="signs"):
+    with pytest.raises(Refused, match="signed token map"):
         razor_recall(AttentionMap.from_dense(-random_rows()))
