@@ -239,7 +239,8 @@ def analyses() -> str:
         for record in known.values():
             if record.group == group:
                 paper = record.paper + (f" *Our reading:* {record.definition}" if record.definition else "")
-                cells = f"`{record.name}`", record.question, READS[record.source], record.null, record.cause, paper
+                cause = re.sub(r"workbench\.probes\.[\w.]*?(\w+)(?=[\s,;(]|$)", r"`\1`", record.cause)
+                cells = f"`{record.name}`", record.question, READS[record.source], record.null, cause, paper
                 rows.append(cells)
         head = ("analysis", "question", "reads", "beside it", "cause", "from")
         parts.append(f"## {group.capitalize()}\n\n{line} Guide: {guides}.\n\n{table(head, rows)}")
