@@ -37,9 +37,8 @@ from workbench.probes.examples import bundled
 from workbench.probes.heads.repeats import repeats, task_words
 from workbench.probes.heads.weights import PER, grouped
 from workbench.probes.masses import mean_masses
-from workbench.probes.padding import padding
-from workbench.probes.sources import maps_of
-from workbench.probes.visibility import Visibility, visibility
+from workbench.probes.sources import inner, maps_of
+from workbench.probes.visibility import Visibility, layer_visibility
 from workbench.results import Result, head_map
 from workbench.run import Provenance, Run
 
@@ -178,7 +177,7 @@ def head_scores(
         maps, skipped = token_maps(maps_of(source), tokens, raw)
         shuffled = shuffled_tokens(tokens, shuffles, generator)
         measured = {
-            name: _measure(kinds, amap, amap, tokens, seen_by(name, amap, tokens), shuffled, generator, per)
+            name: _measure(kinds, amap, amap, tokens, layer_visibility(name, amap, tokens), shuffled, generator, per)
             for name, amap in maps.items()
         }
         return _scores(kinds, [measured], "text", skipped, source.provenance)
@@ -198,7 +197,14 @@ def head_scores(
         parts.append(
             {
                 name: _measure(
-                    kinds, amap, controls[name], run.tokens, seen_by(name, amap, run.tokens), None, generator, per
+                    kinds,
+                    amap,
+                    controls[name],
+                    run.tokens,
+                    layer_visibility(name, amap, run.tokens),
+                    None,
+                    generator,
+                    per,
                 )
                 for name, amap in maps.items()
             }
@@ -233,16 +239,10 @@ def token_maps(
                 "tokens are not known here; run the whole text at once"
             )
         else:
-            kept[name] = getattr(amap, "raw", amap) if raw else amap
+            kept[name] = inner(name, amap, raw)
     if not kept:
         raise Refused(f"no captured layer is self-attention over the {length} tokens; captured: {', '.join(skipped)}")
     return kept, tuple(skipped)
-
-
-def seen_by(name: int | str, amap: AttentionMap, tokens: Tokens) -> Visibility:
-    """Who may see whom in a layer, padding left out."""
-    pad = padding(name, amap, tokens)
-    return visibility(amap, real=pad.queries, keys=pad.keys)
 
 
 def identities(tokens: Tokens) -> Tensor:

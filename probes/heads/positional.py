@@ -25,16 +25,13 @@ from workbench.captures import capture
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Model, Tokens
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, random_maps
 from workbench.probes.heads.kinds import token_maps
 from workbench.probes.heads.repeats import task_words, vocabulary
-from workbench.probes.padding import padding
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import Visibility, visibility
-from workbench.run import Run
+from workbench.probes.visibility import Visibility, layer_visibility
 
 _CHUNK = 2**22
 _EVEN = 1e-9
@@ -53,35 +50,30 @@ def positional_share(source: Source, *, by: str | int = "cell", raw: bool = Fals
     if by not in ("cell", "distance") and (isinstance(by, str | bool) or not isinstance(by, int) or by < 1):
         raise WorkbenchError(f"by is 'cell', 'distance' or the size of blocks, at least 1; got {by!r}")
     generator = torch.Generator().manual_seed(seed)
-    tokens = source.tokens if isinstance(source, Run) else None
-    values: dict[str, dict[int | str, Tensor]] = {"positional": {}, "content": {}}
-    low: dict[str, dict[int | str, Tensor]] = {"positional": {}}
-    high: dict[str, dict[int | str, Tensor]] = {"positional": {}}
+    each: dict[int | str, Tensor] = {}
     null: dict[int | str, Tensor] = {}
     undefined: dict[str, str] = {}
     for layer, found in maps_of(source).items():
-        amap = getattr(found, "raw", found) if raw else found
-        seen = _checked(layer, amap, tokens)
-        each, chance = _by_blocks(amap, seen, by) if isinstance(by, int) else _by_rows(amap, seen, by, generator)
-        mean = each.nanmean(0)
-        values["positional"][layer], values["content"][layer] = mean, 1 - mean
-        low["positional"][layer], high["positional"][layer] = interval(each)
+        amap = inner(layer, found, raw)
+        seen = _checked(layer, amap, tokens_of(source))
+        each[layer], chance = _by_blocks(amap, seen, by) if isinstance(by, int) else _by_rows(amap, seen, by, generator)
         if chance is not None:
-            null[layer] = chance.nanmean(0)
-        if bool(mean.isnan().any()):
+            null[layer] = chance
+        if bool(each[layer].nanmean(0).isnan().any()):
             undefined[f"layer {layer}"] = "heads that attend evenly: there is nothing to explain"
-    units = dict.fromkeys(values, "share of the variance beyond even attention")
-    nulls = {"positional": null} if null else {}
-    return HeadTable(
-        f"Attention explained by position ({by})", values, units, low, high, nulls, undefined, provenance_of(source)
+    return HeadTable.averaged(
+        f"Attention explained by position ({by})",
+        {"positional": each},
+        dict.fromkeys(("positional", "content"), "share of the variance beyond even attention"),
+        single={"content": {layer: 1 - part.nanmean(0) for layer, part in each.items()}},
+        null={"positional": null} if null else {},
+        undefined=undefined,
+        provenance=provenance_of(source),
     )
 
 
 def _checked(layer: int | str, amap: AttentionMap, tokens: Tokens | None) -> Visibility:
-    if amap.sign == "signed":
-        raise Refused(
-            f"layer {layer!r} has signed weights: departures from even attention need weights that are not negative"
-        )
+    need_shares(layer, amap, "have no departure from even attention")
     if amap.shape[0] < 2:
         raise WorkbenchError(
             f"positions are what sequences share: give two or more of different tokens; layer {layer!r} has {amap.shape[0]}"
@@ -91,8 +83,7 @@ def _checked(layer: int | str, amap: AttentionMap, tokens: Tokens | None) -> Vis
         raise WorkbenchError(
             "positions are counted from the first token: pad on the right, or give sequences of one length"
         )
-    pad = padding(layer, amap, tokens)
-    return visibility(amap, real=pad.queries, keys=pad.keys)
+    return layer_visibility(layer, amap, tokens)
 
 
 def _by_rows(amap: AttentionMap, seen: Visibility, by: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -222,28 +213,23 @@ def moved_tokens(
     old, skipped = token_maps(maps_of(before), before.tokens, raw)
     new, _ = token_maps(maps_of(after), after.tokens, raw)
     names = ("follows", "stays")
-    values: dict[str, dict[int | str, Tensor]] = {name: {} for name in names}
-    low: dict[str, dict[int | str, Tensor]] = {name: {} for name in names}
-    high: dict[str, dict[int | str, Tensor]] = {name: {} for name in names}
-    null: dict[int | str, Tensor] = {}
+    each: dict[str, dict[int | str, Tensor]] = {name: {} for name in (*names, "null")}
     span = slice(start, start + count)
     strangers = torch.stack([torch.randperm(count, generator=generator) for _ in range(sequences)])
     for layer in old:
         a, b = (m[layer].rows(start + count, start + length)[..., span].cpu().double() for m in (old, new))
         pairs = {"follows": (_pick(a, orders), b), "stays": (a, b), "null": (_pick(a, strangers), b)}
         for name, (x, y) in pairs.items():
-            each = correlation(x, y).nanmean(-1)
-            if name == "null":
-                null[layer] = each.nanmean(0)
-                continue
-            values[name][layer] = each.nanmean(0)
-            low[name][layer], high[name][layer] = interval(each)
+            each[name][layer] = correlation(x, y).nanmean(-1)
+    null = each.pop("null")
     undefined = {f"layer {name}": "no self-attention over the tokens" for name in skipped}
-    if any(bool(row.isnan().any()) for row in values["follows"].values()):
+    if any(bool(row.nanmean(0).isnan().any()) for row in each["follows"].values()):
         undefined["follows"] = undefined["stays"] = "heads that give all moved tokens the same weight"
     units = dict.fromkeys(names, "correlation of weights")
-    nulls = dict.fromkeys(names, null)
-    return HeadTable("Attention to tokens that move", values, units, low, high, nulls, undefined, before.provenance)
+    return HeadTable.averaged(
+        "Attention to tokens that move", each, units, null=dict.fromkeys(names, null), undefined=undefined,
+        provenance=before.provenance,
+    )  # fmt: skip
 
 
 def random_texts(

@@ -26,12 +26,12 @@ from workbench.captures import capture
 from workbench.errors import Refused
 from workbench.models.protocol import Model, Tokens
 from workbench.mods import Mod
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled
 from workbench.probes.heads.kinds import identities
 from workbench.probes.heads.repeats import repeats, task_words
 from workbench.probes.heads.weights import Unembedding, grouped, head_weights, unembedding, weight_layers
+from workbench.probes.sources import real_mean
 from workbench.probes.tables import HeadTable
 from workbench.sites import Site
 
@@ -77,10 +77,8 @@ def copy_suppression(
         raise Refused(f"{model.name}: copy suppression needs logits of every token")
     size = out.size(run.acts[Site("resid_post", last)])
     plain = run.logits.float().log_softmax(-1)
-    values: dict[str, dict[int | str, Tensor]] = {}
+    each: dict[str, dict[int | str, Tensor]] = {}
     nulls: dict[str, dict[int | str, Tensor]] = {}
-    low: dict[str, dict[int | str, Tensor]] = {}
-    high: dict[str, dict[int | str, Tensor]] = {}
     found_any = False
     for layer in chosen:
         predicted = _predictions(out, run.acts[Site("resid_pre", layer)], run.tokens)
@@ -94,9 +92,9 @@ def copy_suppression(
         numbers: dict[str, list[Tensor]] = {"attention": [], "own_logit": []}
         for target in (predicted, other):
             seek = _occurrences(target, run.tokens)
-            numbers["attention"].append(_mean(amap.mass(seek), target >= 0))
+            numbers["attention"].append(real_mean(amap.mass(seek), target >= 0))
             lowered = amap.mass(_weighted(seek, own)) / size[:, None].to(own)
-            numbers["own_logit"].append(_mean(lowered, target >= 0))
+            numbers["own_logit"].append(real_mean(lowered, target >= 0))
         if cause:
             numbers["effect"] = [
                 torch.stack(parts, 1)
@@ -108,16 +106,15 @@ def copy_suppression(
                     strict=True,
                 )
             ]
-        for name, (each, chance) in numbers.items():
-            each, chance = (grouped(x, len(weights.k), per) for x in (each, chance))
-            values.setdefault(name, {})[layer] = each.nanmean(0)
-            nulls.setdefault(name, {})[layer] = chance.nanmean(0)
-            bounds = interval(each)
-            low.setdefault(name, {})[layer], high.setdefault(name, {})[layer] = bounds
+        for name, parts in numbers.items():
+            for store, part in zip((each, nulls), parts, strict=True):
+                store.setdefault(name, {})[layer] = grouped(part, len(weights.k), per)
     if not found_any:
         undefined["attention"] = "the model predicts no token that stands in the text: there is nothing to suppress"
-    units = {name: UNITS[name] for name in values}
-    return HeadTable("Copy suppression", values, units, low, high, nulls, undefined, run.provenance)
+    units = {name: UNITS[name] for name in each}
+    return HeadTable.averaged(
+        "Copy suppression", each, units, null=nulls, undefined=undefined, provenance=run.provenance
+    )
 
 
 def _predictions(out: Unembedding, stream: Tensor, tokens: Tokens) -> Tensor:
@@ -173,14 +170,6 @@ def _own(v: Tensor, o: Tensor, out: Unembedding, ids: Tensor) -> Tensor:
     return (v * torch.einsum("hed,bkd->bhke", o, columns)).sum(-1)
 
 
-def _mean(values: Tensor, queries: Tensor) -> Tensor:
-    """Mean over the chosen queries ``[B, H]`` of ``[B, H, Q]``, NaN where there is none."""
-    chosen = queries[:, None]
-    total = torch.where(chosen, values.cpu().double(), 0.0).sum(-1)
-    count = chosen.sum(-1)
-    return (total / count.clamp(min=1)).masked_fill(count == 0, float("nan"))
-
-
 def _effect(
     model: Model, inputs: Any, run: Any, site: Site, plain: Tensor, targets: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
@@ -193,7 +182,7 @@ def _effect(
     found = []
     for target in targets:
         picked = change.gather(-1, target.clamp(min=0)[..., None].to(change.device))[..., 0]
-        found.append(_mean(picked[:, None], target >= 0)[:, 0])
+        found.append(real_mean(picked[:, None], target >= 0)[:, 0])
     return tuple(found)
 
 

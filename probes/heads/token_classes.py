@@ -26,14 +26,13 @@ from torch import Tensor
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Tokens
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled_run
-from workbench.probes.heads.kinds import identities, seen_by, shuffled_tokens, token_maps
+from workbench.probes.heads.kinds import identities, shuffled_tokens, token_maps
 from workbench.probes.heads.weights import grouped
-from workbench.probes.sources import maps_of
+from workbench.probes.sources import maps_of, need_shares
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import Visibility
+from workbench.probes.visibility import Visibility, layer_visibility
 from workbench.run import Run
 
 TokenClass = Callable[[str], bool]
@@ -115,17 +114,13 @@ def token_classes(
         name: None if table is None else torch.stack([table.gather(1, o) for o in orders])
         for name, table in tables.items()
     }
-    values: dict[str, dict[int | str, Tensor]] = {}
-    low: dict[str, dict[int | str, Tensor]] = {}
-    high: dict[str, dict[int | str, Tensor]] = {}
+    each: dict[str, dict[int | str, Tensor]] = {}
+    single: dict[str, dict[int | str, Tensor]] = {}
     null: dict[str, dict[int | str, Tensor]] = {}
     undefined = {f"layer {name}": "no self-attention over the tokens" for name in skipped}
     for layer, amap in maps.items():
-        if amap.sign == "signed":
-            raise WorkbenchError(
-                f"layer {layer!r} has signed weights: shares of attention need weights that are not negative"
-            )
-        mass, even = _masses(amap, seen_by(layer, amap, run.tokens), list(stacked.values()), ids)
+        need_shares(layer, amap, "are no shares of attention")
+        mass, even = _masses(amap, layer_visibility(layer, amap, run.tokens), list(stacked.values()), ids)
         mass, even = grouped(mass, amap.kv_heads, per), grouped(even, amap.kv_heads, per)
         for i, name in enumerate(names):
             draws = mass[i, 1:].nanmean(1)
@@ -137,14 +132,18 @@ def token_classes(
                 z, undefined[f"{name}_z"] = torch.full_like(z, float("nan")), "only first tokens are of this class"
             if bool(value.isnan().all()):
                 undefined[name] = "no query sees a key of this class"
-            for key, part in ((name, value), (f"{name}_even", even[i, 0].nanmean(0)), (f"{name}_z", z)):
-                values.setdefault(key, {})[layer] = part
+            each.setdefault(name, {})[layer] = mass[i, 0]
+            single.setdefault(f"{name}_even", {})[layer] = even[i, 0].nanmean(0)
+            single.setdefault(f"{name}_z", {})[layer] = z
             null.setdefault(name, {})[layer] = middle
-            bounds = interval(mass[i, 0])
-            low.setdefault(name, {})[layer], high.setdefault(name, {})[layer] = bounds
-    units = {k: "standard deviations of the null" if k.endswith("_z") else "mean attention mass" for k in values}
-    title = "Attention to classes of tokens"
-    return HeadTable(title, values, units, low, high, null, undefined=undefined, provenance=run.provenance)
+    units: dict[str, str] = {}
+    for name in names:
+        units |= dict.fromkeys((name, f"{name}_even"), "mean attention mass")
+        units[f"{name}_z"] = "standard deviations of the null"
+    return HeadTable.averaged(
+        "Attention to classes of tokens", each, units, single=single, null=null, undefined=undefined,
+        provenance=run.provenance,
+    )  # fmt: skip
 
 
 def _tables(

@@ -26,10 +26,10 @@ from workbench.probes.examples import bundled, needles
 from workbench.probes.importance.leave_one_out import GroupTable, leave_one_head_out
 from workbench.probes.importance.outcomes import MEASURES, Judge
 from workbench.probes.removal import Heads, Part, as_part
+from workbench.probes.sources import site_at
 from workbench.probes.tables import HeadTable
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
-from workbench.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,10 +195,10 @@ def ranked_parts(ranking: Ranking) -> list[Part]:
 
 
 def _part(layer: int | str, row: int, size: int) -> Part:
-    stack, _, number = layer.partition(".") if isinstance(layer, str) else ("", "", layer)
+    site = site_at("z", layer, row)
     if size:
-        return Heads(int(number), tuple(range(row * size, (row + 1) * size)), stack)
-    return Site("z", int(number), row, stack)
+        return Heads(site.layer or 0, tuple(range(row * size, (row + 1) * size)), site.stack)
+    return site
 
 
 def _class_metric(judge: Judge, name: str) -> Metric:

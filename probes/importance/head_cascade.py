@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import GatedMap
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled_run, random_maps
-from workbench.probes.padding import padding
-from workbench.probes.sources import Source, maps_of, provenance_of
+from workbench.probes.sources import (
+    Source,
+    maps_of,
+    need_shares,
+    provenance_of,
+    real_mean,
+    real_tokens,
+    sites_read,
+    tokens_of,
+    ungated,
+)
 from workbench.probes.tables import HeadTable
-from workbench.probes.visibility import visibility
+from workbench.probes.visibility import layer_visibility
 from workbench.run import Run
-from workbench.sites import Site
 
 _CHUNK = 2**21
 
@@ -47,21 +53,19 @@ def head_cascade(run: Run, *, keep: float = 1.0) -> HeadTable:
     heads = counts.pop()
     alive = torch.ones(heads, dtype=torch.bool)
     total = torch.zeros(heads, dtype=torch.float64)
-    output, importance, survives, low, high = {}, {}, {}, {}, {}
+    output, importance, survives = {}, {}, {}
     for layer, row in outputs.items():
         output[layer] = row.mean(0)
-        low[layer], high[layer] = interval(row)
         total = total + output[layer] * alive
         count = math.ceil(int(alive.sum()) * keep - 1e-9)
         order = total.masked_fill(~alive, -1.0).argsort(descending=True, stable=True)[:count]
         alive = torch.zeros_like(alive).index_fill(0, order, True)
         importance[layer], survives[layer] = total.clone(), alive.double()
-    return HeadTable(
-        title=f"Head importance by size of the output, keeping {keep:g} per layer",
-        values={"importance": importance, "output": output, "survives": survives},
-        units={"importance": "sum of mean |output|", "output": "mean |output|", "survives": "1 if kept"},
-        low={"output": low},
-        high={"output": high},
+    return HeadTable.averaged(
+        f"Head importance by size of the output, keeping {keep:g} per layer",
+        {"output": outputs},
+        {"importance": "sum of mean |output|", "output": "mean |output|", "survives": "1 if kept"},
+        single={"importance": importance, "survives": survives},
         null={"output": {layer: row.mean().expand(heads) for layer, row in output.items()}},
         provenance=run.provenance,
     )
@@ -77,33 +81,27 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
     """
     if not 0 < keep <= 1:
         raise WorkbenchError(f"keep is a share of the keys, in (0, 1]; got {keep}")
-    values, low, high, null = {}, {}, {}, {}
+    each, null = {}, {}
     for layer, amap in maps_of(source).items():
-        if amap.sign == "signed" or amap.domain in ("channel", "frequency"):
-            raise Refused(f"layer {layer!r}: rows of a {amap.sign} {amap.domain} map hold no mass to keep")
-        inner = amap.raw if isinstance(amap, GatedMap) else amap
-        found = padding(layer, amap, source.tokens if isinstance(source, Run) else None)
-        seen = visibility(amap, real=found.queries, keys=found.keys)
-        b, h, queries, keys = inner.shape
+        need_shares(layer, amap, "hold no mass to keep")
+        inside = ungated(amap)
+        seen = layer_visibility(layer, amap, tokens_of(source))
+        b, h, queries, keys = inside.shape
         visible = seen.keys().expand(b, -1, -1)
         kept = (visible * keep - 1e-9).ceil()
         held = []
         step = max(1, _CHUNK // max(1, b * h * keys))
         for lo in range(0, queries, step):
             hi = min(queries, lo + step)
-            rows = (inner.rows(lo, hi).double().cpu() * seen.tile(lo, hi)).sort(-1, descending=True).values.cumsum(-1)
+            rows = (inside.rows(lo, hi).double().cpu() * seen.tile(lo, hi)).sort(-1, descending=True).values.cumsum(-1)
             at = (kept[..., lo:hi, None].expand(b, h, -1, 1).long() - 1).clamp(min=0)
             held.append((rows.gather(-1, at) / rows[..., -1:])[..., 0])
-        share = torch.cat(held, 2).masked_fill(visible.expand(b, h, -1) < 1, float("nan")).nanmean(2)
-        even = (kept / visible).masked_fill(visible < 1, float("nan")).nanmean(2).expand(b, h)
-        values[layer], null[layer] = share.nanmean(0), even.nanmean(0)
-        low[layer], high[layer] = interval(share)
-    return HeadTable(
-        title=f"Attention held by the largest {keep:g} of each row",
-        values={"mass": values},
-        units={"mass": "share of the row"},
-        low={"mass": low},
-        high={"mass": high},
+        each[layer] = torch.cat(held, 2).masked_fill(visible.expand(b, h, -1) < 1, float("nan")).nanmean(2)
+        null[layer] = (kept / visible).masked_fill(visible < 1, float("nan")).nanmean(2).expand(b, h)
+    return HeadTable.averaged(
+        f"Attention held by the largest {keep:g} of each row",
+        {"mass": each},
+        {"mass": "share of the row"},
         null={"mass": null},
         provenance=provenance_of(source),
     )
@@ -111,22 +109,10 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
 
 def _outputs(run: Run) -> dict[int | str, Tensor]:
     """Mean absolute output per sequence and head, ``[B, H]`` in float64, by layer."""
-    read = {site for key in run.acts if (site := Site.parse(key)).kind in ("z", "result") and site.head is None}
-    found: dict[int | str, Tensor] = {}
-    for site in sorted(read, key=lambda site: (site.stack, site.layer or 0)):
-        if site.kind == "result" and Site("z", site.layer, None, site.stack) in read:
-            continue  # what was read of both is taken before W_O
-        value = run.acts[site].detach().double().abs().mean(-1).cpu()  # [B, T, H]
-        mask = run.tokens.mask.cpu()
-        real = mask if mask.shape == value.shape[:2] else torch.ones(value.shape[:2], dtype=torch.bool)
-        layer = f"{site.stack}.{site.layer}" if site.stack else site.layer
-        assert layer is not None
-        found[layer] = (value * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-    if not found:
-        raise WorkbenchError(
-            "this run read no output of heads; run it again with read=[f'blocks.{l}.attn.hook_z' for l in range(layers)]"
-        )
-    return found
+    return {
+        layer: real_mean(value.double().abs().mean(-1).transpose(1, 2), real_tokens(run, value))
+        for layer, value in sites_read(run, "z", "result").items()
+    }
 
 
 def _example() -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_what_cannot_cascade_is_refused():
     made = outputs()
     with pytest.raises(WorkbenchError, match="a share of the heads"):
         head_cascade(run_of(*made), keep=0)
-    with pytest.raises(WorkbenchError, match="read no output of heads"):
+    with pytest.raises(WorkbenchError, match="read no hook_z or hook_result"):
         head_cascade(Run(Tokens.of(torch.zeros(1, 3, dtype=torch.int64))))
     with pytest.raises(Refused, match="cascade by their number"):
         head_cascade(run_of(made[0], made[1][:, :, :2]))
