@@ -79,9 +79,9 @@ def inner(name: int | str, amap: AttentionMap, raw: bool) -> AttentionMap:
 
 
 def need_shares(name: int | str, amap: AttentionMap, what: str) -> None:
-    """Refuse maps whose rows are no shares of attention to tokens: signed ones, and those over channels or frequencies.
-    ``what`` ends the sentence "weights of such a map ..."."""
-    if amap.sign == "signed" or amap.domain in ("channel", "frequency"):
+    """Refuse maps whose rows are no shares of attention to tokens: signed ones, and those over channels, frequencies or blocks,
+    which have no place among the tokens. ``what`` ends the sentence "weights of such a map ..."."""
+    if amap.sign == "signed" or amap.domain != "token":
         raise Refused(f"layer {name!r}: weights of a {amap.sign} {amap.domain} map {what}")
 
 

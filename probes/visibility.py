@@ -21,7 +21,7 @@ from workbench.models.protocol import Tokens
 from workbench.probes.padding import padding
 from workbench.probes.sources import ungated
 
-_CHUNK = 2**24
+_CHUNK = 2**22
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from workbench.probes.examples import random_maps
 from workbench.probes.padding import padding
 from workbench.probes.rhythm.bands import first_key
 from workbench.probes.rhythm.waad import NO_DISTANCE
+from workbench.probes.similarity.aligned import shuffled as elsewhere
 from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
 
@@ -40,12 +41,12 @@ def receiver_heads(
     ``prompt``: its columns and queries are left out. Columns with fewer than ``least`` such queries are left out, as
     are padding tokens. ``sentences`` ``[T]`` or ``[B, T]`` numbers the sentence of every token from 0 on; then columns
     are sentences (weights summed) and ``near`` is in sentences, the published 4. The null gives each row's weights to
-    random keys of the same row. NaN with fewer than four columns. Refused for signed and channel maps.
+    random keys of the same row, the same ones in every sequence. NaN with fewer than four columns. Refused for signed
+    and channel maps.
     """
     if near < 0 or least < 1:
         raise WorkbenchError(f"near is 0 or more, least 1 or more; got near={near}, least={least}")
     maps = maps_of(source)
-    generator = torch.Generator().manual_seed(seed)
     each, null = {}, {}
     undefined = {}
     for name, amap in maps.items():
@@ -61,9 +62,9 @@ def receiver_heads(
         real = torch.ones(b, keys, dtype=torch.bool) if real is None else real
         real = real & (torch.arange(keys) >= first)
         place = torch.arange(keys).expand(b, -1) if sentences is None else _numbers(sentences, b, keys)
-        own, shuffled, enough = _columns(asked, real, place, near, least, generator)
+        own, shuffled, enough = _columns(asked, real, place, near, least, seed)
         each[name], null[name] = _kurtosis(own, enough), _kurtosis(shuffled, enough)
-        if bool(each[name].isnan().all()):
+        if bool(each[name].isnan().any()):
             undefined[str(name)] = (
                 f"fewer than four columns are seen by {least} queries that stand {near} or more after them"
             )
@@ -74,7 +75,7 @@ def receiver_heads(
 
 
 def _columns(
-    amap: AttentionMap, real: Tensor, place: Tensor, near: int, least: int, generator: torch.Generator
+    amap: AttentionMap, real: Tensor, place: Tensor, near: int, least: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Column means ``[B, H, C]``, the same with every row's weights on random keys of its own, and which columns
     ``[B, C]`` count."""
@@ -91,21 +92,13 @@ def _columns(
         named = after & (torch.arange(lo, hi)[:, None] >= torch.arange(keys)) & real[:, None] & real[:, lo:hi, None]
         rows = amap.rows(lo, hi).detach().cpu().double() * named[:, None]
         total.scatter_add_(2, into, rows.sum(2))
-        shuffled.scatter_add_(2, into, _elsewhere(rows, named, generator).sum(2))
+        shuffled.scatter_add_(2, into, elsewhere(rows, named[:, None], lo, seed).sum(2))
         seen = (
             torch.zeros(b, hi - lo, columns).scatter_add_(2, place[:, None].expand(b, hi - lo, keys), named.float()) > 0
         )
         count += seen.sum(1)
     enough = present & (count >= least)
     return total / count[:, None], shuffled / count[:, None], enough
-
-
-def _elsewhere(rows: Tensor, named: Tensor, generator: torch.Generator) -> Tensor:
-    """Every row ``[B, H, q, K]`` with its weights shuffled over the named keys, another way for every head."""
-    noise = torch.rand(rows.shape, generator=generator)
-    order = noise.masked_fill(~named[:, None], 2.0).argsort(-1)
-    place = (named.cumsum(-1) - 1).clamp(min=0)[:, None].expand_as(rows)
-    return rows.gather(-1, order.gather(-1, place)) * named[:, None]
 
 
 def _kurtosis(columns: Tensor, enough: Tensor) -> Tensor:

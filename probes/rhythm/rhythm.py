@@ -115,7 +115,10 @@ def rhythm(
     if run is not None and run.logits is not None and run.logits.shape[1] == length:
         values["entropy"] = _entropy(run.logits).masked_fill(~counted, float("nan"))
         units["entropy"] = "nats"
-    undefined = {"fai": "the text ends before any later query"} if bool(f.isnan().all()) else {}
+    undefined = {"delta": "the last token has no next one", "preplan": "as delta", "anchor": "as fai"}
+    undefined["fai"] = "the text ends before any later query" if bool(f.isnan().all()) else "no query is so far behind"
+    if not bool(counted.all()):
+        undefined["waad"] = "padding and the prompt do not count"
     return Rhythm(
         "Reading rhythm", values, units, tokens.labels if tokens is not None else (), undefined=undefined,
         provenance=provenance_of(source), local=tuple((h.layer, h.head) for h in near),

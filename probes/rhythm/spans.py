@@ -46,9 +46,10 @@ def head_spans(source: Source, *, prompt: int = 0, raw: bool = False) -> HeadTab
         counted = seen.real & (torch.arange(amap.shape[2]) + amap.offset >= first)
         if not bool(counted.any()):
             raise Refused(f"layer {name!r} has no query after the prompt of {prompt} tokens")
-        distance = asked.mass(mods.both(mods.distance(), mods.span(first, amap.shape[3])))
+        known = mods.both(mods.distance(), mods.span(first, amap.shape[3]))
+        distance = asked.mass(known) if first else asked.distance()
         each[name] = real_mean(distance, counted)
-        null[name] = real_mean(_even(asked, seen, first), counted).mean(0).expand(amap.shape[1])
+        null[name] = real_mean(_even(asked, seen, first), counted)
     return HeadTable.averaged(
         "Head span", {"span": each}, {"span": "tokens"}, null={"span": null}, provenance=provenance_of(source)
     )
@@ -76,14 +77,13 @@ def _count(spans: HeadTable, share: float) -> int:
 
 
 def _even(amap: AttentionMap, seen: Visibility, first: int) -> Tensor:
-    """Distance under even attention, ``[B, 1 or H, Q]``."""
+    """Distance under even attention, ``[B, H, Q]``."""
     parts = []
     keys = torch.arange(amap.shape[3])
     for lo, hi, tile in seen.tiles():
         apart = (torch.arange(lo, hi)[:, None] + amap.offset - keys).abs() * (keys >= first)
         parts.append((tile * apart).sum(-1, dtype=torch.float64) / tile.sum(-1).clamp(min=1))
-    found = torch.cat(parts, -1)
-    return found.expand(max(len(found), amap.shape[0]), -1, -1)
+    return torch.cat(parts, -1).expand(*amap.shape[:2], -1)
 
 
 ANALYSES = (

@@ -30,16 +30,17 @@ def waad(amap: AttentionMap, window: int = 10, *, prompt: int = 0) -> Tensor:
     """Windowed average attention distance of every query, ``[B, H, Q]`` in tokens, float64.
 
     ``window`` is the largest distance that counts. ``prompt``: the first so many keys are left out, and queries that
-    stand on them are NaN. Weight that is missing from a row (a gate, a learned sink) counts as distance 0. Distances to
-    later keys count by their size. Refused for signed and channel maps.
+    stand on them are NaN, as is padding that the map's own mask names. Weight that is missing from a row (a gate, a
+    learned sink) counts as distance 0. Distances to later keys count by their size. Refused for signed and channel maps.
     """
     need_shares(0, one_map(amap), NO_DISTANCE)
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise WorkbenchError(f"window is the largest distance that counts, at least 1; got {window!r}")
     first = first_key(prompt, amap.shape[3])
-    if not first:
-        return amap.distance(window).detach().cpu().double()
-    found = amap.mass(mods.both(mods.distance(window), mods.span(first, amap.shape[3]))).detach().cpu().double()
+    known = mods.both(mods.distance(window), mods.span(first, amap.shape[3]))
+    found = (amap.mass(known) if first else amap.distance(window)).detach().cpu().double()
+    real = padding(0, amap, None).queries
+    found = found if real is None else found.masked_fill(~real[:, None], float("nan"))
     return found.masked_fill(torch.arange(amap.shape[2]) + amap.offset < first, float("nan"))
 
 
@@ -47,7 +48,7 @@ def fai(amap: AttentionMap, clip: tuple[int, int] = (10, 50), *, prompt: int = 0
     """Future attention influence of every key, ``[B, H, K]``: mean weight it gets from the queries ``clip[0]`` to
     ``clip[1]`` tokens later, float64.
 
-    NaN for keys that no query stands so far behind (the last ones), and for the keys of the ``prompt``. Padding queries
+    NaN for keys that no query stands so far behind (the last ones), and for padding and the ``prompt``. Padding queries
     do not count: ``real`` ``[B, Q]`` is False on them, by default where the map's own mask says so. Takes the band
     below the diagonal alone, so that its cost grows with the text, not with its square. Refused for signed and channel
     maps.
@@ -55,8 +56,10 @@ def fai(amap: AttentionMap, clip: tuple[int, int] = (10, 50), *, prompt: int = 0
     need_shares(0, one_map(amap), NO_DISTANCE)
     near, far = _clip(clip)
     first = first_key(prompt, amap.shape[3])
-    total, count = band_sums(amap, near, far, padding(0, amap, None).queries if real is None else real)
+    pad = padding(0, amap, None)
+    total, count = band_sums(amap, near, far, pad.queries if real is None else real)
     found = total / count
+    found = found if pad.keys is None else found.masked_fill(~pad.keys[:, None], float("nan"))
     return found.masked_fill(torch.arange(amap.shape[3]) < first, float("nan"))
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
-from workbench.maps import AttentionMap
+from workbench.maps import AttentionMap, GatedMap
 from workbench.mixers.chosen import block_means
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
+from workbench.probes.padding import padding
 from workbench.probes.sources import one_map
 from workbench.results import Result, axis
 from workbench.run import Provenance
@@ -115,11 +116,14 @@ def selection_curves(
     """Recall of each rule's ``scores`` ``[B, H or 1, Q/size, K/size]`` against the true block map of ``amap``.
 
     ``kept`` are shares of the visible blocks of a row, in (0, 1]. A block is visible if the map has weight in it; rows
-    without any are left out. Refused for maps with negative weights, whose mass says nothing about what matters.
+    without any are left out, and so are queries that the map's own mask names as padding. Refused for maps with negative
+    weights, whose mass says nothing about what matters.
     """
     if one_map(amap).sign == "signed":
         raise Refused("a signed map has no mass to recall: weights cancel")
-    mass = amap.blocks(size, "sum").double()
+    on = padding(0, amap, None).queries
+    told = amap if on is None or bool(on.all()) else GatedMap(amap, on[:, None].expand(amap.shape[:3]).double())
+    mass = told.blocks(size, "sum").double()
     wrong = [share for share in kept if not 0 < share <= 1]
     if wrong or not len(kept):
         raise WorkbenchError(f"kept holds shares of the visible blocks, in (0, 1]; got {list(kept)}")

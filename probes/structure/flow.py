@@ -15,20 +15,22 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
-from workbench.probes.structure.rollout import rollout, square_layers
+from workbench.probes.structure.rollout import placed, real_tokens_of, rollout, square_layers
 from workbench.probes.tables import TokenTable
 from workbench.run import Run
 
 _UNIT = 10**7
 """Capacities are whole numbers of this part of 1: scipy's maximum flow counts in integers."""
 _LIMIT = 2**22
+PADDING = "padding, and sequences without the query, have no flow"
 
 
 def flow(source: Source, query: int = -1, *, residual: float = 0.5, raw: bool = False) -> TokenTable:
     """Maximum flow from a query to every input token, ``[B, T]``, beside its rollout.
 
-    ``query`` is a position, by default the last. Capacities are rounded to 1e-7. Refused for signed and channel maps,
-    and above four million edges: the graph has layers x T x T of them, and one flow is computed per token.
+    ``query`` is a position, by default the last; negative ones count back from the last real token of each sequence.
+    Padding, and a sequence without such a token, are NaN. Capacities are rounded to 1e-7. Refused for signed and channel
+    maps, and above four million edges: the graph has layers x T x T of them, and one flow is computed per token.
     """
     layers = square_layers(source, raw)
     if not 0 <= residual < 1:
@@ -40,17 +42,24 @@ def flow(source: Source, query: int = -1, *, residual: float = 0.5, raw: bool = 
         raise Refused(
             f"{len(layers)} layers of {length} tokens have {len(layers) * length**2:,} edges, over {_LIMIT:,}; use rollout"
         )
-    top = query % length
     steps = [residual_mean(amap.dense().detach().cpu().double().mean(1), residual) for amap in layers]
-    found = torch.stack([_flows([step[i] for step in steps], top) for i in range(b)])
-    rolled = rollout(source, queries=[top], residual=residual, raw=raw)[:, 0]
+    real = real_tokens_of(source)
+    found = torch.full((b, length), float("nan"), dtype=torch.float64)
+    tops = placed([query], real)[:, 0].tolist()
+    for i, top in enumerate(tops):
+        if top >= 0 and bool(real[i, top]):
+            own = real[i]
+            found[i, own] = _flows([step[i][own][:, own] for step in steps], int(own[:top].sum()))
+    rolled = rollout(source, queries=[query], residual=residual, raw=raw)[:, 0].masked_fill(~real, float("nan"))
+    undefined = {} if bool(found.isfinite().all()) else {"flow": PADDING, "rollout": PADDING}
     tokens = source.tokens.labels if isinstance(source, Run) else ()
     units = {"flow": "attention", "rollout": "attention"}
     return TokenTable(
-        f"Attention flow from token {top}",
+        f"Attention flow from token {tops[0] if len(set(tops)) == 1 else query}",
         {"flow": found, "rollout": rolled},
         units,
         tokens,
+        undefined=undefined,
         provenance=provenance_of(source),
     )
 

@@ -52,6 +52,7 @@ def oracle_recall(source: Source, *, keys: Sequence[int] = KEYS, raw: bool = Fal
         raise WorkbenchError(f"keys are numbers of keys per query, at least 1; got {list(chosen)}")
     each: dict[str, dict[int | str, Tensor]] = {f"top_{k}": {} for k in chosen}
     null: dict[str, dict[int | str, Tensor]] = {f"top_{k}": {} for k in chosen}
+    undefined = {}
     for name, amap in maps_of(source).items():
         asked = inner(name, amap, raw)
         need_shares(name, asked, "hold no mass to recall")
@@ -60,6 +61,8 @@ def oracle_recall(source: Source, *, keys: Sequence[int] = KEYS, raw: bool = Fal
         gained = asked.topk(most).values.detach().cpu().double().cumsum(-1)
         total = asked.row_sums().detach().cpu().double()
         counted = (total > 0) & seen.real[:, None]
+        if not bool(counted.any(-1).all()):
+            undefined[str(name)] = "a head has no query with weight in some sequence"
         visible = seen.keys().clamp(min=1)
         for k in chosen:
             share = torch.where(counted, gained[..., min(k, most) - 1] / total.clamp(min=1e-300), 0.0)
@@ -67,7 +70,9 @@ def oracle_recall(source: Source, *, keys: Sequence[int] = KEYS, raw: bool = Fal
             each[f"top_{k}"][name] = share.sum(-1) / counted.sum(-1)
             null[f"top_{k}"][name] = by_chance.sum(-1) / counted.sum(-1)
     units = dict.fromkeys(each, "share of the row")
-    return HeadTable.averaged("Oracle top-k", each, units, null=null, provenance=provenance_of(source))
+    return HeadTable.averaged(
+        "Oracle top-k", each, units, null=null, undefined=undefined, provenance=provenance_of(source)
+    )
 
 
 @dataclass(frozen=True)

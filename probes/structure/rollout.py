@@ -21,7 +21,10 @@ from workbench.errors import Refused, WorkbenchError
 from workbench.maps import DENSE_LIMIT, AttentionMap
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
-from workbench.probes.sources import Source, inner, maps_of, need_shares
+from workbench.probes.padding import padding
+from workbench.probes.sources import Source, inner, maps_of, need_shares, tokens_of
+
+_CHUNK = 2**22
 
 
 def rollout(
@@ -31,9 +34,10 @@ def rollout(
     float64.
 
     Rows sum to 1, as far as the maps' own rows have weight. With ``queries`` nothing of size T x T is built: rows are
-    carried back through the layers one after another (``rmatvec``), at any length. ``residual`` is the share r of the
-    stream itself. Gated maps count as they act; ``raw=True`` looks inside the gate. Refused for signed and channel
-    maps, and maps that are not of one set of tokens.
+    carried back through the layers one after another (``rmatvec``), at any length. Negative queries count back from the
+    last real token of each sequence; rows of padding are NaN. ``residual`` is the share r of the stream itself. Gated
+    maps count as they act; ``raw=True`` looks inside the gate. Refused for signed and channel maps, and maps that are
+    not of one set of tokens.
     """
     layers = square_layers(source, raw)
     if not 0 <= residual < 1:
@@ -46,10 +50,29 @@ def rollout(
         raise Refused(
             f"a rollout of {len(chosen)} queries over {length} tokens is too large; name some with queries=[...]"
         )
-    rows = torch.eye(length, dtype=torch.float64)[torch.tensor([q % length for q in chosen])].expand(b, -1, -1)
+    real = real_tokens_of(source)
+    places = placed(chosen, real)
+    at = places.clamp(min=0)
+    rows = torch.zeros(b, len(chosen), length, dtype=torch.float64).scatter_(2, at[..., None], 1.0)
     for amap in reversed(layers):
         rows = _back(amap, rows, residual)
-    return rows
+    known = real.gather(1, at) & (places >= 0)
+    return rows.masked_fill(~known[..., None], float("nan"))
+
+
+def real_tokens_of(source: Source) -> Tensor:
+    """Which tokens of the maps of one stack are no padding, bool ``[B, T]``."""
+    name, amap = next(iter(maps_of(source).items()))
+    real = padding(name, amap, tokens_of(source)).queries
+    return torch.ones(amap.shape[0], amap.shape[2], dtype=torch.bool) if real is None else real
+
+
+def placed(queries: Sequence[int], real: Tensor) -> Tensor:
+    """The places ``[B, n]`` of queries in each sequence; negative ones count back from the last real token, and are
+    negative still where a sequence has not so many places."""
+    asked = torch.tensor(list(queries))
+    after = real.shape[1] - real.flip(1).int().argmax(1)
+    return torch.where(asked < 0, after[:, None] + asked, asked)
 
 
 def square_layers(source: Source, raw: bool = False) -> list[AttentionMap]:
@@ -73,12 +96,24 @@ def square_layers(source: Source, raw: bool = False) -> list[AttentionMap]:
 
 def _back(amap: AttentionMap, rows: Tensor, residual: float) -> Tensor:
     """``rows`` ``[B, n, T]`` times Abar of a layer."""
-    heads, device = amap.shape[1], amap.row_sums().device
     kept = residual + (1 - residual) * amap.row_sums().detach().cpu().double().mean(1)  # [B, T]
     scaled = torch.where(kept[:, None] > 0, rows / kept[:, None].clamp(min=1e-300), 0.0)
-    spread = scaled.transpose(1, 2)[:, None].expand(-1, heads, -1, -1).to(device)
-    carried = amap.rmatvec(spread.contiguous()).detach().cpu().double().sum(1).transpose(1, 2) / heads
-    return (1 - residual) * carried + residual * scaled
+    return (1 - residual) * _carried(amap, scaled) + residual * scaled
+
+
+def _carried(amap: AttentionMap, rows: Tensor) -> Tensor:
+    """``rows`` ``[B, n, T]`` times the mean of the heads. Few rows go through every head at once, many through the mean of the
+    heads a part at a time, so that nothing much larger than rows or T x T is held."""
+    b, heads, length, _ = amap.shape
+    if rows.shape[1] * heads <= length:
+        spread = rows.transpose(1, 2)[:, None].expand(-1, heads, -1, -1).to(amap.row_sums().device)
+        return amap.rmatvec(spread.contiguous()).detach().cpu().double().sum(1).transpose(1, 2) / heads
+    total = torch.zeros_like(rows)
+    step = max(1, _CHUNK // (b * heads * length))
+    for lo in range(0, length, step):
+        hi = min(length, lo + step)
+        total += rows[:, :, lo:hi] @ amap.rows(lo, hi).detach().cpu().double().mean(1)
+    return total
 
 
 ANALYSES = (

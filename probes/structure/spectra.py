@@ -107,12 +107,17 @@ def receptive_fields(source: Source, *, parts: tuple[float, ...] = PARTS, raw: b
     names = {part: f"within_{100 * part:g}" for part in parts}
     each: dict[str, dict[int | str, Tensor]] = {name: {} for name in names.values()}
     null: dict[str, dict[int | str, Tensor]] = {name: {} for name in names.values()}
+    undefined = {}
     for layer, weight in spectra.weight.items():
+        if not bool((weight.sum(-1) > 0).all()):
+            undefined[str(layer)] = "a head has no weight in some sequence"
         for part, name in names.items():
             each[name][layer] = _quantile(weight, part)
             null[name][layer] = _quantile(spectra.even[layer], part).mean().expand(weight.shape[1])
     units = dict.fromkeys(names.values(), "tokens")
-    return HeadTable.averaged("Receptive field", each, units, null=null, provenance=spectra.provenance)
+    return HeadTable.averaged(
+        "Receptive field", each, units, null=null, undefined=undefined, provenance=spectra.provenance
+    )
 
 
 def octaves(length: int) -> list[tuple[int, int]]:
