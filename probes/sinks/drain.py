@@ -17,10 +17,10 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.models.protocol import Tokens
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled_run
 from workbench.probes.sinks.shares import shares
+from workbench.probes.sources import read_site
 from workbench.probes.tables import HeadTable
 from workbench.run import Run
 
@@ -40,37 +40,27 @@ def value_drain(run: Run, *, key: int = 0, mass: float = 0.5, drained: float = 0
         raise WorkbenchError(f"key is 0 or more, mass in (0, 1), drained positive; got {key=}, {mass=}, {drained=}")
     if not run.maps:
         raise WorkbenchError("this run captured no attention; run it again with maps=wb.capture()")
-    values: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("dormant", "sink_mass", "r_v", "r_x")}
-    low: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("sink_mass", "r_v", "r_x")}
-    high, null = ({name: dict(part) for name, part in low.items()} for _ in range(2))
+    each: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("sink_mass", "r_v", "r_x")}
+    null: dict[str, dict[int | str, Tensor]] = {name: {} for name in each}
+    dormant: dict[int | str, Tensor] = {}
     for layer, amap in run.maps.items():
-        v, x = (_read(run, site.replace("{l}", str(layer))) for site in READS)
+        v, x = (read_site(run, kind, layer).cpu().double() for kind in ("v", "resid_pre"))
         heads, groups = amap.shape[1], v.shape[2]
         found = shares(layer, amap, run.tokens, token=key)
         own_v, other_v = _ratios(v.norm(dim=-1).transpose(1, 2), run.tokens, key)
         own_x, other_x = _ratios(x.norm(dim=-1)[:, None], run.tokens, key)
-        spread = {
-            "sink_mass": found.first,
-            "r_v": own_v.repeat_interleave(heads // groups, 1),
-            "r_x": own_x.expand(-1, heads),
-        }
-        for name, each in spread.items():
-            values[name][layer] = each.nanmean(0)
-            low[name][layer], high[name][layer] = interval(each)
+        each["sink_mass"][layer] = found.first
+        each["r_v"][layer] = own_v.repeat_interleave(heads // groups, 1)
+        each["r_x"][layer] = own_x.expand(-1, heads)
         null["sink_mass"][layer] = found.uniform[:, min(key, found.uniform.shape[1] - 1)]
-        null["r_v"][layer] = other_v.repeat_interleave(heads // groups, 1).nanmean(0)
-        null["r_x"][layer] = other_x.expand(-1, heads).nanmean(0)
-        quiet = (values["sink_mass"][layer] > mass) & (values["r_v"][layer] < drained)
-        values["dormant"][layer] = quiet.double()
+        null["r_v"][layer] = other_v.repeat_interleave(heads // groups, 1)
+        null["r_x"][layer] = other_x.expand(-1, heads)
+        quiet = (found.first.nanmean(0) > mass) & (each["r_v"][layer].nanmean(0) < drained)
+        dormant[layer] = quiet.double()
     units = {"dormant": "1 or 0", "sink_mass": "mean weight", "r_v": "of the mean norm", "r_x": "of the mean norm"}
-    return HeadTable("Value drain", values, units, low, high, null, provenance=run.provenance)
-
-
-def _read(run: Run, site: str) -> Tensor:
-    try:
-        return run.acts[site].detach().cpu().double()
-    except WorkbenchError:
-        raise WorkbenchError(f"this run did not read {site}; run it again with read=[{site!r}, ...]") from None
+    return HeadTable.averaged(
+        "Value drain", each, units, single={"dormant": dormant}, null=null, provenance=run.provenance
+    )
 
 
 def _ratios(norms: Tensor, tokens: Tokens, key: int) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,10 @@ from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Model
 from workbench.probes.ablation import AblationCurve, ablation_curve
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, bundled_run
 from workbench.probes.sinks.shares import shares
+from workbench.probes.sources import inner, read_site, real_mean, real_tokens
 from workbench.probes.tables import HeadTable
 from workbench.run import Run
 
@@ -48,36 +48,28 @@ def inactive_heads(run: Run, *, share: float = 0.12, raw: bool = False) -> HeadT
         raise WorkbenchError("this run captured no attention; run it again with maps=wb.capture()")
     each: dict[str, dict[int | str, Tensor]] = {name: {} for name in SCORES}
     for layer, amap in run.maps.items():
-        site = READS[0].replace("{l}", str(layer))
-        if site not in {str(s) for s in run.acts}:
-            raise WorkbenchError(f"this run did not read {site}; run it again with read=[{site!r}, ...]")
-        z = run.acts[site].detach().cpu().double()
-        real = (
-            run.tokens.mask.cpu() if run.tokens.mask.shape == z.shape[:2] else torch.ones(z.shape[:2], dtype=torch.bool)
-        )
-        norm = _mean(z.norm(dim=-1).transpose(1, 2), real)
+        z = read_site(run, "z", layer).cpu().double()
+        real = real_tokens(run, z)
+        norm = real_mean(z.norm(dim=-1).transpose(1, 2), real)
         each["norm"][layer] = norm
         each["relative_norm"][layer] = norm / norm.mean(1, keepdim=True)
         each["first_token"][layer] = shares(layer, amap, run.tokens, raw=raw).first
-        inner = getattr(amap, "raw", amap) if raw else amap
         try:
-            each["entropy"][layer] = _mean(inner.entropy().detach().cpu().double(), real)
+            each["entropy"][layer] = real_mean(inner(layer, amap, raw).entropy(), real)
         except Refused:
             each["entropy"][layer] = torch.full_like(norm, float("nan"))
-    values = {name: {layer: rows.nanmean(0) for layer, rows in part.items()} for name, part in each.items()}
-    low, high = (
-        {name: {layer: interval(rows)[i] for layer, rows in part.items()} for name, part in each.items()}
-        for i in (0, 1)
-    )
-    order = torch.cat(list(values["relative_norm"].values())).argsort()
+    order = torch.cat([rows.nanmean(0) for rows in each["relative_norm"].values()]).argsort()
     marked = torch.zeros(len(order), dtype=torch.float64)
     marked[order[: max(1, round(share * len(order)))]] = 1
-    sizes = [len(rows) for rows in values["norm"].values()]
-    values["inactive"] = dict(zip(values["norm"], marked.split(sizes), strict=True))
-    units = {"relative_norm": "of the layer's mean", "norm": "norm", "first_token": "mean weight", "entropy": "nats"}
-    null = {"relative_norm": {layer: torch.ones_like(rows) for layer, rows in values["norm"].items()}}
-    return HeadTable(
-        "Inactive heads", values, units | {"inactive": "1 or 0"}, low, high, null, provenance=run.provenance
+    sizes = [rows.shape[1] for rows in each["norm"].values()]
+    inactive = dict(zip(each["norm"], marked.split(sizes), strict=True))
+    units = {
+        "relative_norm": "of the layer's mean", "norm": "norm", "first_token": "mean weight", "entropy": "nats",
+        "inactive": "1 or 0",
+    }  # fmt: skip
+    null = {"relative_norm": {layer: torch.ones_like(rows) for layer, rows in each["norm"].items()}}
+    return HeadTable.averaged(
+        "Inactive heads", each, units, single={"inactive": inactive}, null=null, provenance=run.provenance
     )
 
 
@@ -138,11 +130,6 @@ def zeroable(
     steps = counts if counts is not None else tuple(range(1, len(order)))
     curve = ablation_curve(model, inputs, order, ablation="zero", counts=steps, random=random, seed=seed)
     return Zeroable(**{name: getattr(curve, name) for name in curve.__dataclass_fields__}, score=score, within=within)
-
-
-def _mean(values: Tensor, real: Tensor) -> Tensor:
-    """Mean of ``[B, H, T]`` over real tokens, ``[B, H]``."""
-    return (values * real[:, None]).sum(-1) / real.sum(1)[:, None]
 
 
 ANALYSES = (

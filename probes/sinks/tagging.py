@@ -27,6 +27,7 @@ from workbench.probes.ablation import divergence
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, bundled_run
+from workbench.probes.sources import read_site
 from workbench.probes.tables import HeadTable
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -54,7 +55,7 @@ def tagging(run: Run, *, more: float = 0.5, seed: int = 0) -> HeadTable:
     if len(layers) < 2:
         raise WorkbenchError(f"a tag is read by a later layer: capture two or more; this run has {list(run.maps)}")
     generator = torch.Generator().manual_seed(seed)
-    later = _read(run, READS[3], layers[-1])
+    later = read_site(run, "resid_pre", layers[-1]).cpu().double()
     real = run.tokens.mask.cpu()
     first = real.int().argmax(1)
     counted = real & (torch.arange(real.shape[1]) != first[:, None])
@@ -62,7 +63,7 @@ def tagging(run: Run, *, more: float = 0.5, seed: int = 0) -> HeadTable:
     null: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("readable", "tag_share")}
     undefined = {}
     for layer in layers[:-1]:
-        z, v, result = (_read(run, site, layer) for site in READS[:3])
+        z, v, result = (read_site(run, kind, layer).cpu().double() for kind in ("z", "v", "result"))
         marks = _caught(run, layer, first, more) & counted[:, None]
         rest = ~marks & counted[:, None]
         each = torch.arange(len(first))
@@ -172,14 +173,6 @@ def _caught(run: Run, layer: int, first: Tensor, more: float) -> Tensor:
     weights = torch.zeros(amap.shape[0], amap.shape[3], dtype=torch.float64)
     weights[torch.arange(len(first)), first] = 1.0
     return amap.mass(weights).detach().cpu() > more
-
-
-def _read(run: Run, template: str, layer: int) -> Tensor:
-    site = template.replace("{l}", str(layer))
-    try:
-        return run.acts[site].detach().cpu().double()
-    except WorkbenchError:
-        raise WorkbenchError(f"this run did not read {site}; run it again with read=[{site!r}, ...]") from None
 
 
 def _auc(score: Tensor, caught: Tensor, others: Tensor) -> float:

@@ -162,7 +162,9 @@ def map_overlap(maps: ClassMaps, truth: Tensor, *, mass: float = 0.6, draws: int
         raise Refused("an image's object covers half of no patch, so that there is nothing to find")
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(maps.grid.patches, generator=generator) for _ in range(draws)]
-    values, low, high, null = (_measures() for _ in range(4))
+    units = {"inside": "share of mass", "pointing": "part of images", "iou": "intersection over union"}
+    each: dict[str, dict[int | str, Tensor]] = {name: {} for name in units}
+    null: dict[str, dict[int | str, Tensor]] = {name: {} for name in units}
     undefined: dict[str, str] = {}
     area = inside.double().mean(1)
     for layer, weight in maps.weight.items():
@@ -176,17 +178,11 @@ def map_overlap(maps: ClassMaps, truth: Tensor, *, mass: float = 0.6, draws: int
             "iou": (_iou(top, inside[:, None]), chance),
         }
         for name, (number, by_chance) in found.items():
-            number = number.masked_fill(empty, float("nan"))
-            values[name][layer] = number.nanmean(0)
-            low[name][layer], high[name][layer] = interval(number)
-            null[name][layer] = by_chance.mean(0)
+            each[name][layer], null[name][layer] = number.masked_fill(empty, float("nan")), by_chance.mean(0)
         undefined |= {f"layer {layer}, head {head}": EMPTY for head in empty.all(0).nonzero()[:, 0].tolist()}
-    units = {"inside": "share of mass", "pointing": "part of images", "iou": "intersection over union"}
-    return HeadTable("Overlap with the object", values, units, low, high, null, undefined, maps.provenance)
-
-
-def _measures() -> dict[str, dict[int | str, Tensor]]:
-    return {"inside": {}, "pointing": {}, "iou": {}}
+    return HeadTable.averaged(
+        "Overlap with the object", each, units, null=null, undefined=undefined, provenance=maps.provenance
+    )
 
 
 def smallest_set(share: Tensor, mass: float) -> Tensor:

@@ -92,23 +92,8 @@ class DependencyTree(Result):
 
     def frame(self) -> pd.DataFrame:
         """One row per image and patch: ``image, patch, row, column, parent, depth, mass, sent, leaf``."""
-        import pandas as pd
-
-        b, n = self.parent.shape
-        places = self.grid.places.repeat(b, 1)
-        return pd.DataFrame(
-            {
-                "image": torch.arange(b).repeat_interleave(n).numpy(),
-                "patch": torch.arange(n).repeat(b).numpy(),
-                "row": places[:, 0].numpy(),
-                "column": places[:, 1].numpy(),
-                "parent": self.parent.flatten().numpy(),
-                "depth": self.depth.flatten().numpy(),
-                "mass": self.mass.flatten().numpy(),
-                "sent": self.sent.flatten().numpy(),
-                "leaf": self.leaf.flatten().numpy(),
-            }
-        )
+        names = ("parent", "depth", "mass", "sent", "leaf")
+        return self.grid.table({name: getattr(self, name) for name in names})
 
     def plot(self, ax: Axes | None = None, image: int = 0) -> Axes:
         """The tree of one image, a line from each patch to its parent; darker patches receive more."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.native import NativeModel
 from workbench.models.protocol import Model, Tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _CLS = ("cls_token", "class_embedding", "class_token")
 _OTHERS = ("distillation_token", "dist_token", "register_tokens", "reg_token")
@@ -112,6 +115,20 @@ class Grid:
     def pixels(self, values: Tensor) -> Tensor:
         """One number per patch, ``[..., N]``, repeated over the pixels of the patch: ``[..., height, width]``."""
         return self.image(values).repeat_interleave(self.patch[0], -2).repeat_interleave(self.patch[1], -1)
+
+    def table(self, columns: Mapping[str, Tensor]) -> pd.DataFrame:
+        """One row per image and patch: ``image, patch, row, column``, then the columns, each ``[B, N]``."""
+        import pandas as pd
+
+        batch = len(next(iter(columns.values())))
+        places = self.places.repeat(batch, 1)
+        at = {
+            "image": torch.arange(batch).repeat_interleave(self.patches).numpy(),
+            "patch": torch.arange(self.patches).repeat(batch).numpy(),
+            "row": places[:, 0].numpy(),
+            "column": places[:, 1].numpy(),
+        }
+        return pd.DataFrame(at | {name: values.flatten().numpy() for name, values in columns.items()})
 
     def covered(self, mask: Tensor) -> Tensor:
         """Share of every patch that a mask covers, ``[..., N]`` in float64.
