@@ -106,7 +106,11 @@ def _by_rows(amap: AttentionMap, seen: Visibility, by: str, generator: torch.Gen
 
 def _shuffled(rows: Tensor, tile: Tensor, generator: torch.Generator) -> Tensor:
     """The weights of each row in a random order over the keys the row sees; all heads of a sequence alike."""
-    order = torch.rand(tile.shape, generator=generator).masked_fill(~tile, 2.0).argsort(-1)
+    b, h, queries, keys = tile.shape
+    noise = torch.rand(queries, b, h, keys, generator=generator).movedim(
+        0, 2
+    )  # the same however rows are cut into chunks
+    order = noise.masked_fill(~tile, 2.0).argsort(-1)
     places = (~tile).int().argsort(dim=-1, stable=True)
     order, places = order.expand(rows.shape), places.expand(rows.shape)
     return torch.zeros_like(rows).scatter(-1, places, rows.gather(-1, order))

@@ -36,6 +36,7 @@ LAST = 2
 TEMPERATURE = 0.05
 TOGETHER = "together"
 BLIND = "the question's last tokens pay no attention to any document in any example of a layer, so that it ranks none"
+ALONE = "no token of a document may see another document"
 
 
 def block_rank(
@@ -69,6 +70,9 @@ def block_rank(
     part = (sizes * prompts.gold).sum(-1) / sizes.sum(-1)
     chance = prompts.ndcg(torch.zeros(prompts.gold.shape), k)
     blind = any(bool(each.isnan().all()) for each in gold.values())
+    undefined = dict.fromkeys(("ndcg", "relevance"), BLIND) if blind else {}
+    if any(bool(mean.isnan().all()) for mean, _ in across):
+        undefined["across"] = ALONE
     return LayerTable.averaged(
         "Documents ranked by attention",
         {
@@ -86,7 +90,7 @@ def block_rank(
             "relevance": dict.fromkeys(rows, part),
             "across": {name: even for name, (_, even) in zip(rows, across, strict=True)},
         },
-        undefined=dict.fromkeys(("ndcg", "relevance"), BLIND) if blind else {},
+        undefined=undefined,
         provenance=provenance_of(source),
     )
 

@@ -54,7 +54,7 @@ def head_sharing(source: Source, *, raw: bool = False) -> HeadTable:
             low[name][layer.name], high[name][layer.name] = interval(part)
             null[name][layer.name] = by_chance.nanmean(0)
         values["partner"][layer.name] = best.double().masked_fill(dead, float("nan"))
-        if bool(dead.any()):
+        if bool(each.isnan().all(0).any()):
             undefined[str(layer.name)] = "a head without weight resembles nothing"
         if others < heads:
             undefined[f"{layer.name}, same"] = f"the layer before has {others} heads"

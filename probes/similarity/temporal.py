@@ -91,12 +91,12 @@ def temporal_disparity(source: Source, reference: int | str, *, raw: bool = Fals
             )
         b, h, queries, keys = layer.shape
         apart, even, square = (torch.zeros(b, h, dtype=torch.float64) for _ in range(3))
-        real = layer.real_queries[:, None, :, None] & layer.real_keys[:, None, None]
         step = max(1, min(queries, CHUNK // max(1, 3 * b * h * keys)))
         for lo in range(0, queries, step):
             hi = min(queries, lo + step)
             rows, wanted = layer.rows(lo, hi), other.rows(lo, hi)
-            flat = real[:, :, lo:hi] / real[:, :, lo:hi].sum(-1, keepdim=True).clamp(min=1)
+            real = layer.real_queries[:, None, lo:hi, None] & layer.real_keys[:, None, None]
+            flat = real / real.sum(-1, keepdim=True).clamp(min=1)
             apart += (rows - wanted).square().sum((-2, -1))
             even += (flat - wanted).square().sum((-2, -1))
             square += wanted.square().sum((-2, -1))

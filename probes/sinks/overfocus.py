@@ -109,7 +109,9 @@ def _layer(
     batch, _, queries, keys = amap.shape
     real = seen.real.expand(batch, -1)
     count = real.sum(1).double()
-    turns = torch.rand(batch, queries, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # The same turns for every sequence, counted from its first real token: a null that does not depend on the batch.
+    turns = torch.rand(queries, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    turns = turns[(torch.arange(queries) - real.int().argmax(1)[:, None]).clamp(min=0)]
     means = torch.zeros(2, batch, keys, dtype=torch.float64)
     for _, _, pair in _rows(amap, seen, turns):
         means += pair.sum(2)

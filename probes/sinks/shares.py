@@ -66,7 +66,7 @@ def columns(
     relative: bool = False,
 ) -> Columns:
     """Column sums of the layer ``name``; see ``probes/sinks/scores.py`` for the quantities and for ``relative``."""
-    if amap.domain in ("channel", "frequency"):
+    if amap.domain != "token":
         raise Refused(f"layer {name!r}: columns of a {amap.domain} map are no tokens, so no token can be a sink")
     if raw and amap.row_sum == "gate" and not isinstance(amap, GatedMap):
         raise Refused(f"layer {name!r}: {amap!r} does not hold the attention inside its gate; ask with raw=False")

@@ -104,6 +104,8 @@ def sink_use(source: Source, places: Mapping[str, Tensor] | None = None, *, mask
         b, _, queries, keys = amap.shape
         if amap.sign == "signed":
             raise Refused(f"layer {name!r}: signed weights do not go anywhere; sinks() tells their absolute shares")
+        if amap.domain != "token":
+            raise Refused(f"layer {name!r}: rows of a {amap.domain} map are no tokens, so there is no first one")
         if amap.offset + queries > keys or (isinstance(name, str) and name.startswith("cross")):
             raise Refused(f"layer {name!r}: its queries are not among its keys, so none can look at itself")
         groups = {"all": torch.ones(b, queries, dtype=torch.bool)} if places is None else dict(places)
