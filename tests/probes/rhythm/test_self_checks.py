@@ -1,5 +1,7 @@
 """WAAD and FAI as someone from outside would try them: wrong kinds of maps, texts of one token, padding on either side."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
 from workbench.patterns.softmax import SoftmaxMap
 from workbench.probes.examples import random_rows
-from workbench.probes.rhythm.rhythm import rhythm
+from workbench.probes.rhythm import spans
+from workbench.probes.rhythm.receivers import receiver_heads
+from workbench.probes.rhythm.rhythm import couplings, rhythm
 from workbench.probes.rhythm.waad import fai, waad
 from workbench.probes.similarity.rank import effective_rank, rank_bounds
 from workbench.probes.structure.block_selection import selection_curves
@@ -77,3 +81,22 @@ def test_a_text_of_one_token():
     assert fai(one).shape == (2, 3, 1)
     assert bool(fai(one).isnan().all())
     assert torch.equal(effective_rank(one), torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "published"),
+    [
+        (waad, "window", 10),
+        (fai, "clip", (10, 50)),
+        (rhythm, "window", 10),
+        (rhythm, "clip", (10, 50)),
+        (rhythm, "share", 0.3),
+        (rhythm, "top", 0.4),
+        (couplings, "windows", (1, 2, 3)),
+        (spans.local_heads, "share", 0.3),
+        (spans.global_heads, "share", 0.3),
+        (receiver_heads, "near", 4),
+    ],
+)
+def test_published_constants_are_the_defaults(function, name, published):
+    assert inspect.signature(function).parameters[name].default == published

@@ -1,5 +1,6 @@
 """Consistency, bands, rollout and flow from outside: literal formulas, shifts that must not matter, odd cases."""
 
+import inspect
 import itertools
 import math
 
@@ -8,9 +9,9 @@ import torch
 
 from workbench.maps import AttentionMap
 from workbench.probes.examples import random_rows
-from workbench.probes.structure.coding_rate import ista_sparsity
+from workbench.probes.structure.coding_rate import coding_rate, ista_sparsity
 from workbench.probes.structure.consistency import consistency_of
-from workbench.probes.structure.critical_bands import BASE, CriticalBands, critical_bands
+from workbench.probes.structure.critical_bands import BASE, CriticalBands, critical_bands, octave_noise
 from workbench.probes.structure.flow import flow
 from workbench.probes.structure.pointers import pointer_fidelity
 from workbench.probes.structure.rollout import rollout
@@ -125,3 +126,31 @@ def test_flow_never_exceeds_any_cut():
             for side in itertools.combinations(range(4), n)
         ]
         assert float(found[end]) == pytest.approx(min(cuts), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "published"),
+    [
+        (coding_rate, "epsilon", 0.01),
+        (ista_sparsity, "step", 0.1),
+        (ista_sparsity, "penalty", 0.1),
+        (critical_bands, "bands", 7),
+        (critical_bands, "deviations", (0, 0.02, 0.04, 0.08, 0.16)),
+        (critical_bands, "level", 0.5),
+        (rollout, "residual", 0.5),
+        (flow, "residual", 0.5),
+    ],
+)
+def test_published_constants_are_the_defaults(function, name, published):
+    assert inspect.signature(function).parameters[name].default == published
+
+
+def test_bands_are_octaves_from_1_75_cycles_on():
+    assert BASE == 1.75
+    noise = octave_noise((64, 1, 64, 64), BASE * 4, torch.Generator().manual_seed(0))[:, 0]
+    power = torch.fft.fft2(noise).abs().square().mean(0)
+    place = torch.fft.fftfreq(64) * 64
+    radius = (place[:, None].square() + place.square()).sqrt()
+    inside = (radius >= 7 / math.sqrt(2)) & (radius < 7 * math.sqrt(2))
+    assert float(power[~inside].sum() / power.sum()) < 1e-12
+    assert float(power[inside].std() / power[inside].mean()) < 0.5
