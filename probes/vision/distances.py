@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from workbench.maps import AttentionMap
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
 from workbench.probes.tables import HeadTable
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import even_sums, is_summary, patch_maps, patch_rows, pixel_distance
+from workbench.probes.vision.on_patches import (
+    even_sums,
+    is_summary,
+    named_masses,
+    patch_maps,
+    patch_rows,
+    pixel_distance,
+)
 
 MEASURES = ("distance", "distance_on_patches")
 NOWHERE = "its patches give no mass to any patch"
@@ -32,19 +38,19 @@ def attention_distance(source: Source, grid: Grid, *, raw: bool = False) -> Head
     nothing. Gated maps count as they act, ``raw=True`` inside the gate; signed maps are refused. Rows are read in chunks; a map
     captured with ``keep=False`` answers if ``image_mods(grid)`` were among its masses.
     """
-    values, low, high, null = (_empty() for _ in range(4))
+    each, null = _empty(), _empty()
     undefined = {}
     for layer, amap in patch_maps(source, grid, raw=raw).items():
         total, mass, even, even_mass = _sums(amap, grid)
         found = {"distance": (total, even), "distance_on_patches": (total / mass, even / even_mass)}
         for name, (number, chance) in found.items():
-            values[name][layer] = number.nanmean(0)
-            low[name][layer], high[name][layer] = interval(number)
-            null[name][layer] = chance.nanmean(0)
-        for head in values["distance_on_patches"][layer].isnan().nonzero()[:, 0].tolist():
+            each[name][layer], null[name][layer] = number, chance
+        for head in each["distance_on_patches"][layer].nanmean(0).isnan().nonzero()[:, 0].tolist():
             undefined[f"distance_on_patches, layer {layer}, head {head}"] = NOWHERE
     units = dict.fromkeys(MEASURES, "pixels")
-    return HeadTable("Attention distance", values, units, low, high, null, undefined, provenance_of(source))
+    return HeadTable.averaged(
+        "Attention distance", each, units, null=null, undefined=undefined, provenance=provenance_of(source)
+    )
 
 
 def _empty() -> dict[str, dict[int | str, Tensor]]:
@@ -57,8 +63,7 @@ def _sums(amap: AttentionMap, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tenso
     total, mass, even, even_mass = (torch.zeros(b, h, dtype=torch.float64) for _ in range(4))
     if is_summary(amap):
         rings = range(max(grid.rows, grid.cols))
-        names = ("pixels", *(f"hop {k}" for k in rings), "class", "others")
-        far, *parts = (amap.mass(name).detach().cpu().double()[:, :, grid.index] for name in names)
+        far, *parts = named_masses(amap, grid, ("pixels", *(f"hop {k}" for k in rings), "class", "others"))
         sums = torch.stack(parts).sum(0)
         total, mass = far.sum(-1), torch.stack(parts[:-2]).sum((0, -1))
         for patches, row in even_sums(amap, grid):

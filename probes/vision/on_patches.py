@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap, GatedMap, SummaryMap
+from workbench.maps import AttentionMap, SummaryMap
 from workbench.mods import Mod
-from workbench.probes.sources import maps_of
+from workbench.probes.sources import inner, maps_of, ungated
 from workbench.probes.visibility import Visibility, visibility
 from workbench.probes.vision.grid import Grid
 
@@ -44,25 +44,23 @@ def patch_maps(source: object, grid: Grid, *, raw: bool = False) -> dict[int | s
     for name, amap in found.items():
         if amap.domain != "token":
             raise Refused(f"layer {name!r}: rows of a {amap.domain} map are no patches")
-        if raw and amap.row_sum == "gate" and not isinstance(amap, GatedMap):
-            raise Refused(f"layer {name!r}: {amap!r} does not hold the attention inside its gate; ask with raw=False")
-        inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
-        if inner.sign != "nonnegative":
+        asked = inner(name, amap, raw)
+        if asked.sign != "nonnegative":
             raise Refused(
                 f"layer {name!r}: weights of a signed map cancel, so that a mean over places says nothing; pass a map of their "
                 "absolute values, AttentionMap.from_dense(weights.abs())"
             )
-        if inner.shape[2] != inner.shape[3] or inner.offset:
-            raise Refused(f"layer {name!r}: patches look at patches in a square map; this one is {list(inner.shape)}")
-        grid.check(inner.shape[3], f"layer {name!r}")
-        chosen[name] = inner
+        if asked.shape[2] != asked.shape[3] or asked.offset:
+            raise Refused(f"layer {name!r}: patches look at patches in a square map; this one is {list(asked.shape)}")
+        grid.check(asked.shape[3], f"layer {name!r}")
+        chosen[name] = asked
     return chosen
 
 
 def seen_by(amap: AttentionMap) -> Visibility:
     """Who may see whom; a summary that knows no mask is taken to see everything."""
-    inner = amap.raw if isinstance(amap, GatedMap) else amap
-    return visibility(amap, mask=Mask() if isinstance(inner, SummaryMap) and inner.mask is None else None)
+    inside = ungated(amap)
+    return visibility(amap, mask=Mask() if isinstance(inside, SummaryMap) and inside.mask is None else None)
 
 
 def patch_rows(amap: AttentionMap, grid: Grid) -> Iterator[PatchRows]:
@@ -106,7 +104,17 @@ def pixel_distance(grid: Grid, queries: Tensor) -> Tensor:
 
 def is_summary(amap: AttentionMap) -> bool:
     """Whether the map has no rows to give, only what was asked for when it was captured."""
-    return isinstance(amap.raw if isinstance(amap, GatedMap) else amap, SummaryMap)
+    return isinstance(ungated(amap), SummaryMap)
+
+
+def named_masses(amap: AttentionMap, grid: Grid, names: Iterable[str]) -> list[Tensor]:
+    """Masses that a map without rows was captured with, of every patch's row: ``[B, H, N]`` each in float64."""
+    try:
+        return [amap.mass(name).detach().cpu().double()[:, :, grid.index] for name in names]
+    except UnknownName as error:
+        raise WorkbenchError(
+            f"{error}; capture rows with keep=True, or the masses of patches with wb.capture(mass=image_mods(grid), keep=False)"
+        ) from None
 
 
 def image_mods(grid: Grid) -> dict[str, Mod]:

@@ -74,20 +74,7 @@ class OutlierTokens(Result):
 
     def frame(self) -> pd.DataFrame:
         """One row per image and patch: ``image, patch, row, column, norm, outlier``."""
-        import pandas as pd
-
-        b, n = self.norm.shape
-        places = self.grid.places.repeat(b, 1)
-        return pd.DataFrame(
-            {
-                "image": torch.arange(b).repeat_interleave(n).numpy(),
-                "patch": torch.arange(n).repeat(b).numpy(),
-                "row": places[:, 0].numpy(),
-                "column": places[:, 1].numpy(),
-                "norm": self.norm.flatten().numpy(),
-                "outlier": self.outlier.flatten().numpy(),
-            }
-        )
+        return self.grid.table({"norm": self.norm, "outlier": self.outlier})
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Histogram of the norms, logarithmic both ways, with the threshold."""
@@ -151,7 +138,9 @@ def outlier_attention(source: Source, found: OutlierTokens, *, raw: bool = False
     Images without an outlier (or with nothing else) are left out; NaN if none is left.
     """
     grid, outlier = found.grid, found.outlier[:, None].double()
-    values, low, high, null = (_measures() for _ in range(4))
+    units = {"to_outliers": "attention per patch", "to_others": "attention per patch", "ratio": "outliers / others"}
+    each: dict[str, dict[int | str, Tensor]] = {name: {} for name in units}
+    null: dict[str, dict[int | str, Tensor]] = {name: {} for name in units}
     undefined = {}
     for layer, amap in patch_maps(source, grid, raw=raw).items():
         if amap.shape[0] != len(found.outlier):
@@ -160,15 +149,16 @@ def outlier_attention(source: Source, found: OutlierTokens, *, raw: bool = False
             )
         parts = [(p.rows[..., grid.index].sum(2), p.even[..., grid.index].sum(2)) for p in patch_rows(amap, grid)]
         received, even = (torch.stack(side).sum(0) / grid.patches for side in zip(*parts, strict=True))
-        measured, chance = _means(received, outlier), _means(even, outlier)
-        for name, number in measured.items():
-            values[name][layer] = number.nanmean(0)
-            low[name][layer], high[name][layer] = interval(number)
-            null[name][layer] = chance[name].nanmean(0)
+        for store, sums in ((each, received), (null, even)):
+            for name, number in _means(sums, outlier).items():
+                store[name][layer] = number
     if not bool((found.outlier.any(1) & ~found.outlier.all(1)).any()):
         undefined["to_outliers"] = "no image holds outliers and other patches"
-    units = {"to_outliers": "attention per patch", "to_others": "attention per patch", "ratio": "outliers / others"}
-    return HeadTable("Attention to outlier patches", values, units, low, high, null, undefined, provenance_of(source))
+    elif any(bool(row.nanmean(0).isnan().any()) for row in each["ratio"].values()):
+        undefined["ratio"] = "a head gives other patches nothing"
+    return HeadTable.averaged(
+        "Attention to outlier patches", each, units, null=null, undefined=undefined, provenance=provenance_of(source)
+    )
 
 
 @torch.no_grad()
@@ -256,10 +246,6 @@ def _means(received: Tensor, outlier: Tensor) -> dict[str, Tensor]:
     both = to.isfinite() & rest.isfinite()
     to, rest = to.masked_fill(~both, float("nan")), rest.masked_fill(~both, float("nan"))
     return {"to_outliers": to, "to_others": rest, "ratio": torch.where(rest > 0, to / rest, float("nan"))}
-
-
-def _measures() -> dict[str, dict[int | str, Tensor]]:
-    return {"to_outliers": {}, "to_others": {}, "ratio": {}}
 
 
 def _sarle(values: Tensor) -> float:
