@@ -27,7 +27,14 @@ from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import even_sums, hop_distance, is_summary, patch_maps, patch_rows
+from workbench.probes.vision.on_patches import (
+    even_sums,
+    hop_distance,
+    is_summary,
+    named_masses,
+    patch_maps,
+    patch_rows,
+)
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -210,7 +217,7 @@ def _rings(rows: Tensor, grid: Grid, patches: Tensor, rings: int) -> Tensor:
 def _named(amap: AttentionMap, grid: Grid, rings: int) -> Tensor:
     """The same from named masses, ``[B, H, N, R + 2]``."""
     names = [*(f"hop {k}" for k in range(rings)), *BESIDE]
-    return torch.stack([amap.mass(name).detach().cpu().double()[:, :, grid.index] for name in names], -1)
+    return torch.stack(named_masses(amap, grid, names), -1)
 
 
 ANALYSES = (
