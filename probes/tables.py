@@ -87,7 +87,7 @@ class HeadTable(Result):
         }
         return cls(
             title=title,
-            values={name: rows[name] for name in units if name in rows},
+            values={name: rows[name] for name in units if name in rows} | rows,
             units=units,
             low=low,
             high=high,
@@ -174,7 +174,7 @@ class LayerTable(Result):
         return cls(
             title=title,
             layers=layers,
-            values={name: means[name] for name in units if name in means},
+            values={name: means[name] for name in units if name in means} | means,
             units=units,
             low=low,
             high=high,
