@@ -67,7 +67,8 @@ def test_bounds_enclose_the_effective_rank(seed: int, r: int, causal: bool) -> N
     amap = AttentionMap.from_dense(random_rows(1, 2, 30, seed=seed, causal=causal))
     exact, (least, most) = effective_rank(amap), rank_bounds(amap, r, iterations=30)
     assert bool((least <= exact * (1 + 1e-6)).all())
-    assert bool((most >= exact * (1 - 1e-6)).all())
+    # Energy of 1e-12 of the whole counts as rounding: a singular value of 1e-6 is worth 1e-5 of the effective rank.
+    assert bool((most >= exact * (1 - 2e-5)).all())
     measures = rank_collapse(amap).values, rank_collapse(amap, rank=r).values
     for name in ("rank95", "rank99"):
         assert bool((measures[1][f"{name}_least"][0] <= measures[0][name][0] + 1).all())
