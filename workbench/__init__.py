@@ -186,6 +186,7 @@ _NAMES: dict[str, str] = {
     "coding_rate": "workbench.probes.structure.coding_rate:coding_rate",
     "coding_rates": "workbench.probes.structure.coding_rate:coding_rates",
     "critical_bands": "workbench.probes.structure.critical_bands:critical_bands",
+    "map_frequencies": "workbench.probes.structure.map_frequencies:map_frequencies",
     "reach": "workbench.probes.structure.reach:reach",
     "selection_curves": "workbench.probes.structure.block_selection:selection_curves",
     # analyses: vision
