@@ -15,11 +15,10 @@ from torch.nn.functional import one_hot
 
 from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
 from workbench.probes.padding import Padding, padding
-from workbench.probes.sources import maps_of
+from workbench.probes.sources import inner, maps_of, tokens_of
 from workbench.probes.visibility import Visibility, visibility
-from workbench.run import Run
 
 CHUNK = 2**22
 """Numbers of all maps that are walked together that are held at a time."""
@@ -109,16 +108,13 @@ def aligned(
     name: int | str, amap: AttentionMap, source: object, *, raw: bool = False, mask: Mask | None = None
 ) -> Aligned:
     """The layer ``name`` of ``source``. ``raw`` looks inside the gate of gated maps. Refuses gates that cannot be taken off."""
-    if raw and amap.row_sum == "gate" and not isinstance(amap, GatedMap):
-        raise Refused(f"layer {name!r}: {amap!r} does not hold the attention inside its gate; ask with raw=False")
+    asked = inner(name, amap, raw)
     b, _, queries, keys = amap.shape
-    tokens = source.tokens if isinstance(source, Run) else None
-    pad = padding(name, amap, tokens) if amap.domain == "token" else Padding(b, None, None, ((),) * b)
+    pad = padding(name, amap, tokens_of(source)) if amap.domain == "token" else Padding(b, None, None, ((),) * b)
     seen = visibility(amap, mask=mask, real=pad.queries, keys=pad.keys)
-    inner = amap.raw if raw and isinstance(amap, GatedMap) else amap
     query_start, real_queries = _placed(pad.queries, b, queries)
     key_start, real_keys = _placed(pad.keys, b, keys)
-    return Aligned(name, inner, seen, query_start, key_start, real_queries, real_keys)
+    return Aligned(name, asked, seen, query_start, key_start, real_queries, real_keys)
 
 
 def aligned_layers(source: object, *, raw: bool = False, mask: Mask | None = None) -> dict[int | str, Aligned]:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.similarity.aligned import (
@@ -57,16 +56,16 @@ def attention_diversity(source: Source, *, measure: str = "js", raw: bool = Fals
         for name, layer in layers.items()
         if bool((layer.real_queries.sum(1) < 2).any())
     }
-    bounds = [[interval(part[0][key]) for part in found.values()] for key in (0, 1)]
     names = ("heads", "queries")
-    return LayerTable(
+    each, null = (
+        {name: {layer: part[side][i] for layer, part in found.items()} for i, name in enumerate(names)}
+        for side in (0, 1)
+    )
+    return LayerTable.averaged(
         "Diversity of attention",
-        tuple(found),
-        {name: torch.stack([part[0][i].nanmean() for part in found.values()]) for i, name in enumerate(names)},
+        each,
         dict.fromkeys(names, UNITS[measure]),
-        low={name: torch.stack([pair[0] for pair in bounds[i]]) for i, name in enumerate(names)},
-        high={name: torch.stack([pair[1] for pair in bounds[i]]) for i, name in enumerate(names)},
-        null={name: torch.stack([part[1][i].nanmean() for part in found.values()]) for i, name in enumerate(names)},
+        null=null,
         undefined=undefined,
         provenance=provenance_of(source),
     )

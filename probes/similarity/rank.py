@@ -24,7 +24,6 @@ from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
 from workbench.maps import AttentionMap
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.similarity.aligned import Aligned, aligned, aligned_layers, even
@@ -88,16 +87,13 @@ def rank_collapse(
         for key, part in found.items():
             parts.setdefault(key, {})[name] = part
         for key, part in chance.items():
-            null.setdefault(key, {})[name] = part.expand(layer.shape[:2]).nanmean(0)
+            null.setdefault(key, {})[name] = part.expand(layer.shape[:2])
         if bool(found["residual"].isnan().any()):
             undefined[str(name)] = "a map without weight has no rank"
-    bounds = {key: {name: interval(part) for name, part in row.items()} for key, row in parts.items()}
-    return HeadTable(
+    return HeadTable.averaged(
         "Rank of attention maps",
-        {key: {name: part.nanmean(0) for name, part in row.items()} for key, row in parts.items()},
+        parts,
         {key: _UNITS[key.removesuffix("_least")] for key in parts},
-        low={key: {name: pair[0] for name, pair in row.items()} for key, row in bounds.items()},
-        high={key: {name: pair[1] for name, pair in row.items()} for key, row in bounds.items()},
         null=null,
         undefined=undefined,
         provenance=provenance_of(source),

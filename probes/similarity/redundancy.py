@@ -19,15 +19,13 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.probes.ablation import AblationCurve, ablation_curve
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, bundled_run, random_maps
 from workbench.probes.similarity.aligned import aligned_layers
 from workbench.probes.similarity.head_sharing import cosines
-from workbench.probes.sources import Source, provenance_of
+from workbench.probes.sources import Source, provenance_of, real_tokens, sites_read
 from workbench.probes.tables import HeadTable
 from workbench.run import Run
-from workbench.sites import Site
 
 if TYPE_CHECKING:
     from workbench.models.protocol import Model
@@ -62,21 +60,13 @@ def output_redundancy(run: Run, *, site: str = "result") -> HeadTable:
     """
     if site not in ("result", "z"):
         raise UnknownName("site of head outputs", site, ("result", "z"))
-    outputs = {Site.parse(name): tensor for name, tensor in run.acts.items() if _kind(name) == site}
-    if not outputs:
-        raise WorkbenchError(
-            f"this run read no hook_{site}; run it again with read=[f'blocks.{{l}}.attn.hook_{site}' for l in layers]"
-        )
     found: dict[int | str, dict[str, tuple[Tensor, Tensor]]] = {}
-    for at, tensor in sorted(outputs.items(), key=lambda item: (item[0].stack, item[0].layer)):
-        z = tensor.detach().cpu().double().transpose(1, 2)
-        real = (
-            run.tokens.mask.cpu() if run.tokens.mask.shape == tensor.shape[:2] else torch.ones(tensor.shape[:2]).bool()
-        )
+    for layer, tensor in sites_read(run, site).items():
+        z, real = tensor.cpu().double().transpose(1, 2), real_tokens(run, tensor)
         z = z.masked_fill(~real[:, None, :, None], 0.0)
         count = real.sum(1).double()[:, None, None]
         parts = {"cosine": _output_cosines(z, count)} if site == "result" else {}
-        found[f"{at.stack}.{at.layer}" if at.stack else at.layer or 0] = {**parts, "cka": _cka(z, real, count)}
+        found[layer] = {**parts, "cka": _cka(z, real, count)}
     units = {"cosine": "mean cosine with the other heads", "cka": "mean linear CKA with the other heads"}
     return _table("Redundancy of heads, by outputs", found, run, units)
 
@@ -90,14 +80,6 @@ def redundancy_curve(
     if any(not isinstance(layer, int) for layer, _ in ranking):
         raise WorkbenchError("heads are removed from layers with a number; this table names layers of two stacks")
     return ablation_curve(model, inputs, ranking, **options)  # type: ignore[arg-type]
-
-
-def _kind(name: Site | str) -> str:
-    try:
-        site = Site.parse(name)
-    except UnknownName:  # a bridge has hooks that are no sites
-        return ""
-    return site.kind if site.head is None else ""
 
 
 def _output_cosines(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +109,8 @@ def _table(
     title: str, found: dict[int | str, dict[str, tuple[Tensor, Tensor]]], source: object, units: dict[str, str]
 ) -> HeadTable:
     """``found`` layer -> measure -> the numbers of every two heads and their null, ``[B, H, H]``."""
-    values: dict[str, dict[int | str, Tensor]] = {}
-    low: dict[str, dict[int | str, Tensor]] = {}
-    high: dict[str, dict[int | str, Tensor]] = {}
+    numbers: dict[str, dict[int | str, Tensor]] = {}
+    partner: dict[int | str, Tensor] = {}
     null: dict[str, dict[int | str, Tensor]] = {}
     undefined = {}
     for name, measures in found.items():
@@ -141,23 +122,18 @@ def _table(
                 best = each.nanmean(0).nan_to_num(-2.0).argmax(1)
                 pick = best[None, :, None].expand(len(each), -1, 1)
                 rows["nearest"] = each.gather(2, pick)[..., 0], chance.gather(2, pick)[..., 0]
-                values.setdefault("partner", {})[name] = best.double().masked_fill(
-                    each.nanmean(0).isnan().all(1), float("nan")
-                )
+                partner[name] = best.double().masked_fill(each.nanmean(0).isnan().all(1), float("nan"))
             for label, (part, by_chance) in rows.items():
-                values.setdefault(label, {})[name] = part.nanmean(0)
-                null.setdefault(label, {})[name] = by_chance.nanmean(0)
-                bounds = interval(part)
-                low.setdefault(label, {})[name], high.setdefault(label, {})[name] = bounds
-            if bool(values[measure][name].isnan().any()):
+                numbers.setdefault(label, {})[name] = part
+                null.setdefault(label, {})[name] = by_chance
+            if bool(numbers[measure][name].nanmean(0).isnan().any()):
                 undefined[str(name)] = ALONE if len(own) == 1 else DEAD
-    order = [name for name in ("cosine", "cka", "nearest", "partner") if name in values]
-    return HeadTable(
+    known = units | {"nearest": "cosine", "partner": "head"}
+    return HeadTable.averaged(
         title,
-        {name: values[name] for name in order},
-        {"nearest": "cosine", "partner": "head", **units},
-        low=low,
-        high=high,
+        numbers,
+        {name: known[name] for name in ("cosine", "cka", "nearest", "partner") if name in known},
+        single={"partner": partner} if partner else {},
         null=null,
         undefined=undefined,
         provenance=provenance_of(source),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.similarity.aligned import CHUNK, Aligned, aligned_layers, even
@@ -53,13 +52,20 @@ def map_stability(before: Source, after: Source, *, raw: bool = False) -> HeadTa
         empty = square == 0
         parts["cosine"][name] = (inner / size).masked_fill(size == 0, float("nan"))
         parts["change"][name] = (apart / square).sqrt().masked_fill(empty, float("nan"))
-        null["cosine"][name] = (chance / size).masked_fill(size == 0, float("nan")).nanmean(0)
+        null["cosine"][name] = (chance / size).masked_fill(size == 0, float("nan"))
         mixed = ((square + other - 2 * chance).clamp(min=0) / square).sqrt()
-        null["change"][name] = mixed.masked_fill(empty, float("nan")).nanmean(0)
+        null["change"][name] = mixed.masked_fill(empty, float("nan"))
         if bool(empty.any()):
             undefined[str(name)] = "a head without weight has nothing to change from"
     units = {"cosine": "cosine of flattened maps", "change": "change over the norm before"}
-    return _table("Stability of maps between steps", parts, null, units, undefined, before)
+    return HeadTable.averaged(
+        "Stability of maps between steps",
+        parts,
+        units,
+        null=null,
+        undefined=undefined,
+        provenance=provenance_of(before),
+    )
 
 
 def row_stability(source: Source, *, raw: bool = False) -> HeadTable:
@@ -86,11 +92,14 @@ def row_stability(source: Source, *, raw: bool = False) -> HeadTable:
             count += both.sum(2)
             last = rows[:, :, -1:]
         parts[name] = total / count
-        null[name] = (chance / count).nanmean(0)
+        null[name] = chance / count
         if bool((count == 0).any()):
             undefined[str(name)] = "fewer than two queries with weight are no steps"
     units = {"cosine": "cosine of neighbouring rows"}
-    return _table("Stability from query to query", {"cosine": parts}, {"cosine": null}, units, undefined, source)
+    return HeadTable.averaged(
+        "Stability from query to query", {"cosine": parts}, units, null={"cosine": null}, undefined=undefined,
+        provenance=provenance_of(source),
+    )  # fmt: skip
 
 
 def both_steps(before: Source, after: Source, *, raw: bool = False) -> dict[int | str, tuple[Aligned, Aligned]]:
@@ -110,27 +119,6 @@ def both_steps(before: Source, after: Source, *, raw: bool = False) -> dict[int 
         if not (same and alike and torch.equal(layer.real_keys, other.real_keys)):
             raise WorkbenchError(f"layer {name!r}: two steps with the same padding; got different real tokens")
     return {name: (layer, two[name]) for name, layer in one.items()}
-
-
-def _table(
-    title: str,
-    parts: dict[str, dict[int | str, Tensor]],
-    null: dict[str, dict[int | str, Tensor]],
-    units: dict[str, str],
-    undefined: dict[str, str],
-    source: Source,
-) -> HeadTable:
-    bounds = {key: {name: interval(part) for name, part in row.items()} for key, row in parts.items()}
-    return HeadTable(
-        title,
-        {key: {name: part.nanmean(0) for name, part in row.items()} for key, row in parts.items()},
-        units,
-        low={key: {name: pair[0] for name, pair in row.items()} for key, row in bounds.items()},
-        high={key: {name: pair[1] for name, pair in row.items()} for key, row in bounds.items()},
-        null=null,
-        undefined=undefined,
-        provenance=provenance_of(source),
-    )
 
 
 ANALYSES = (

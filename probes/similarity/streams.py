@@ -16,14 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.errors import UnknownName, WorkbenchError
-from workbench.probes.bootstrap import interval
+from workbench.errors import UnknownName
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled_run
 from workbench.probes.similarity.rank import spectrum_measures
+from workbench.probes.sources import real_tokens, sites_read
 from workbench.probes.tables import LayerTable
 from workbench.run import Run
-from workbench.sites import Site
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -37,45 +36,26 @@ def stream_collapse(run: Run, *, site: str = "resid_post", seed: int = 0) -> Lay
     """
     if site not in KINDS:
         raise UnknownName("site of a stream", site, KINDS)
-    found: dict[int | str, dict[str, Tensor]] = {}
-    chance: dict[int | str, dict[str, Tensor]] = {}
+    each: dict[str, dict[int | str, Tensor]] = {}
+    null: dict[str, dict[int | str, Tensor]] = {}
     undefined = {}
-    streams = {}
-    for key, tensor in run.acts.items():
-        try:
-            at = Site.parse(key)
-        except UnknownName:  # a bridge has hooks that are no sites
-            continue
-        if at.kind == site:
-            streams[at] = tensor
-    for at in sorted(streams, key=lambda s: (s.stack, s.layer)):
-        x = streams[at].detach().cpu().double()
-        mask = run.tokens.mask.cpu()
-        real = mask if mask.shape == x.shape[:2] else torch.ones(x.shape[:2], dtype=torch.bool)
-        name = f"{at.stack}.{at.layer}" if at.stack else at.layer or 0
-        found[name] = _measures(x, real)
-        chance[name] = _measures(_noise(x, real, seed), real)
+    for name, stream in sites_read(run, site).items():
+        x, real = stream.cpu().double(), real_tokens(run, stream)
+        for store, values in ((each, x), (null, _noise(x, real, seed))):
+            for measure, numbers in _measures(values, real).items():
+                store.setdefault(measure, {})[name] = numbers
         if bool((real.sum(1) < 2).any()):
             undefined[str(name)] = "one token is not compared with others"
-    if not found:
-        raise WorkbenchError(
-            f"this run read no hook_{site}; run it again with read=[f'blocks.{{l}}.hook_{site}' for l in layers]"
-        )
-    measures = ("residual", "effective_rank", "rank95", "rank99")
-    bounds = {key: [interval(layer[key]) for layer in found.values()] for key in measures}
-    return LayerTable(
+    return LayerTable.averaged(
         f"Collapse of {site}",
-        tuple(found),
-        {key: torch.stack([layer[key].nanmean() for layer in found.values()]) for key in measures},
+        each,
         {
             "residual": "share of the stream's norm",
             "effective_rank": "directions",
             "rank95": "singular values",
             "rank99": "singular values",
         },
-        low={key: torch.stack([pair[0] for pair in rows]) for key, rows in bounds.items()},
-        high={key: torch.stack([pair[1] for pair in rows]) for key, rows in bounds.items()},
-        null={key: torch.stack([layer[key].nanmean() for layer in chance.values()]) for key in measures},
+        null=null,
         undefined=undefined,
         provenance=run.provenance,
     )

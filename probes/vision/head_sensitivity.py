@@ -25,9 +25,9 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Edit, Model, Tokens
 from workbench.probes.ablation import AblationCurve, Metric
-from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.removal import attention_layers
+from workbench.probes.sources import site_at
 from workbench.probes.tables import HeadTable
 from workbench.probes.vision.erasure import random_vision_model
 from workbench.probes.vision.grid import Grid, grid_of
@@ -79,22 +79,19 @@ def head_sensitivity(
     moved_by = {layer: distance(z, absent[layer]) for layer, z in present.items()}
     surge = {layer: _size(absent[layer]) / _size(z) for layer, z in present.items()}
     measures = {"sensitivity": moved_by, "other_image": other, "surge": surge}
-    bounds = {name: {layer: interval(row) for layer, row in rows.items()} for name, rows in measures.items()}
     null = {layer: row.mean(0) for layer, row in chance.items()}
     for layer, row in surge.items():
         undefined |= {
             f"surge, layer {layer}, head {head}": "its output is zero with the image"
             for head in (~row.isfinite()).any(0).nonzero()[:, 0].tolist()
         }
-    return HeadTable(
+    return HeadTable.averaged(
         f"Sensitivity to the image ({how})",
-        {name: {layer: row.nanmean(0) for layer, row in rows.items()} for name, rows in measures.items()},
+        measures,
         {"sensitivity": "L2 distance of z", "other_image": "L2 distance of z", "surge": "norm without / with"},
-        {name: {layer: low for layer, (low, _) in rows.items()} for name, rows in bounds.items()},
-        {name: {layer: high for layer, (_, high) in rows.items()} for name, rows in bounds.items()},
-        {"sensitivity": null, "other_image": null},
-        undefined,
-        plain.provenance,
+        null={"sensitivity": null, "other_image": null},
+        undefined=undefined,
+        provenance=plain.provenance,
     )
 
 
@@ -120,7 +117,7 @@ def visual_heads(table: HeadTable, *, share: float = 0.5, surge: float = 2.0) ->
         fine = ~(table.values["surge"][layer] > surge)
         ranked = row.masked_fill(~fine, float("-inf")).argsort(dim=0, descending=True, stable=True)
         chosen = ranked[: round(share * len(row))].tolist()
-        found += [(float(row[head]), _site(layer, head)) for head in chosen if bool(fine[head])]
+        found += [(float(row[head]), site_at("z", layer, head)) for head in chosen if bool(fine[head])]
     return [site for _, site in sorted(found, key=lambda pair: -pair[0])]
 
 
@@ -252,13 +249,6 @@ def _noise(pixels: Tensor, generator: torch.Generator) -> Tensor:
     grain = torch.randn(pixels.shape, generator=generator).to(pixels)
     spread = pixels.std((-2, -1), keepdim=True, unbiased=False)
     return pixels.mean((-2, -1), keepdim=True) + spread * grain
-
-
-def _site(layer: int | str, head: int) -> Site:
-    if isinstance(layer, int):
-        return Site("z", layer, head)
-    stack, number = layer.split(".")
-    return Site("z", int(number), head, stack)
 
 
 def _mapping(inputs: Any) -> dict[str, Tensor]:

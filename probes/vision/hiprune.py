@@ -99,23 +99,16 @@ class KeptTokens(Result):
 
     def frame(self) -> pd.DataFrame:
         """One row per image and patch: ``image, patch, row, column, why, object_mass, deep_mass``, with their nulls."""
-        import pandas as pd
-
-        b, n = self.why.shape
-        places = self.grid.places.repeat(b, 1)
-        return pd.DataFrame(
+        table = self.grid.table(
             {
-                "image": torch.arange(b).repeat_interleave(n).numpy(),
-                "patch": torch.arange(n).repeat(b).numpy(),
-                "row": places[:, 0].numpy(),
-                "column": places[:, 1].numpy(),
-                "why": [WHY[i] for i in self.why.flatten().tolist()],
-                "object_mass": self.object_mass.flatten().numpy(),
-                "object_mass_null": self.even[0].repeat(b).numpy(),
-                "deep_mass": self.deep_mass.flatten().numpy(),
-                "deep_mass_null": self.even[1].repeat(b).numpy(),
+                "object_mass": self.object_mass,
+                "object_mass_null": self.even[0].expand_as(self.object_mass),
+                "deep_mass": self.deep_mass,
+                "deep_mass_null": self.even[1].expand_as(self.deep_mass),
             }
         )
+        table.insert(4, "why", [WHY[i] for i in self.why.flatten().tolist()])
+        return table
 
     def plot(self, ax: Axes | None = None, image: int = 0) -> Axes:
         """The grid of one image, coloured by why a patch is kept."""
@@ -223,7 +216,7 @@ def _chosen(shallow: Tensor, deep: Tensor, grid: Grid, keep: int, alpha: float) 
         why[near] = BUFFER
         left -= len(near)
     rest = top_patches(deep.masked_fill(why != PRUNED, float("-inf")), left)
-    why[rest & (why == PRUNED)] = REGISTER
+    why[rest] = REGISTER
     return why
 
 

@@ -58,20 +58,7 @@ class FlowHeat(Result):
 
     def frame(self) -> pd.DataFrame:
         """One row per image and patch: ``image, patch, row, column, heat, heat_null``."""
-        import pandas as pd
-
-        b, n = self.heat.shape
-        places = self.grid.places.repeat(b, 1)
-        return pd.DataFrame(
-            {
-                "image": torch.arange(b).repeat_interleave(n).numpy(),
-                "patch": torch.arange(n).repeat(b).numpy(),
-                "row": places[:, 0].numpy(),
-                "column": places[:, 1].numpy(),
-                "heat": self.heat.flatten().numpy(),
-                "heat_null": self.even.flatten().numpy(),
-            }
-        )
+        return self.grid.table({"heat": self.heat, "heat_null": self.even})
 
     def plot(self, ax: Axes | None = None, image: int = 0) -> Axes:
         """The heat of one image over its pixels."""
