@@ -5,9 +5,9 @@ Fourier transform is summed over rings of radius r = sqrt(f_q^2 + f_k^2), with f
 
     share of the octave from r on  =  sum over r <= |f| < 2 r of |F(A - mean A)[f]|^2  /  sum over all f
 
-Low octaves are broad patterns as sinks and windows, high ones sharp diagonals and single keys. By Parseval the sum over all f,
-divided by Q K, is the sum of squares of A - mean A, whose mean is ``variance``. A diagonal has all its energy evenly at
-f_q = -f_k. A causal mask alone is a broad pattern with edges, which the null has too: each row's weights at random visible keys.
+Broad windows fill the low octaves. A diagonal has its energy evenly at f_q = -f_k, a single column (a sink) at f_q = 0. By
+Parseval the sum over all f, divided by Q K, is the sum of squares of A - mean A, whose mean is ``variance``. A causal mask alone
+is a broad pattern with edges; the null, each row's weights at random visible keys, has it too.
 """
 
 from __future__ import annotations

@@ -88,3 +88,13 @@ def test_a_padded_batch_is_its_texts_and_blocks_are_sums():
             sums[:, i // 3, j // 3] += rows[0, :, i, j]
     want = radial_energy(sums)
     torch.testing.assert_close(blocks.values["from_1"][0], want[:, 0] / want.sum(-1))
+
+
+def test_a_column_spreads_over_the_frequencies_of_keys_alone():
+    sink = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    sink[..., 3] = 1.0
+    found = map_frequencies(AttentionMap.from_dense(sink, offset=0))
+    counts = [0] * 4
+    for f in range(1, 16):
+        counts[int(math.log2(min(f, 16 - f)))] += 1
+    assert [float(found.values[f"from_{2**i}"][0]) for i in range(4)] == pytest.approx([c / 15 for c in counts])
