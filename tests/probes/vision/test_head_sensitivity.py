@@ -64,6 +64,19 @@ def test_the_divergence_over_patches_by_hand(how):
     assert (table.low["sensitivity"][0] <= table.values["sensitivity"][0]).all()
 
 
+def test_the_null_is_the_distance_between_noise_of_the_image_s_mean_and_spread():
+    model, images, _ = random_vision_model()
+    images = 3 + 0.5 * images
+    table = head_sensitivity(model, images, draws=2, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    mean, spread = images.mean((2, 3), keepdim=True), images.std((2, 3), keepdim=True, unbiased=False)
+    site = "blocks.0.attn.hook_z"
+    z = [z_of(model, mean + spread * torch.randn(images.shape, generator=generator), site) for _ in range(4)]
+    gaps = [(z[i] - z[i + 1]).square().sum(-1).mean(1).sqrt() for i in (0, 2)]
+    torch.testing.assert_close(table.null["sensitivity"][0], torch.stack(gaps).mean((0, 1)))
+    assert torch.equal(table.null["other_image"][0], table.null["sensitivity"][0])
+
+
 def test_batches_and_the_class_token():
     model, inputs, _ = vision("vit")
     both = head_sensitivity(model, inputs, draws=1)
@@ -148,6 +161,18 @@ def test_a_text_that_holds_an_image_is_amplified():
     curve = head_amplification(model, inputs, heads, random=2)
     assert float(curve.ranked[0, 0]) > 0
     assert curve.counts == (len(heads),)
+
+
+def test_padding_after_a_text_does_not_count():
+    model, inputs = llava()
+    heads = [Site("z", 0, 1, "text")]
+    alone, alone_louder = head_sensitivity(model, inputs, draws=1), head_amplification(model, inputs, heads, random=1)
+    ids = torch.cat([inputs["input_ids"], torch.zeros(1, 3).long()], 1)
+    padded = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": inputs["pixel_values"]}
+    table, louder = head_sensitivity(model, padded, draws=1), head_amplification(model, padded, heads, random=1)
+    for name in ("sensitivity", "surge"):
+        torch.testing.assert_close(table.values[name]["text.1"], alone.values[name]["text.1"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(louder.ranked, alone_louder.ranked, atol=1e-6, rtol=1e-6)
 
 
 def test_what_is_left_of_a_text():

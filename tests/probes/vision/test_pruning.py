@@ -114,6 +114,18 @@ def test_one_image_gives_the_numbers_it_gives_in_a_batch():
     torch.testing.assert_close(both.ranked[0, 1:], one.ranked[0], atol=1e-6, rtol=1e-4)
 
 
+def test_the_prediction_after_a_padded_text_is_that_of_its_last_real_token():
+    model, inputs = llava()
+    grid = grid_of(model, inputs)
+    ids = torch.cat([inputs["input_ids"], torch.zeros(1, 3).long()], 1)
+    padded = {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": inputs["pixel_values"]}
+    kept = first(6, 16, 1)
+    for how in ("mean", "remove"):
+        alone = pruning_curve(model, inputs, kept, grid, how=how, random=1)
+        got = pruning_curve(model, padded, kept, grid, how=how, random=1)
+        torch.testing.assert_close(got.ranked, alone.ranked, atol=1e-6, rtol=1e-6)
+
+
 def test_a_model_without_a_head_is_judged_by_its_output():
     model, inputs, _ = vision("dinov2")
     grid = grid_of(model)
