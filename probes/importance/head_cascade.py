@@ -81,7 +81,7 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
     """
     if not 0 < keep <= 1:
         raise WorkbenchError(f"keep is a share of the keys, in (0, 1]; got {keep}")
-    each, null = {}, {}
+    each, null, undefined = {}, {}, {}
     for layer, amap in maps_of(source).items():
         need_shares(layer, amap, "hold no mass to keep")
         inside = ungated(amap)
@@ -98,11 +98,14 @@ def value_pruning(source: Source, *, keep: float = 0.25) -> HeadTable:
             held.append((rows.gather(-1, at) / rows[..., -1:])[..., 0])
         each[layer] = torch.cat(held, 2).masked_fill(visible.expand(b, h, -1) < 1, float("nan")).nanmean(2)
         null[layer] = (kept / visible).masked_fill(visible < 1, float("nan")).nanmean(2).expand(b, h)
+        if bool(each[layer].isnan().any()):
+            undefined[str(layer)] = "a head has no query with weight in some sequence"
     return HeadTable.averaged(
         f"Attention held by the largest {keep:g} of each row",
         {"mass": each},
         {"mass": "share of the row"},
         null={"mass": null},
+        undefined=undefined,
         provenance=provenance_of(source),
     )
 

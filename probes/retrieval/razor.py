@@ -124,7 +124,7 @@ def razor_recall(source: Source, kept: Collection[KVHead] = (), policy: Streamin
     mass on those keys over real queries divided by the mean mass on all. The null is evenly spread attention. Gates are looked
     inside of, since they do not choose keys; signed maps are refused. Rows are walked in chunks.
     """
-    each, policies, null = {}, {}, {}
+    each, policies, null, undefined = {}, {}, {}, {}
     for name, amap in maps_of(source).items():
         asked = ungated(amap)
         need_shares(name, asked, "are no parts of a mass to recall")
@@ -139,12 +139,15 @@ def razor_recall(source: Source, kept: Collection[KVHead] = (), policy: Streamin
                 size = asked.shape[1] // asked.kv_heads
                 whole[group * size : (group + 1) * size] = True
         policies[name] = torch.where(whole, 1.0, each[name].nanmean(0))
+        if bool(each[name].isnan().any()):
+            undefined[str(name)] = "a head has no weight in some sequence, so there is nothing to keep"
     return HeadTable.averaged(
         "Attention that a short cache keeps",
         {"recall": each},
         {"recall": "part of the attention mass", "policy": "part of the attention mass"},
         single={"policy": policies},
         null={"recall": null, "policy": null},
+        undefined=undefined,
         provenance=provenance_of(source),
     )
 

@@ -23,6 +23,8 @@ from workbench.probes.sources import Source, inner, maps_of, need_shares, proven
 from workbench.probes.tables import HeadTable
 
 _CHUNK = 2**22
+_SAME = 1e-9
+"""Column means that differ by a smaller part of the largest are the same: rounding has no kurtosis."""
 
 
 def receiver_heads(
@@ -66,7 +68,7 @@ def receiver_heads(
         each[name], null[name] = _kurtosis(own, enough), _kurtosis(shuffled, enough)
         if bool(each[name].isnan().any()):
             undefined[str(name)] = (
-                f"fewer than four columns are seen by {least} queries that stand {near} or more after them"
+                f"fewer than four columns are seen by {least} queries that stand {near} or more after them, or all get the same"
             )
     return HeadTable.averaged(
         "Receiver heads", {"kurtosis": each}, {"kurtosis": "excess kurtosis of column means"}, null={"kurtosis": null},
@@ -107,8 +109,12 @@ def _kurtosis(columns: Tensor, enough: Tensor) -> Tensor:
 
     found = torch.full(columns.shape[:2], float("nan"), dtype=torch.float64)
     for b, kept in enumerate(enough):
-        if int(kept.sum()) >= 4:
-            found[b] = torch.as_tensor(kurtosis(columns[b][:, kept].numpy(), axis=-1))
+        own = columns[b][:, kept]
+        if own.shape[1] < 4:
+            continue
+        varies = own.amax(-1) - own.amin(-1) > _SAME * own.amax(-1)
+        if bool(varies.any()):
+            found[b, varies] = torch.as_tensor(kurtosis(own[varies].numpy(), axis=-1))
     return found
 
 

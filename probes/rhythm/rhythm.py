@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.errors import WorkbenchError
+from workbench.errors import Refused, WorkbenchError
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
@@ -101,6 +101,8 @@ def rhythm(
     tokens = run.tokens if run is not None else None
     spans = head_spans(source, prompt=prompt, raw=raw)
     near, far = local_heads(spans, share), global_heads(spans, share)
+    if not near:
+        raise Refused("no head has any weight on the text, so that there is no rhythm")
     name, first = next(iter(maps.items()))
     real = padding(name, first, tokens).queries
     batch, length = first.shape[0], first.shape[2]

@@ -33,11 +33,11 @@ def head_spans(source: Source, *, prompt: int = 0, raw: bool = False) -> HeadTab
     """Span of every head in tokens, with its interval over sequences and the span of even attention.
 
     ``prompt``: queries and keys of the first so many tokens are left out; so are padding queries. Gated maps count as
-    they act, ``raw=True`` looks inside the gate. Missing weight counts as distance 0. Refused for signed and channel
-    maps.
+    they act, ``raw=True`` looks inside the gate. Missing weight counts as distance 0, but a head without any is NaN.
+    Refused for signed and channel maps.
     """
     maps = maps_of(source)
-    each, null = {}, {}
+    each, null, undefined = {}, {}, {}
     for name, amap in maps.items():
         asked = inner(name, amap, raw)
         need_shares(name, asked, NO_DISTANCE)
@@ -49,10 +49,16 @@ def head_spans(source: Source, *, prompt: int = 0, raw: bool = False) -> HeadTab
         known = mods.both(mods.distance(), mods.span(first, amap.shape[3]))
         distance = asked.mass(known) if first else asked.distance()
         each[name] = real_mean(distance, counted)
+        nowhere = each[name] == 0
+        if bool(nowhere.any()) and asked.row_sum != "1":
+            each[name] = each[name].masked_fill(nowhere & (real_mean(asked.row_sums(), counted) == 0), float("nan"))
+        if bool(each[name].isnan().any()):
+            undefined[str(name)] = "a head without weight, or a sequence without a query, looks nowhere"
         null[name] = real_mean(_even(asked, seen, first), counted)
     return HeadTable.averaged(
-        "Head span", {"span": each}, {"span": "tokens"}, null={"span": null}, provenance=provenance_of(source)
-    )
+        "Head span", {"span": each}, {"span": "tokens"}, null={"span": null}, undefined=undefined,
+        provenance=provenance_of(source),
+    )  # fmt: skip
 
 
 def local_heads(spans: HeadTable, share: float = SHARE) -> list[Head]:

@@ -56,6 +56,11 @@ def attention_diversity(source: Source, *, measure: str = "js", raw: bool = Fals
         for name, layer in layers.items()
         if bool((layer.real_queries.sum(1) < 2).any())
     }
+    undefined |= {
+        f"{name}, weight": "a sequence has no two rows with weight to compare"
+        for name, layer in layers.items()
+        if layer.shape[1] > 1 and any(bool(part.isnan().any()) for part in found[name][0])
+    }
     names = ("heads", "queries")
     each, null = (
         {name: {layer: part[side][i] for layer, part in found.items()} for i, name in enumerate(names)}

@@ -46,11 +46,13 @@ class HeadPatterns(Result):
     def frame(self) -> pd.DataFrame:
         """One row per pattern: ``sequence, layer, head, mass`` (mean sum of a row), ``diagonal`` (share of it on the cells of the
         queries), ``first`` (share on the first column), ``from_even`` (mean over rows of half the absolute difference from even
-        attention, 0 to 1 for rows of sum 1)."""
+        attention, 0 to 1 for rows of sum 1); NaN but for the mass where a head has no weight."""
         import pandas as pd
 
         mass = self.patterns.sum((1, 2)) / self.patterns.shape[1]
         scale = self.patterns.sum((1, 2))
+        apart = (self.patterns - self.null).abs().sum(2).mean(1) / 2
+        empty = self.patterns.abs().sum((1, 2)) == 0
         return pd.DataFrame(
             {
                 "sequence": self.sequence,
@@ -59,7 +61,7 @@ class HeadPatterns(Result):
                 "mass": mass.numpy(),
                 "diagonal": (self.patterns.diagonal(dim1=1, dim2=2).sum(1) / scale).numpy(),
                 "first": (self.patterns[:, :, 0].sum(1) / scale).numpy(),
-                "from_even": ((self.patterns - self.null).abs().sum(2).mean(1) / 2).numpy(),
+                "from_even": apart.masked_fill(empty, float("nan")).numpy(),
             }
         )
 

@@ -73,8 +73,8 @@ def received(
         none = float("nan")
         signed = {n: torch.full_like(c.share, none) if c.signed is None else c.signed for n, c in found.items()}
         values["signed"] = stack({name: over_heads(name, part) for name, part in signed.items()})
-    if any(bool((layer.queries == 0).any()) for layer in found.values()):
-        undefined["received"] = "no query may see the token"
+    if bool(values["received"].isnan().any()):
+        undefined["received"] = "padding, or tokens that no query may see"
     return TokenTable(
         title="Attention that each token receives",
         values=values,

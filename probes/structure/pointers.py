@@ -18,7 +18,7 @@ from workbench.mods import Mod
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.masses import mean_masses
-from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, real_mean, tokens_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
 from workbench.probes.visibility import layer_visibility
 
@@ -28,9 +28,9 @@ def pointer_fidelity(source: Source, targets: Tensor | Mod, *, raw: bool = False
 
     ``targets`` names the keys that a rule points at: a function (b, h, q, k) -> bool, or a tensor ``[Q]`` or ``[B, Q]``
     with the key of each query, -1 for a query without one. Fidelity is a mean over queries with a target they may see;
-    its null is even attention. The null of the entropy is log2 of the number of visible keys. Entropy is NaN where rows
-    are no distributions, fidelity where no query has a target. Padding does not count; ``raw=True`` looks inside the
-    gate of gated maps.
+    its null is even attention. Entropy is a mean over queries with weight, its null log2 of the number of visible keys.
+    Entropy is NaN where rows are no distributions, fidelity where no query has a target. Padding does not count;
+    ``raw=True`` looks inside the gate of gated maps.
     """
     each: dict[str, dict[int | str, Tensor]] = {"fidelity": {}, "entropy": {}}
     null: dict[str, dict[int | str, Tensor]] = {"fidelity": {}, "entropy": {}}
@@ -42,7 +42,11 @@ def pointer_fidelity(source: Source, targets: Tensor | Mod, *, raw: bool = False
         mod = _mod(targets, asked) if isinstance(targets, Tensor) else targets
         masses, even = mean_masses(asked, seen, [mod])
         try:
-            bits = real_mean(asked.entropy(), seen.real) / math.log(2)
+            weighty = seen.real[:, None] & (asked.row_sums().detach().cpu() > 0)
+            found = asked.entropy().detach().cpu().double() / math.log(2)
+            bits = torch.where(weighty, found, 0.0).sum(-1) / weighty.sum(-1)
+            if bool(bits.isnan().any()):
+                undefined[f"{name} entropy"] = "a head has no query with weight in some sequence"
         except Refused as error:
             bits = torch.full(masses.shape[1:], float("nan"), dtype=torch.float64)
             undefined[str(name)] = str(error)

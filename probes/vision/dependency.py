@@ -24,7 +24,7 @@ from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import patch_maps
+from workbench.probes.vision.on_patches import patch_maps, patch_rows
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -126,6 +126,7 @@ def dependency_tree(
     Maps whose columns are distributions (reversed attention, ``reverse(map)``) count as they are; of others each column is
     divided by its sum over patches. ``candidates`` keeps the strongest parents of each child only, which a grid of more than
     256 patches needs: the tree is then the best of these. The answer is a graph of N x N patches, so N x N numbers are made.
+    Refuses an image in which no patch sends anything to another: any tree would be as good.
     """
     if grid.patches < 2:
         raise WorkbenchError("a tree takes two patches or more")
@@ -138,6 +139,11 @@ def dependency_tree(
     if len(batches) > 1:
         raise WorkbenchError(f"layers of one run have one batch; got {sorted(batches)}")
     sent = torch.stack([_sent(amap, grid) for amap in maps.values()]).mean(0)
+    silent = (sent.sum((1, 2)) == 0).nonzero()[:, 0].tolist()
+    if silent:
+        raise Refused(
+            f"no patch of image {silent[0]} sends anything to another one in any layer, so that there is no tree"
+        )
     generator = torch.Generator().manual_seed(seed)
     parent, mass, depth, paid = _trees(sent, candidates)
     shuffled: dict[str, list[Tensor]] = {"depth": [], "leaves": [], "root": []}
@@ -164,13 +170,14 @@ def reverse(amap: AttentionMap) -> AttentionMap:
 
 def _sent(amap: AttentionMap, grid: Grid) -> Tensor:
     """Mean over heads of what child j sends to parent i, ``[B, i, j]`` in float64, nothing to itself."""
-    index = grid.index
-    lo, hi = int(index[0]), int(index[-1]) + 1
-    rows = amap.rows(lo, hi).detach().cpu().double()[:, :, index - lo][..., index]
+    sums = torch.ones(*amap.shape[:2], grid.patches, dtype=torch.float64)
     if amap.row_sum != "columns":
-        sums = rows.sum(-2, keepdim=True)
-        rows = torch.where(sums > 0, rows / sums.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return rows.mean(1) * (1 - torch.eye(grid.patches, dtype=torch.float64))
+        sums = torch.stack([part.rows[..., grid.index].sum(2) for part in patch_rows(amap, grid)]).sum(0)
+    out = torch.zeros(amap.shape[0], grid.patches, grid.patches, dtype=torch.float64)
+    for part in patch_rows(amap, grid):
+        rows = part.rows[..., grid.index] / sums[:, :, None].clamp(min=torch.finfo(torch.float64).tiny)
+        out[:, part.queries] = rows.mean(1)
+    return out * (1 - torch.eye(grid.patches, dtype=torch.float64))
 
 
 def _trees(sent: Tensor, candidates: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,13 +232,12 @@ def arborescence(weight: Tensor, root: int, candidates: int | None = None) -> Te
 def _shuffled(sent: Tensor, generator: torch.Generator) -> Tensor:
     """Each child's mass on parents in random order, its own place left empty."""
     n = sent.shape[-1]
-    places = torch.arange(n)
+    order = (
+        torch.rand(n, n, generator=generator).fill_diagonal_(2.0).argsort(0)[:-1]
+    )  # [parents, child], itself comes last
+    others = torch.arange(n - 1)[:, None] + (torch.arange(n - 1)[:, None] >= torch.arange(n))
     out = torch.zeros_like(sent)
-    for child in range(n):
-        others = places[places != child]
-        order = others[torch.randperm(n - 1, generator=generator)]
-        out[:, others, child] = sent[:, order, child]
-    return out
+    return out.scatter_(1, others.expand(len(sent), -1, -1), sent.gather(1, order.expand(len(sent), -1, -1)))
 
 
 def _shape(parent: Tensor, mass: Tensor, depth: Tensor) -> dict[str, Tensor]:
