@@ -216,6 +216,7 @@ GROUP_LINES = {
         "Which tokens collect attention, how that comes about, and what it is for.",
         "sinks.md",
         "sink-levels.md",
+        "sink-roles.md",
     ),
     "retrieval": ("Which heads fetch a fact from far back.", "retrieval.md", "retrieval-scores.md"),
     "rhythm": ("How attention moves through a text as it is written.", "rhythm.md"),

@@ -27,6 +27,7 @@ from workbench.probes.ablation import Metric, named_metric
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
+from workbench.probes.hidden_keys import without_keys
 from workbench.probes.removal import attention_layers, variations
 from workbench.probes.visibility import visibility
 from workbench.results import Result, axis
@@ -179,14 +180,8 @@ def _hidden(order: Tensor, real: Tensor, last: Tensor, share: float) -> Tensor:
 
 
 def _without(hide: Tensor) -> Edit:
-    """The pattern ``[B, H, Q, K]`` without some keys, rows scaled to the sum they had; a row that saw nothing else is zero."""
-
-    def edit(pattern: Tensor) -> Tensor:
-        kept = pattern.masked_fill(hide[:, None, None].to(pattern.device), 0)
-        before, after = pattern.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-        return torch.where(after > 0, kept * (before / torch.where(after > 0, after, 1)), 0)
-
-    return edit
+    """Softmax over the keys that are not hidden; a row that saw nothing else is zero."""
+    return lambda pattern: without_keys(pattern, ~hide[:, None, None])
 
 
 def _metric(metric: str | Metric | None, inputs: Any, last: Tensor) -> tuple[str, Callable[[Run, Run], Tensor]]:

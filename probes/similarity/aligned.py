@@ -6,6 +6,7 @@ in a batch. Nothing of size Q x K is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -148,7 +149,7 @@ def shuffled(rows: Tensor, seen: Tensor, lo: int, seed: int = 0) -> Tensor:
 def entropy_bits(rows: Tensor) -> Tensor:
     """Entropy over the last axis in bits, rows scaled to sum 1; NaN for rows without weight."""
     total = rows.sum(-1)
-    entropy = torch.special.entr(rows / total.clamp(min=1e-300)[..., None]).sum(-1) / torch.log(torch.tensor(2.0))
+    entropy = torch.special.entr(rows / total.clamp(min=1e-300)[..., None]).sum(-1) / math.log(2)
     return entropy.masked_fill(total <= 0, float("nan"))
 
 

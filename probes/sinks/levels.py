@@ -232,7 +232,8 @@ def sink_levels(
     What the published method leaves open is settled so. A norm at block 0 rises from that of the median other token, so that a
     primary sink can be there from the start (published: never before block 1). It lives to the last block if no later decrease is
     ``drop`` of its rise (published: the largest decrease ends it, be it noise). Tokens before the primary count like those after
-    it. As published, a token that is no sink for some layers in between has one level: its first layer, and how many it has.
+    it. A text whose first tokens are hardly larger than the median one has no sinks, no row, and a reason in ``undefined``. As
+    published, a token that is no sink for some layers in between has one level: its first layer, and how many it has.
     """
     for name, value in (("threshold", threshold), ("short", short), ("long", long), ("drop", drop)):
         if not 0 <= value <= 1:
@@ -251,13 +252,15 @@ def sink_levels(
     start, end, rises = _span(norms, real, primary, drop)
     depth = torch.arange(len(norms))[:, None]
     inside = (depth >= start) & (depth < end)
-    alive = _aligned(streams, primary, inside, threshold)
+    aligned = _aligned(streams, primary, inside, threshold)
     others = real.clone()
     others[batch, primary] = False
     typical = _median(norms, others)
     strength = (norms[:, batch, primary] / typical).where(inside, float("nan")).nan_to_num(-1.0).amax(0)
     strength = strength.masked_fill(strength < 0, float("nan"))
 
+    # Directions of ordinary tokens are no sinks: without a primary one nothing is at a level.
+    alive = aligned & ~(strength < _WEAK)[None, :, None]
     lifetime = alive.sum(0)
     sequence, column = lifetime.nonzero(as_tuple=True)
     begun, lived = alive.int().argmax(0)[sequence, column], lifetime[sequence, column]
@@ -281,7 +284,7 @@ def sink_levels(
         strength=strength,
         alive=alive,
         first=first,
-        chance=_chance(streams, alive, inside, threshold),
+        chance=_chance(streams, aligned, inside, threshold),
         threshold=threshold,
         batched=streams.batched,
         undefined=_reasons(rises, strength),
@@ -351,7 +354,8 @@ def _reasons(rises: Tensor, strength: Tensor) -> dict[str, str]:
             found[f"sequence {s}"] = "the norm of none of the first tokens rises: there is no primary sink"
         elif ratio < _WEAK:
             found[f"sequence {s}"] = (
-                f"the norm of the primary sink is {ratio:.2g} times the median token's: hardly a token of its own"
+                f"the largest norm of the first tokens is {ratio:.2g} times the median token's, hardly a token of its own: there "
+                "is no primary sink"
             )
     return found
 

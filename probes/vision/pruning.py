@@ -19,6 +19,7 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Edit, Model, Tokens
 from workbench.probes.ablation import AblationCurve
 from workbench.probes.catalogue import Analysis
+from workbench.probes.hidden_keys import without_keys
 from workbench.probes.removal import attention_layers
 from workbench.probes.vision.erasure import mean_patch, random_vision_model
 from workbench.probes.vision.grid import Grid
@@ -150,17 +151,14 @@ def unseen(model: Model, gone: Tensor, grid: Grid, layer: int) -> dict[Site | st
 
 
 def without_columns(gone: Tensor, grid: Grid) -> Edit:
-    """An edit of a pattern ``[B, H, Q, K]``: nobody sees the patches ``gone``, and what they got goes to the others in
-    proportion. A row that saw nothing else is left empty."""
+    """An edit of a pattern ``[B, H, Q, K]``: nobody sees the patches ``gone``; softmax over the keys that stay. A row that saw
+    nothing else is left empty."""
 
     def edit(pattern: Tensor) -> Tensor:
         grid.check(pattern.shape[-1], "this pattern")
         lost = torch.zeros(len(gone), pattern.shape[-1], dtype=torch.bool, device=pattern.device)
         lost[:, grid.index.to(pattern.device)] = gone.to(pattern.device)
-        before = pattern.sum(-1, keepdim=True)
-        rest = pattern.masked_fill(lost[:, None, None], 0.0)
-        after = rest.sum(-1, keepdim=True)
-        return torch.where(after > 0, rest * (before / after.clamp(min=torch.finfo(rest.dtype).tiny)), 0.0)
+        return without_keys(pattern, ~lost[:, None, None])
 
     return edit
 

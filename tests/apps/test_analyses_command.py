@@ -48,7 +48,7 @@ def test_prompts_may_come_from_a_task(workbench, model):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("analyses", "nosuch"), "no analysis 'nosuch'; known: sinks"),
+        (("analyses", "nosuch"), "no analysis 'nosuch'; known: "),
         (("analyses", "--group", "nosuch"), "no group of analyses 'nosuch'; known: sinks"),
         (("analyse", "nosuch", "MODEL", "--text", TEXT), "no analysis 'nosuch'"),
         (("analyse", "sinks", "MODEL"), "give --text, --file or --task"),

@@ -227,6 +227,9 @@ def test_undefined_and_refused():
     assert not len(flat.levels())
     weak = sink_levels(torch.randn(9, 12, 64, generator=torch.Generator().manual_seed(0)))
     assert "hardly a token of its own" in weak.undefined["sequence 0"]
+    assert not len(weak.frame())
+    both = torch.stack([planted({0: (2, 8), 5: (4, 3)}, blocks=12), torch.randn_like(planted({}, blocks=12))], 1)
+    assert sink_levels(both).frame()["sequence"].tolist() == [0, 0]
     run = Run(Tokens.of(torch.arange(4)), acts={Site("resid_post", 1): torch.randn(1, 4, 8)})
     with pytest.raises(WorkbenchError, match="block 0 was not read"):
         sink_levels(run)
