@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from workbench.errors import WorkbenchError
+from workbench.errors import Refused, WorkbenchError
 from workbench.kernels.mask import Mask
-from workbench.maps import AttentionMap
+from workbench.maps import AttentionMap, SummaryMap
 from workbench.models.protocol import Tokens
 from workbench.probes.padding import padding
 from workbench.probes.sources import ungated
@@ -120,6 +120,11 @@ def visibility(
     """
     inner = ungated(amap)
     found = mask if mask is not None else getattr(inner, "mask", None)
+    if not isinstance(found, Mask) and isinstance(inner, SummaryMap):
+        raise Refused(
+            "this map was captured without rows and knows no mask, so that nothing tells who may see whom: give mask=Mask(...) "
+            "where the analysis takes one, or capture with keep=True"
+        )
     if not isinstance(found, Mask):
         found = Mask(causal=not looks_ahead(inner), offset=inner.offset)
     if found.offset != inner.offset:

@@ -229,6 +229,12 @@ class SummaryMap(AttentionMap):
             "name more in capture(...) or capture with keep=True"
         )
 
+    def row_sums(self) -> Tensor:
+        if self.row_sum == "1" and ("row_sums",) not in self._memo:
+            like = self.lse if self.lse is not None else torch.empty(0)
+            return torch.ones(self.shape[:3], dtype=like.dtype, device=like.device)
+        return super().row_sums()
+
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         raise Refused("a summary cannot select heads; take them from its answers: axis 1 is the head")
 
