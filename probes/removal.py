@@ -17,6 +17,7 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Edit, Model, Tokens
 from workbench.pairs import Pairs
+from workbench.probes.sources import prompts_of
 from workbench.run import Activations, Run
 from workbench.sites import Site
 
@@ -120,7 +121,7 @@ class Removal:
                 raise WorkbenchError(f"a counterfactual is the corrupted prompt of pairs; got {type(inputs).__name__}")
             other = model.run(inputs.corrupt, read=named, logits=None).acts
             return cls(model, ablation, model.run(inputs.clean), {site: other[site] for site in sites})
-        tokens = inputs.clean if isinstance(inputs, Pairs) else inputs
+        tokens = prompts_of(inputs)
         run = model.run(tokens, read=() if ablation == "zero" else named)
         if ablation == "zero":
             return cls(model, ablation, run, {})

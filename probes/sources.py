@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.protocol import Tokens
+from workbench.pairs import Pairs
 from workbench.run import Provenance, Run
 from workbench.sites import Site
 
@@ -64,6 +66,11 @@ def provenance_of(source: object) -> Provenance:
 def tokens_of(source: object) -> Tokens | None:
     """The tokens of a run; maps alone have none."""
     return source.tokens if isinstance(source, Run) else None
+
+
+def prompts_of(inputs: Any) -> Any:
+    """What ``model.run`` takes: the clean prompts of pairs, other inputs as they are."""
+    return inputs.clean if isinstance(inputs, Pairs) else inputs
 
 
 def ungated(amap: AttentionMap) -> AttentionMap:

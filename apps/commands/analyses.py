@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from workbench.models.protocol import Model
     from workbench.probes.catalogue import Analysis
 
-_RUNS, _MODELS, _PAIRS, _EITHER = ("source", "run"), ("model",), ("pairs",), ("inputs", "tokens", "texts", "text")
+_RUNS, _MAP, _MODELS, _PAIRS, _EITHER = ("source", "run"), ("amap",), ("model",), ("pairs",), ("inputs",)
+_WRITTEN = (
+    "int",
+    "float",
+    "bool",
+    "str",
+    "tuple[",
+    "Sequence[int",
+    "Sequence[float",
+    "Sequence[str",
+    "Sequence[tuple[",
+)
+"""How types of options begin that can be written as name=value."""
 
 
 def analyses(
@@ -128,7 +140,8 @@ def analyse(
     needed = _needed(record, chosen)
     _check(record, chosen)
     words = inputs.prompt(text, file) if text is not None or file is not None else None
-    if words is None and task is None and needed != ["model"]:
+    given_none = words is None and task is None
+    if given_none and needed != ["model"] and not _runs_itself(record, needed):
         raise WorkbenchError(f"{name} looks at prompts: give --text, --file or --task")
     with working(f"{model}: {name}"):
         built = inputs.load(model)
@@ -137,10 +150,11 @@ def analyse(
             pairs = wb.task(task, **assignments(task_options, "--task-option")).build(seed, built.tokenizer, examples)
         given: dict[str, Any] = {}
         for argument in needed:
-            if argument in _MODELS:
+            if argument in _MODELS or (given_none and _runs_itself(record, needed)):
                 given[argument] = built
-            elif argument in _RUNS:
-                given[argument] = _run(record, built, words if pairs is None else pairs.clean, layer)
+            elif argument in (*_RUNS, *_MAP):
+                run = _run(record, built, words if pairs is None else pairs.clean, layer)
+                given[argument] = run if argument in _RUNS else _one_map(name, run)
             elif argument in _PAIRS and pairs is None:
                 raise WorkbenchError(f"{name} compares clean and corrupted prompts: give --task")
             else:
@@ -185,16 +199,33 @@ def _needed(record: Analysis, chosen: Mapping[str, Any]) -> list[str]:
         if option not in parameters:
             raise UnknownName(f"option of {record.name}", option, parameters)
     wanted = [p for p in parameters.values() if p.name not in chosen]
-    found = [p.name for p in wanted if p.name in (*_RUNS, *_MODELS)]
+    found = [p.name for p in wanted if p.name in (*_RUNS, *_MAP, *_MODELS)]
     found += [p.name for p in wanted if p.name in (*_PAIRS, *_EITHER) and p.default is p.empty]
     missing = [p.name for p in wanted if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in found]
     if record.source == "tensors" or missing or not found:
-        what = ", ".join(missing) or "arrays"
+        written = [name for name in missing if str(parameters[name].annotation).startswith(_WRITTEN)]
+        other = [name for name in missing if name not in written]
+        if written and not other and record.source != "tensors":
+            options = " ".join(f"--option {name}=..." for name in written)
+            raise WorkbenchError(f"{record.name} needs {', '.join(written)}: give {options}")
+        what = ", ".join(other or written) or "arrays"
         raise WorkbenchError(
             f"{record.name} needs {what}, which the command line cannot make; call {record.call} from Python "
             f"(`workbench analyses {record.name}` shows how)"
         )
     return found
+
+
+def _runs_itself(record: Analysis, needed: list[str]) -> bool:
+    """Whether the function takes a model in the place of a run, and makes prompts of its own."""
+    return record.source == "model" and needed == ["source"]
+
+
+def _one_map(name: str, run: Any) -> Any:
+    layers = list(run.maps)
+    if len(layers) != 1:
+        raise WorkbenchError(f"{name} looks at one map: choose it with --layer, one of {', '.join(map(str, layers))}")
+    return run.maps[layers[0]]
 
 
 def _check(record: Analysis, chosen: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from workbench.probes.examples import bundled
 from workbench.probes.heads.kinds import identities
 from workbench.probes.heads.repeats import repeats, task_words
 from workbench.probes.heads.weights import Unembedding, grouped, head_weights, unembedding, weight_layers
-from workbench.probes.sources import real_mean
+from workbench.probes.sources import prompts_of, real_mean
 from workbench.probes.tables import HeadTable
 from workbench.sites import Site
 
@@ -70,6 +70,7 @@ def copy_suppression(
         generator = torch.Generator().manual_seed(seed)
         words = task_words(model) if words is None else words
         inputs = next(repeats(model, 1, sequences, period, generator, words))[0]
+    inputs = prompts_of(inputs)
     last = model.shape.layers - 1
     sites = [Site(kind, layer) for layer in chosen for kind in ("resid_pre", "v", *(["z"] if cause else []))]
     run = model.run(inputs, [*sites, Site("resid_post", last)], maps=capture(layers=chosen))

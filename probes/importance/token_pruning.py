@@ -29,6 +29,7 @@ from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.probes.hidden_keys import without_keys
 from workbench.probes.removal import attention_layers, variations
+from workbench.probes.sources import prompts_of
 from workbench.probes.visibility import visibility
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -119,7 +120,7 @@ def token_pruning(
     if isinstance(importance, str) and importance not in RULES:
         raise UnknownName("importance", importance, RULES)
     wanted = capture(stats=("received",)) if isinstance(importance, str) else None
-    plain = model.run(inputs if pairs is None else pairs.clean, maps=wanted)
+    plain = model.run(prompts_of(inputs), maps=wanted)
     real = plain.tokens.mask.cpu()
     batch, length = real.shape
     last = length - 1 - real.flip(1).int().argmax(1) if pairs is None else pairs.position.cpu()

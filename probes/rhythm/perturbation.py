@@ -22,6 +22,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled
 from workbench.probes.rhythm.rhythm import rhythm
+from workbench.probes.sources import prompts_of
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -89,7 +90,7 @@ def perturbation(
         raise WorkbenchError(
             f"steps is larger than ahead, exchanges and ahead at least 1; got {steps=}, {exchanges=}, {ahead=}"
         )
-    written = generate(model, inputs, steps)
+    written = generate(model, prompts_of(inputs), steps)
     sequence, position, group, scores, found = [], [], [], [], []
     for b in range(len(written.tokens.ids)):
         ids = written.tokens.ids[b][written.tokens.mask[b]]

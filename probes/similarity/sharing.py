@@ -36,7 +36,7 @@ from workbench.probes.similarity.aligned import (
     need_distributions,
     shuffled,
 )
-from workbench.probes.sources import Source, provenance_of
+from workbench.probes.sources import Source, prompts_of, provenance_of
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -240,30 +240,30 @@ class Replacement(Result):
         return ax
 
 
-def replaced(model: Model, tokens: Any, pairs: Sequence[tuple[int, int]], *, seed: int = 0) -> Replacement:
-    """Exchange patterns: ``pairs`` are ``(layer, source)``; in each run the layer attends as the source did in the unchanged
+def replaced(model: Model, inputs: Any, exchanges: Sequence[tuple[int, int]], *, seed: int = 0) -> Replacement:
+    """Exchange patterns: ``exchanges`` are ``(layer, source)``; in each run the layer attends as the source did in the unchanged
     run.
 
     Needs a model whose pattern can be edited (native softmax mixers, Hugging Face models in eager attention).
     """
-    sites = {layer: f"blocks.{layer}.attn.hook_pattern" for pair in pairs for layer in pair}
-    if not pairs:
-        raise WorkbenchError("no exchanges asked for: pairs=[(layer, source), ...]")
+    sites = {layer: f"blocks.{layer}.attn.hook_pattern" for pair in exchanges for layer in pair}
+    if not exchanges:
+        raise WorkbenchError("no exchanges asked for: exchanges=[(layer, source), ...]")
     with torch.no_grad():
-        plain = model.run(tokens, read=list(sites.values()))
+        plain = model.run(prompts_of(inputs), read=list(sites.values()))
         assert plain.logits is not None
         wanted = plain.logits.double().log_softmax(-1)
         real = plain.tokens.mask
         generator = torch.Generator().manual_seed(seed)
         rows = []
-        for layer, source in pairs:
+        for layer, source in exchanges:
             own, other = plain.acts[sites[layer]], plain.acts[sites[source]]
             noise = (
                 torch.rand(own.shape, generator=generator).masked_fill((own == 0).cpu(), 2.0).argsort(-1).to(own.device)
             )
             costs = []
             for pattern in (other, own.gather(-1, _within(own, noise))):
-                run = model.run(tokens, edit={sites[layer]: pattern})
+                run = model.run(plain.tokens, edit={sites[layer]: pattern})
                 assert run.logits is not None
                 got = run.logits.double().log_softmax(-1)
                 costs.append(float((wanted.exp() * (wanted - got)).sum(-1)[real].mean()))
@@ -295,7 +295,7 @@ ANALYSES = (
         name="layer-sharing-replaced",
         question="What does it cost if a layer attends as another one does?",
         function=replaced,
-        example=lambda: {"model": bundled(), "tokens": SENTENCE, "pairs": [(1, 0)]},
+        example=lambda: {"model": bundled(), "inputs": SENTENCE, "exchanges": [(1, 0)]},
         paper="EchoAtt 2024 (arXiv 2409.14595), abstract",
         source="model",
         null="its own pattern with the keys of each row shuffled",

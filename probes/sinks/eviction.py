@@ -25,6 +25,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled
 from workbench.probes.hidden_keys import without_keys
+from workbench.probes.sources import prompts_of
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -105,7 +106,7 @@ def eviction(
         raise WorkbenchError(f"sinks are numbers of tokens from 0 on, all fewer than the window; got {kept}, {window=}")
     if not model.shape.causal:
         raise Refused(f"{model.name} sees the next token; its loss says nothing")
-    plain = model.run(inputs)
+    plain = model.run(prompts_of(inputs))
     tokens = plain.tokens
     length = tokens.ids.shape[1]
     if int(tokens.mask.sum(1).min()) <= window + 1:

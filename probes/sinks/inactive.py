@@ -25,7 +25,7 @@ from workbench.probes.ablation import AblationCurve, ablation_curve
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, bundled_run
 from workbench.probes.sinks.shares import shares
-from workbench.probes.sources import inner, read_site, real_mean, real_tokens
+from workbench.probes.sources import inner, prompts_of, read_site, real_mean, real_tokens
 from workbench.probes.tables import HeadTable
 from workbench.run import Run
 
@@ -124,7 +124,7 @@ def zeroable(
         raise WorkbenchError(f"within is the part by which the loss may grow, above 0; got {within}")
     reads = [READS[0].replace("{l}", str(layer)) for layer in range(model.shape.layers)]
     with torch.no_grad():
-        run = model.run(inputs, read=reads, maps=capture(), logits=None)
+        run = model.run(prompts_of(inputs), read=reads, maps=capture(), logits=None)
     ranked = inactive_heads(run).top(score)
     order = [(int(head.layer), head.head) for head in (ranked if score == "first_token" else ranked[::-1])]
     steps = counts if counts is not None else tuple(range(1, len(order)))

@@ -213,7 +213,7 @@ class SinkLevels(Result):
 
 @torch.no_grad()
 def sink_levels(
-    resid: Run | Tensor,
+    source: Run | Tensor,
     *,
     mask: Tensor | None = None,
     threshold: float = 0.9,
@@ -224,7 +224,7 @@ def sink_levels(
 ) -> SinkLevels:
     """Tokens that align with the primary sink, since which block, and over how many.
 
-    ``resid``: the residual stream ``[L + 1, T, D]`` or ``[L + 1, B, T, D]``, the embedding first, or a run that read
+    ``source``: the residual stream ``[L + 1, T, D]`` or ``[L + 1, B, T, D]``, the embedding first, or a run that read
     ``hook_resid_post`` of all layers. ``mask`` ``[B, T]`` is False on padding. ``threshold`` of |cos| with the primary sink;
     ``candidates``: among how many first tokens the primary is looked for; ``short`` and ``long``: fractions of the depth L. A
     lifetime above ``short`` L is secondary, from ``long`` L on like the primary, and ``other`` up to ``short`` L.
@@ -244,7 +244,7 @@ def sink_levels(
         raise WorkbenchError(
             f"candidates is how many first tokens may be the primary sink, at least 1; got {candidates!r}"
         )
-    streams = block_outputs(resid, mask)
+    streams = block_outputs(source, mask)
     real, first = streams.real, streams.first
     norms = torch.stack([streams.layer(i).norm(dim=-1) for i in range(len(streams.outputs))]).double()
     batch = torch.arange(len(real))
@@ -365,9 +365,9 @@ ANALYSES = (
         name="sink-levels",
         question="Which tokens become sinks along the depth, from which block on, and for how long?",
         function=sink_levels,
-        example=lambda: {"resid": planted_stream()},
+        example=lambda: {"source": planted_stream()},
         paper="On the Existence and Behaviour of Secondary Attention Sinks, 2025 (arXiv 2512.22213)",
-        source="tensors",
+        source="run",
         null="how many tokens align with an ordinary token in the place of the primary sink",
         cause="workbench.probes.sinks.removal.sink_removal",
         definition="constants 4 and L - 15 of a model of 48 blocks as fractions of depth; a rise at block 0 counts from the "

@@ -122,17 +122,17 @@ class MassiveActivations(Result):
 
 @torch.no_grad()
 def massive_activations(
-    resid: Run | Tensor, *, least: float = 100.0, ratio: float = 1000.0, mask: Tensor | None = None
+    source: Run | Tensor, *, least: float = 100.0, ratio: float = 1000.0, mask: Tensor | None = None
 ) -> MassiveActivations:
     """Activations with |x| > ``least`` and |x| >= ``ratio`` times the median |x| of the block output in their text.
 
-    ``resid``: a run that read ``hook_resid_post`` of all layers, or the residual stream ``[L + 1, T, D]`` or
+    ``source``: a run that read ``hook_resid_post`` of all layers, or the residual stream ``[L + 1, T, D]`` or
     ``[L + 1, B, T, D]``, the embedding first (it is not looked at). The defaults are the published ones; activations of small
     models are smaller, so there ``least=0`` and a ratio of their own say what is meant. ``mask`` ``[B, T]`` is False on padding.
     """
     if not least >= 0 or not ratio >= 1:
         raise WorkbenchError(f"least is a magnitude from 0 and ratio at least 1; got {least!r} and {ratio!r}")
-    streams = block_outputs(resid, mask)
+    streams = block_outputs(source, mask)
     blocks, (texts, _) = len(streams.outputs), streams.real.shape
     places, values = [], []
     largest = torch.full((blocks, texts, 3), float("nan"), dtype=torch.float64)
@@ -190,9 +190,9 @@ ANALYSES = (
         name="massive-activations",
         question="Which single numbers of the residual stream are larger than the rest by orders of magnitude?",
         function=massive_activations,
-        example=lambda: {"resid": planted_stream(), "least": 30.0, "ratio": 60.0},
+        example=lambda: {"source": planted_stream(), "least": 30.0, "ratio": 60.0},
         paper="Sun et al. 2024 (arXiv 2402.17762), section 2",
-        source="tensors",
+        source="run",
         null="the largest of as many Gaussian numbers of the same median",
         cause="workbench.probes.sinks.massive_effect.massive_effect",
         reads=("blocks.{l}.hook_resid_post",),

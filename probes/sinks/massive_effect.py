@@ -17,13 +17,13 @@ from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Edit, Model
-from workbench.pairs import Pairs
 from workbench.probes.ablation import Metric, named_metric
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.sinks.levels import Streams, block_outputs
 from workbench.probes.sinks.massive import MassiveActivations, massive_activations
 from workbench.probes.sinks.planted import planted_model, planted_texts
+from workbench.probes.sources import prompts_of
 from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site
@@ -110,7 +110,7 @@ def massive_effect(
         raise UnknownName("place", where, ("first", "all"))
     if random < 1:
         raise WorkbenchError(f"random is the number of random draws, at least 1; got {random}")
-    tokens = inputs.clean if isinstance(inputs, Pairs) else inputs
+    tokens = prompts_of(inputs)
     reads = [Site("resid_post", layer) for layer in range(model.shape.layers)]
     plain = model.run(tokens, read=reads)
     found, streams = massive_activations(plain, least=least, ratio=ratio), block_outputs(plain)

@@ -22,6 +22,7 @@ from workbench.probes.sinks.alignment import received_shares
 from workbench.probes.sinks.formation import SUBLAYERS, SinkFormation, sink_formation
 from workbench.probes.sinks.levels import SinkLevels, Streams, block_outputs, sink_levels
 from workbench.probes.sinks.planted import planted_model, planted_texts
+from workbench.probes.sources import prompts_of
 from workbench.results import Result, axis
 from workbench.run import Run
 from workbench.sites import Site
@@ -96,7 +97,7 @@ def sink_removal(
     absent = [str(site) for site in sites if str(site) not in served]
     if absent:
         raise WorkbenchError(f"{model.name} has no {absent[0]}, which is read to find the writers of sinks")
-    plain = model.run(inputs, read=sites, maps=_RECEIVED, logits=None)
+    plain = model.run(prompts_of(inputs), read=sites, maps=_RECEIVED, logits=None)
     found = sink_levels(plain, **levels)
     if not len(found.start):
         raise WorkbenchError(f"there is no sink to remove: {'; '.join(found.undefined.values())}")
@@ -164,7 +165,7 @@ def _run_without(model: Model, inputs: Any, streams: Streams, text: int, site: S
 
     edits: Mapping[Site | str, Edit | Tensor] = {site: edit}
     reads = [Site("resid_post", layer) for layer in range(len(streams.outputs))]
-    return model.run(inputs, read=reads, edit=edits, maps=_RECEIVED, logits=None)
+    return model.run(prompts_of(inputs), read=reads, edit=edits, maps=_RECEIVED, logits=None)
 
 
 def _drawn(pool: list[Any], count: int, generator: torch.Generator) -> list[Any]:

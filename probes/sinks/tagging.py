@@ -27,7 +27,7 @@ from workbench.probes.ablation import divergence
 from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, bundled_run
-from workbench.probes.sources import read_site
+from workbench.probes.sources import prompts_of, read_site
 from workbench.probes.tables import HeadTable
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
@@ -139,7 +139,7 @@ def untag(
     """
     layer, h = head
     site, values = Site("z", layer), Site("v", layer)
-    plain = model.run(inputs, read=[site, values], maps=capture(layers=layer))
+    plain = model.run(prompts_of(inputs), read=[site, values], maps=capture(layers=layer))
     first = plain.tokens.mask.cpu().int().argmax(1)
     counted = plain.tokens.mask.cpu() & (torch.arange(plain.tokens.mask.shape[1]) != first[:, None])
     marks = _caught(plain, layer, first, more)[:, h] & counted

@@ -22,6 +22,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled
 from workbench.probes.heads.weights import weight_layers
+from workbench.probes.sources import prompts_of
 from workbench.probes.tables import LayerTable
 
 EPSILON = 0.01
@@ -77,7 +78,7 @@ def coding_rates(model: Model, inputs: Any, *, epsilon: float = EPSILON, seed: i
     posts = [site for layer in layers if (site := f"blocks.{layer}.mlp.hook_post") in known]
     if not set(streams) <= known:
         raise Refused(f"{model.name} does not serve hook_resid_post of its layers")
-    run = model.run(inputs, read=[*streams, *posts], logits=None)
+    run = model.run(prompts_of(inputs), read=[*streams, *posts], logits=None)
     rows = [m.nonzero()[:, 0] for m in run.tokens.mask.cpu()]
     rate, null, sparse = ([] for _ in range(3))
     for layer in layers:

@@ -26,6 +26,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.probes.heads.weights import unembedding
+from workbench.probes.sources import prompts_of
 from workbench.probes.tables import LayerTable
 
 _DRAWS = 64
@@ -62,7 +63,7 @@ def internal_consistency(
         raise WorkbenchError(f"answers are two or more different token ids; got {ids.tolist()}")
     head = unembedding(model)
     sites = [f"blocks.{layer}.hook_resid_post" for layer in range(model.shape.layers)]
-    run = model.run(getattr(inputs, "clean", inputs), read=sites, logits=None)
+    run = model.run(prompts_of(inputs), read=sites, logits=None)
     mask = run.tokens.mask.cpu()
     at = inputs.position if hasattr(inputs, "position") else mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
     rows = torch.arange(len(mask))

@@ -25,7 +25,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import SENTENCE, bundled, random_maps
 from workbench.probes.hidden_keys import without_keys
-from workbench.probes.sources import Source, inner, maps_of, need_shares, provenance_of, tokens_of
+from workbench.probes.sources import Source, inner, maps_of, need_shares, prompts_of, provenance_of, tokens_of
 from workbench.probes.tables import HeadTable
 from workbench.probes.visibility import layer_visibility
 from workbench.results import Result, axis
@@ -127,7 +127,7 @@ def sparsified(
     if not chosen or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in chosen) or random < 1:
         raise WorkbenchError(f"keys and random are at least 1; got {list(chosen)}, random={random}")
     name, measure = named_metric(metric, inputs)
-    tokens = getattr(inputs, "clean", inputs)
+    tokens = prompts_of(inputs)
     plain = model.run(tokens)
     places = range(model.shape.layers) if layers is None else layers
     generator = torch.Generator().manual_seed(seed)

@@ -27,6 +27,7 @@ from workbench.probes.bootstrap import interval
 from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import bundled, needles
 from workbench.probes.heads.weights import embedding
+from workbench.probes.sources import prompts_of
 from workbench.probes.structure.relevance_rules import propagating
 from workbench.probes.tables import HeadTable, TokenTable
 from workbench.run import Run
@@ -126,7 +127,7 @@ def deletion_curve(
     A token loses its word when its embedding becomes the mean embedding of the vocabulary; it keeps its place. The token at
     ``position`` and padding are never taken, undefined weights come last. Other arguments as in ``relevance``.
     """
-    run = model.run(getattr(inputs, "clean", inputs))
+    run = model.run(prompts_of(inputs))
     seek = _Target.of(model, run, inputs, target, position)
     mask = run.tokens.mask.cpu()
     free = mask & (torch.arange(mask.shape[1]) != seek.position[:, None])
@@ -247,7 +248,7 @@ def _propagated(model: Model, inputs: Any, target: Any, position: Any, rule: str
 
     watched = [Site(kind, layer) for kind in ("resid_pre", "z") for layer in layers]
     with torch.enable_grad(), propagating(model, rule) as edits:
-        run = model.run(getattr(inputs, "clean", inputs), edit={**edits, **{site: watch(site) for site in watched}})
+        run = model.run(prompts_of(inputs), edit={**edits, **{site: watch(site) for site in watched}})
         seek = _Target.of(model, run, inputs, target, position)
         logit = seek.read(run)
         wanted = [seen[site] for site in watched]

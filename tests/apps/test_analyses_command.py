@@ -45,6 +45,50 @@ def test_prompts_may_come_from_a_task(workbench, model):
     assert all(row["error"] is not None for row in got["rows"] if row["key"] == 0)
 
 
+def test_an_analysis_of_one_map_takes_the_layer_that_is_named(workbench, model):
+    got = workbench("analyse", "waad", model, "--text", TEXT, "--layer", "1", "--json").json
+    want = wb.waad(wb.load(model).run(TEXT, maps=wb.capture()).maps[1])
+    assert [row["value"] for row in got["rows"]] == pytest.approx(want.flatten().tolist())
+    said = workbench("analyse", "waad", model, "--text", TEXT).mistake()
+    assert "looks at one map: choose it with --layer, one of 0, 1" in said
+
+
+def test_a_run_reads_what_the_analysis_needs(workbench, model):
+    got = workbench("analyse", "sink-levels", model, "--text", TEXT, "--json").json
+    assert got["analysis"] == "sink-levels"
+    assert got["provenance"]["model"] == "random"
+
+
+def test_a_model_that_makes_its_own_prompts_needs_no_text(workbench):
+    got = workbench(
+        "analyse", "head-scores", "tiny-softmax", "--option", "batches=1", "--option", "sequences=2", "--json"
+    )
+    assert {row["kind"] for row in got.json["rows"]} >= {"previous", "induction"}
+
+
+def test_options_that_must_be_given_can_be_written(workbench, model):
+    said = workbench("analyse", "eviction", model, "--text", TEXT).mistake()
+    assert "eviction needs window: give --option window=..." in said
+    got = workbench(
+        "analyse", "eviction", model, "--text", TEXT, "--option", "window=6", "--option", "random=2", "--json"
+    )
+    assert got.json["rows"]
+    said = workbench("analyse", "masking", model, "--text", TEXT).mistake()
+    assert "masking needs result, which the command line cannot make; call workbench.probes.retrieval.masking" in said
+
+
+@pytest.mark.parametrize("name", ["zeroable", "coding-rates", "layer-sharing-replaced", "sink-removal", "perturbation"])
+def test_what_runs_a_model_takes_the_prompts_of_a_task(workbench, name):
+    options = {
+        "zeroable": ["counts=[1,2]", "random=1"],
+        "layer-sharing-replaced": ["exchanges=[[1,0]]"],
+        "sink-removal": ["random=1"],
+        "perturbation": ["steps=24", "exchanges=1"],
+    }.get(name, [])
+    written = [word for option in options for word in ("--option", option)]
+    assert workbench("analyse", name, "tiny-softmax", "--task", "induction", "-n", "2", *written, "--json").json["rows"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -107,3 +107,13 @@ def test_two_of_one_name_are_refused(monkeypatch):
     monkeypatch.setattr(catalogue, "sorted", list, raising=False)
     with pytest.raises(WorkbenchError, match="two analyses are called 'twice'"):
         catalogue.analyses.__wrapped__()
+
+
+def test_asking_for_an_analysis_that_is_not_there_is_no_error():
+    known = wb.analyses()
+    assert known.get("nosuch") is None
+    assert known.get("nosuch", 3) == 3
+    assert "nosuch" not in known
+    assert known.get("sinks") is known["sinks"]
+    with pytest.raises(UnknownName, match="no analysis 'nosuch'; known: "):
+        known["nosuch"]
