@@ -43,8 +43,8 @@ def head_kv(source: Source, spans: Tensor, window: int = WINDOW, *, raw: bool = 
         raise WorkbenchError(f"the window holds one token or more; got {window}")
     values, chance = {}, {}
     for name, amap in maps_of(source).items():
-        ends = _ends(name, amap, tokens_of(source))
-        values[name], chance[name] = _importance(name, amap, spans, ends, window, raw)
+        reach = _reach(name, amap, tokens_of(source))
+        values[name], chance[name] = _importance(name, amap, spans, reach, window, raw)
     nowhere = any(bool(part.isnan().all()) for part in chance.values())
     return HeadTable.averaged(
         "Attention to the needle before the answer",
@@ -93,18 +93,21 @@ def cache_budget(table: HeadTable, budget: int, *, measure: str | None = None, b
     )
 
 
-def _ends(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> list[int]:
-    """Row after the last real query of every sequence."""
-    b, _, queries, _ = amap.shape
-    real = padding(name, amap, tokens).queries
-    if real is None:
-        return [queries] * b
-    last = queries - real.flip(1).int().argmax(1)
-    return [int(end) for end in last]
+def _reach(name: int | str, amap: AttentionMap, tokens: Tokens | None) -> list[tuple[int, int]]:
+    """The first real key of every sequence, and the row after its last real query."""
+    b, _, queries, keys = amap.shape
+    pad = padding(name, amap, tokens)
+    asked = torch.ones(b, queries, dtype=torch.bool) if pad.queries is None else pad.queries
+    shown = torch.ones(b, keys, dtype=torch.bool) if pad.keys is None else pad.keys
+    empty = (~asked.any(1) | ~shown.any(1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise WorkbenchError(f"layer {name}: prompt {empty[0]} is padding alone")
+    ends = queries - asked.flip(1).int().argmax(1)
+    return list(zip(shown.int().argmax(1).tolist(), ends.tolist(), strict=True))
 
 
 def _importance(
-    name: int | str, amap: AttentionMap, spans: Tensor, ends: list[int], window: int, raw: bool
+    name: int | str, amap: AttentionMap, spans: Tensor, reach: list[tuple[int, int]], window: int, raw: bool
 ) -> tuple[Tensor, Tensor]:
     """Importance and its mean over other stretches, ``[B, H]`` each."""
     amap = inner(name, amap, raw)
@@ -112,22 +115,22 @@ def _importance(
     if spans.shape != (amap.shape[0], 2):
         raise WorkbenchError(f"spans are [B, 2] with B={amap.shape[0]}; got {list(spans.shape)}")
     found, chance = [], []
-    for end in dict.fromkeys(ends):
+    for end in dict.fromkeys(end for _, end in reach):
         if end < window:
             raise WorkbenchError(
                 f"layer {name}: a prompt of {end} tokens has no {window} last ones; ask for a smaller window"
             )
         rows = amap.rows(end - window, end).detach().double().cpu()
         running = torch.nn.functional.pad(rows.cumsum(-1), (1, 0))
-        for b in (b for b, own in enumerate(ends) if own == end):
+        for b in (b for b, (_, own) in enumerate(reach) if own == end):
             lo, hi = spans[b].tolist()
-            first = end - window + amap.offset
-            if not 0 <= lo < hi <= first:
+            begin, first = reach[b][0], end - window + amap.offset
+            if not begin <= lo < hi <= first:
                 raise WorkbenchError(
                     f"the needle of prompt {b} is [{lo}, {hi}); it has to lie before the last {window} tokens, from {first} on"
                 )
             found.append((b, (running[b, ..., hi] - running[b, ..., lo]).amax(-1)))
-            others = windows_elsewhere(running[b], lo, hi, first)
+            others = windows_elsewhere(running[b], lo, hi, first, begin)
             chance.append((b, others.amax(-2).mean(-1)))
     order = [torch.stack([row for _, row in sorted(part, key=lambda pair: pair[0])]) for part in (found, chance)]
     return order[0], order[1]

@@ -39,12 +39,12 @@ def by_position(pairs: Pairs | Sequence[Pairs]) -> Iterator[Pairs]:
             yield from (part[i : i + 1] for i in range(len(part)))
 
 
-def windows_elsewhere(running: Tensor, lo: int, hi: int, length: int) -> Tensor:
-    """Sums over every window of ``hi - lo`` keys among the first ``length`` that does not touch ``[lo, hi)``.
+def windows_elsewhere(running: Tensor, lo: int, hi: int, length: int, begin: int = 0) -> Tensor:
+    """Sums over every window of ``hi - lo`` keys from ``begin`` to ``length`` that does not touch ``[lo, hi)``.
 
     ``running`` ``[..., K + 1]`` are cumulative sums over keys, from 0 on. Returns ``[..., W]``, empty if there is no room.
     """
     size = hi - lo
-    starts = torch.arange(max(0, length - size + 1), device=running.device)
+    starts = torch.arange(begin, max(begin, length - size + 1), device=running.device)
     starts = starts[(starts + size <= lo) | (starts >= hi)]
     return running[..., starts + size] - running[..., starts]

@@ -101,9 +101,10 @@ def temporal_disparity(source: Source, reference: int | str, *, raw: bool = Fals
             even += (flat - wanted).square().sum((-2, -1))
             square += wanted.square().sum((-2, -1))
         empty = square == 0
-        parts["disparity"][name] = apart.sqrt()
+        nothing = ~layer.real_queries.any(1, keepdim=True)
+        parts["disparity"][name] = apart.sqrt().masked_fill(nothing, float("nan"))
         parts["relative"][name] = (apart / square).sqrt().masked_fill(empty, float("nan"))
-        null["disparity"][name] = even.sqrt().mean(0)
+        null["disparity"][name] = even.sqrt().masked_fill(nothing, float("nan")).nanmean(0)
         null["relative"][name] = (even / square).sqrt().masked_fill(empty, float("nan")).nanmean(0)
         if bool(empty.any()):
             undefined[f"{name}, relative"] = "the reference has a head without weight"
@@ -190,7 +191,7 @@ def _energies(layer: Aligned, tau: float) -> tuple[Tensor, Tensor, Tensor, Tenso
     if not bool((layer.real_keys == (torch.arange(layer.shape[3]) < lengths[:, None])).all()):
         raise Refused(f"layer {layer.name!r}: padding between real tokens leaves no frames in a row to transform")
     for _, _, rows in layer.chunks(copies=4):
-        for length in lengths.unique().tolist():
+        for length in lengths[lengths > 0].unique().tolist():
             here = lengths == length
             part = rows[here][..., :length]
             energy, above = _row_energies(part, tau)

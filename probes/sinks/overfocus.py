@@ -130,7 +130,8 @@ def _layer(
     total[0] = torch.where(kept.sum(-1) > 0, total[0], float("nan"))
     total[1] = torch.where(means.sum(-1) > 0, total[1], float("nan"))
     # The turned rows are a null: where their mean row is flat they look at nothing together.
-    chance = {"overfocus": total[0, 1].nan_to_num(0.0), "cosine": total[1, 1]}
+    flat = total[0, 1].nan_to_num(0.0)
+    chance = {"overfocus": torch.where(count > 0, flat, float("nan")), "cosine": total[1, 1]}
     return {"overfocus": total[0, 0], "cosine": total[1, 0], "focused": focused / count}, chance
 
 

@@ -21,7 +21,8 @@ from workbench.run import Run
 
 _UNIT = 10**7
 """Capacities are whole numbers of this part of 1: scipy's maximum flow counts in integers."""
-_LIMIT = 2**22
+_LIMIT = 2**29
+"""Edges that all flows together may look at: half a minute."""
 PADDING = "padding, and sequences without the query, have no flow"
 
 
@@ -30,7 +31,7 @@ def flow(source: Source, query: int = -1, *, residual: float = 0.5, raw: bool = 
 
     ``query`` is a position, by default the last; negative ones count back from the last real token of each sequence.
     Padding, and a sequence without such a token, are NaN. Capacities are rounded to 1e-7. Refused for signed and channel
-    maps, and above four million edges: the graph has layers x T x T of them, and one flow is computed per token.
+    maps, and where one flow per token through layers x T x T edges takes more than half a minute.
     """
     layers = square_layers(source, raw)
     if not 0 <= residual < 1:
@@ -38,9 +39,9 @@ def flow(source: Source, query: int = -1, *, residual: float = 0.5, raw: bool = 
     b, _, length, _ = layers[0].shape
     if not -length <= query < length:
         raise WorkbenchError(f"query is a position below {length}; got {query}")
-    if len(layers) * length**2 > _LIMIT:
+    if len(layers) * length**3 > _LIMIT:
         raise Refused(
-            f"{len(layers)} layers of {length} tokens have {len(layers) * length**2:,} edges, over {_LIMIT:,}; use rollout"
+            f"{length} flows through the {len(layers) * length**2:,} edges of {len(layers)} layers take too long; use rollout"
         )
     steps = [residual_mean(amap.dense().detach().cpu().double().mean(1), residual) for amap in layers]
     real = real_tokens_of(source)

@@ -34,7 +34,7 @@ def map_frequencies(source: Source, *, size: int | None = None, raw: bool = Fals
     The null of the shares gives each row's weights to random keys that its query may see. ``size``: of maps of block sums, at
     any length; else maps of more than 2,048 queries or keys are refused. Padding does not count, every sequence has a transform
     of its own. Gated maps count as they act, ``raw`` looks inside the gate. Maps of any sign. NaN for a map of equal weights,
-    and in octaves that a smaller layer does not have.
+    and in octaves that a smaller layer or a shorter text does not have.
     """
     layers = aligned_layers(source, raw=raw)
     found = {name: _shares(layer, size) for name, layer in layers.items()}
@@ -81,18 +81,21 @@ def _shares(layer: Aligned, size: int | None) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.stack([layer.real_queries.sum(1), layer.real_keys.sum(1)], 1)
     counts = -(-counts // (size or 1))
     energies = [
-        [radial_energy(part[i, :, :q, :k]) for i, (q, k) in enumerate(counts.tolist())] for part in (whole, other)
+        [radial_energy(part[i, :, : max(1, q), : max(1, k)]) for i, (q, k) in enumerate(counts.tolist())]
+        for part in (whole, other)
     ]
     octaves = max(part.shape[-1] for part in energies[0])
     stacked = [
-        torch.stack([torch.nn.functional.pad(part, (0, octaves - part.shape[-1])) for part in parts])
+        torch.stack(
+            [torch.nn.functional.pad(part, (0, octaves - part.shape[-1]), value=float("nan")) for part in parts]
+        )
         for parts in energies
     ]
-    total = stacked[0].sum(-1)
+    total = stacked[0].nansum(-1)
     scale = whole.square().sum((-2, -1))
-    variance = torch.where(total > 1e-20 * scale, total, 0.0) / counts.prod(1)[:, None]
+    variance = torch.where(total > 1e-20 * scale, total, 0.0) / counts.prod(1)[:, None]  # NaN for padding alone
     shares, chance = (
-        (part / part.sum(-1, keepdim=True)).masked_fill((variance == 0)[..., None], float("nan")).permute(2, 0, 1)
+        (part / part.nansum(-1, keepdim=True)).masked_fill(~(variance > 0)[..., None], float("nan")).permute(2, 0, 1)
         for part in stacked
     )
     return shares, chance, variance

@@ -113,7 +113,7 @@ def receptive_fields(source: Source, *, parts: tuple[float, ...] = PARTS, raw: b
             undefined[str(layer)] = "a head has no weight in some sequence"
         for part, name in names.items():
             each[name][layer] = _quantile(weight, part)
-            null[name][layer] = _quantile(spectra.even[layer], part).mean().expand(weight.shape[1])
+            null[name][layer] = _quantile(spectra.even[layer], part).nanmean().expand(weight.shape[1])
     units = dict.fromkeys(names.values(), "tokens")
     return HeadTable.averaged(
         "Receptive field", each, units, null=null, undefined=undefined, provenance=spectra.provenance

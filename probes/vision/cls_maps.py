@@ -26,7 +26,7 @@ from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
 from workbench.probes.tables import HeadTable
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import patch_maps, patch_rows
+from workbench.probes.vision.on_patches import patch_maps, patch_sums
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -196,7 +196,7 @@ def _received(amap: AttentionMap, grid: Grid) -> Tensor:
     """Mean over patches of their rows, ``[B, H, N]``."""
     if grid.patches == amap.shape[2]:
         return amap.received().detach().cpu().double()[..., grid.index] / grid.patches
-    return torch.stack([part.rows[..., grid.index].sum(2) for part in patch_rows(amap, grid)]).sum(0) / grid.patches
+    return patch_sums(amap, grid)[0] / grid.patches
 
 
 def _normal(weight: Tensor) -> Tensor:

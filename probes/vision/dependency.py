@@ -24,7 +24,7 @@ from workbench.probes.catalogue import Analysis
 from workbench.probes.examples import random_maps
 from workbench.probes.sources import Source, provenance_of
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import patch_maps, patch_rows
+from workbench.probes.vision.on_patches import patch_maps, patch_rows, patch_sums
 from workbench.results import Result, axis
 from workbench.run import Provenance
 
@@ -172,7 +172,7 @@ def _sent(amap: AttentionMap, grid: Grid) -> Tensor:
     """Mean over heads of what child j sends to parent i, ``[B, i, j]`` in float64, nothing to itself."""
     sums = torch.ones(*amap.shape[:2], grid.patches, dtype=torch.float64)
     if amap.row_sum != "columns":
-        sums = torch.stack([part.rows[..., grid.index].sum(2) for part in patch_rows(amap, grid)]).sum(0)
+        sums = patch_sums(amap, grid)[0]
     out = torch.zeros(amap.shape[0], grid.patches, grid.patches, dtype=torch.float64)
     for part in patch_rows(amap, grid):
         rows = part.rows[..., grid.index] / sums[:, :, None].clamp(min=torch.finfo(torch.float64).tiny)

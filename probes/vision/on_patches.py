@@ -78,6 +78,15 @@ def patch_rows(amap: AttentionMap, grid: Grid) -> Iterator[PatchRows]:
         yield PatchRows(torch.arange(at, at + len(tokens)), rows, even)
 
 
+def patch_sums(amap: AttentionMap, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What every patch receives from all patches, ``[B, H, N]``, as it is and spread evenly."""
+    received, even = torch.zeros(2, *amap.shape[:2], grid.patches, dtype=torch.float64)
+    for part in patch_rows(amap, grid):
+        received += part.rows[..., grid.index].sum(2)
+        even += part.even[..., grid.index].sum(2)
+    return received, even
+
+
 def even_sums(amap: AttentionMap, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     """For maps without rows: patch numbers ``[c]``, and ``[B|1, H|1, c, K]``, one spread evenly over the keys that each patch may
     see; float64."""

@@ -28,7 +28,7 @@ from workbench.probes.sources import Source, provenance_of
 from workbench.probes.tables import HeadTable
 from workbench.probes.vision.erasure import Metric, erasure_curve
 from workbench.probes.vision.grid import Grid
-from workbench.probes.vision.on_patches import patch_maps, patch_rows
+from workbench.probes.vision.on_patches import patch_maps, patch_sums
 from workbench.results import Result, axis
 from workbench.run import Provenance, Run
 from workbench.sites import Site
@@ -147,8 +147,7 @@ def outlier_attention(source: Source, found: OutlierTokens, *, raw: bool = False
             raise WorkbenchError(
                 f"layer {layer!r} holds {amap.shape[0]} images, the outliers were found in {len(outlier)}"
             )
-        parts = [(p.rows[..., grid.index].sum(2), p.even[..., grid.index].sum(2)) for p in patch_rows(amap, grid)]
-        received, even = (torch.stack(side).sum(0) / grid.patches for side in zip(*parts, strict=True))
+        received, even = (part / grid.patches for part in patch_sums(amap, grid))
         for store, sums in ((each, received), (null, even)):
             for name, number in _means(sums, outlier).items():
                 store[name][layer] = number
