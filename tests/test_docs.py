@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,8 +19,9 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The blocks of a page share one namespace, as a reader typing them along would have it."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for i, code in enumerate(BLOCK.findall(page.read_text())):
-        exec(compile(code, f"{page.name}[{i}]", "exec"), namespace)
+    with torch.set_grad_enabled(True):  # a page may turn gradients off for good
+        for i, code in enumerate(BLOCK.findall(page.read_text())):
+            exec(compile(code, f"{page.name}[{i}]", "exec"), namespace)
 
 
 def test_links_between_pages_exist() -> None:
