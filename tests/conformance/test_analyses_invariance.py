@@ -55,7 +55,10 @@ from workbench.run import Maps as RunMaps
 from workbench.run import Run
 
 NAMES = [name for name in BY_MAPS if askable(name)]
-BY_RUN = ("value-drain", "inactive-heads", "head-cascade", "stream-collapse", "output-redundancy")
+BY_RUN = (
+    "value-drain", "inactive-heads", "head-cascade", "stream-collapse", "output-redundancy", "sink-alignment", "sink-levels",
+    "massive-activations",
+)  # fmt: skip
 """Analyses of a run that say something of every model, without words for its tokens."""
 
 
@@ -261,6 +264,12 @@ VARIANTS = (
     "transform-once", "gated-class-attention", "cascade-token-and-head-pruning", "selective-channel-attention",
 )  # fmt: skip
 """Every family, domain, sign, row sum, order 3, weights per channel, rectangles, offsets, heads without weight."""
+PLACELESS = (
+    "overfocus", "attention-diversity", "head-sharing", "head-patterns", "effective-rank", "rank-collapse", "head-redundancy",
+    "layer-sharing", "map-stability", "row-stability", "temporal-bands", "temporal-disparity", "map-frequencies",
+    "selection-curves",
+)  # fmt: skip
+"""What asks for no place in a text: rows and columns may be blocks, channels or frequencies."""
 TOLD_IN_FIELDS = ("sinks",)
 """Results whose fields say where they are NaN: their ``undefined`` names layers that do not count."""
 
@@ -286,6 +295,7 @@ def test_every_variant_is_answered_or_refused(variant: str) -> None:
     for name in NAMES:
         result = answer(name, maps)
         if not isinstance(result, WorkbenchError):
+            assert maps[0].domain == "token" or name in PLACELESS, f"{name} takes {maps[0].domain}s for tokens"
             honest(name, result)
 
 
