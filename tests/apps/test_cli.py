@@ -119,7 +119,8 @@ def test_twins_are_compared_on_several_texts_with_intervals(workbench, model, ga
     assert got["sequences"][0] > 1
 
 
-def test_the_comparison_is_a_table_and_sentences(workbench, model, gated):
+def test_the_comparison_is_a_table_and_sentences(workbench, model, gated, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     shown = workbench("sinks", "--compare", model, gated).out
     for text in (
         "F-Attn",

@@ -7,13 +7,14 @@ from workbench.probes.retrieval.score_files import load_scores
 SMALL = ("retrieval", "compiled-needle", "--lengths", "48", "--depths", "1", "--trials", "2")
 
 
-def test_removing_the_head_is_part_of_the_answer(workbench):
+def test_removing_the_head_is_part_of_the_answer(workbench, monkeypatch):
     got = workbench(*SMALL, "--mask", "--json").json
     assert got["counts"][0]["above"] == 1
     assert got["counts"][0]["share_zero"] == 7 / 8
     assert got["masking"]["metric"] == "needle recall (random: outside the top 1)"
     first = got["masking"]["rows"][0]
     assert (first["removed"], first["ranked"], first["random"]) == (1, 0, 1)
+    monkeypatch.setenv("COLUMNS", "160")
     shown = workbench(*SMALL, "--mask").out
     assert "without the best head the model retrieves 0% of a needle, without as many random ones 100%" in shown
     assert "12% of the heads (0% by chance) copy 10% of the needle or more; 88% copy nothing at all" in shown
