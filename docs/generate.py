@@ -223,7 +223,13 @@ GROUP_LINES = {
     "heads": ("What each head does, by its pattern and by its weights.", "heads.md"),
     "similarity": ("Which maps look alike, and how much of a map there is.", "similarity.md"),
     "importance": ("Which heads, tokens and layers the output depends on.", "importance.md"),
-    "structure": ("Where information can flow, and where it does.", "structure.md", "depth.md", "relevance.md", "sparse.md"),
+    "structure": (
+        "Where information can flow, and where it does.",
+        "structure.md",
+        "depth.md",
+        "relevance.md",
+        "sparse.md",
+    ),
     "vision": ("What vision transformers, and language models that see, look at.", "vision.md", "vision-language.md"),
 }
 READS = {"maps": "maps", "run": "maps, activations", "model": "model", "tensors": "arrays"}
