@@ -143,8 +143,16 @@ def head_roles(
     the same ``per``. ``raw`` looks inside the gate of gated maps, but for ``predicted``.
     """
     if scores is None:
-        options = {"batches": batches, "sequences": sequences, "words": words, "raw": raw, "seed": seed}
-        scores = head_scores(model, kinds=tuple(KINDS), per=per, **options)  # type: ignore[arg-type]
+        scores = head_scores(
+            model,
+            kinds=tuple(KINDS),
+            per=per,
+            batches=batches,
+            sequences=sequences,
+            words=words,
+            raw=raw,
+            seed=seed,
+        )
     missing = [kind for kind in KINDS if kind not in scores.kinds]
     if missing:
         raise WorkbenchError(f"scores of all kinds are needed; missing: {', '.join(missing)}")

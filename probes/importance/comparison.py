@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -191,7 +191,7 @@ def ranked_parts(ranking: Ranking) -> list[Part]:
         if not found:
             raise Refused(f"no head of {table.title!r} has a number for {measure!r}: there is nothing to rank")
         return found
-    return list(ranking)  # type: ignore[arg-type]
+    return list(cast("Sequence[Part]", ranking))
 
 
 def _part(layer: int | str, row: int, size: int) -> Part:

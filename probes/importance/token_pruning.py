@@ -197,7 +197,7 @@ def _metric(metric: str | Metric | None, inputs: Any, last: Tensor) -> tuple[str
         if run.logits is None or plain.logits is None:
             raise Refused(f"predictions are compared by their logits; {plain.provenance.model} gives none")
         at = torch.arange(len(last)), last
-        p, q = (x.logits.cpu()[at].double().log_softmax(-1) for x in (plain, run))  # type: ignore[union-attr]
+        p, q = (logits.cpu()[at].double().log_softmax(-1) for logits in (plain.logits, run.logits))
         return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(-1)
 
     return "kl", measure

@@ -12,6 +12,8 @@ budget b to a pool that is shared out in proportion to the scores,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -136,7 +138,7 @@ def _importance(
     return order[0], order[1]
 
 
-def _example() -> dict[str, object]:
+def _example() -> dict[str, Any]:
     return {"source": random_maps(batch=2), "spans": torch.tensor([[1, 3], [2, 4]]), "window": 4}
 
 
@@ -155,7 +157,7 @@ ANALYSES = (
         name="cache-budget",
         question="How much of a key-value cache does each head deserve?",
         function=cache_budget,
-        example=lambda: {"table": head_kv(**_example()), "budget": 64},  # type: ignore[arg-type]
+        example=lambda: {"table": head_kv(**_example()), "budget": 64},
         paper="HeadKV 2024 (arXiv 2410.19258), allocation of the budget",
         source="tensors",
         null="an even split",

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class HeadScoreFile(HeadTable):
     """Mean score per head with its interval over trials; ``trials[layer]`` ``[R, H]`` are the scores themselves, NaN where a
     head has fewer than R."""
 
-    trials: Mapping[int | str, Tensor] = None  # type: ignore[assignment]
+    trials: Mapping[int | str, Tensor] = field(kw_only=True)
     threshold: float = THRESHOLD
 
     def heads(self, threshold: float | None = None) -> list[Head]:

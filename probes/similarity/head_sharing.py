@@ -35,7 +35,8 @@ def head_sharing(source: Source, *, raw: bool = False) -> HeadTable:
     check_alike(layers, "head_sharing")
     measures = ("same", "nearest", "partner")
     values: dict[str, dict[int | str, Tensor]] = {name: {} for name in measures}
-    low, high, null = ({name: {} for name in ("same", "nearest")} for _ in range(3))  # type: ignore[var-annotated]
+    low: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("same", "nearest")}
+    high, null = ({name: dict(part) for name, part in low.items()} for _ in range(2))
     undefined = {}
     for before, layer in pairwise(layers):
         each, chance = cosines(layer, before)

@@ -217,8 +217,11 @@ def _residuals(layer: Aligned, size: int | None) -> tuple[Tensor, Tensor]:
     count = layer.real_queries.sum(1, keepdim=True).double()
     if size is not None:
         count = (count / size).ceil()
-        sums = (layer.block_sums(size), _even_sums(layer, size))
-        return tuple(_distance(part.square().sum((-2, -1)), part.sum(2), count) for part in sums)  # type: ignore[return-value]
+        own, even = (
+            _distance(part.square().sum((-2, -1)), part.sum(2), count)
+            for part in (layer.block_sums(size), _even_sums(layer, size))
+        )
+        return own, even
     b, h, _, keys = layer.shape
     energy, even_energy = (torch.zeros(b, h, dtype=torch.float64) for _ in range(2))
     total, even_total = (torch.zeros(b, h, keys, dtype=torch.float64) for _ in range(2))

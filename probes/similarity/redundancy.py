@@ -76,10 +76,11 @@ def redundancy_curve(
 ) -> AblationCurve:
     """What removing heads costs, most redundant first, beside random heads of the same layers: ``ablation_curve`` by a measure
     of ``head_redundancy`` or ``output_redundancy``; ``options`` go to it (``metric``, ``ablation``, ``counts``, ``random``)."""
-    ranking = [(head.layer, head.head) for head in found.top(measure)]
-    if any(not isinstance(layer, int) for layer, _ in ranking):
+    best = found.top(measure)
+    ranking = [(head.layer, head.head) for head in best if isinstance(head.layer, int)]
+    if len(ranking) < len(best):
         raise WorkbenchError("heads are removed from layers with a number; this table names layers of two stacks")
-    return ablation_curve(model, inputs, ranking, **options)  # type: ignore[arg-type]
+    return ablation_curve(model, inputs, ranking, **options)
 
 
 def _output_cosines(z: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

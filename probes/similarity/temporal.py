@@ -43,7 +43,7 @@ def temporal_bands(source: Source, tau: float = 3, *, raw: bool = False) -> Head
     Refuses a high band that holds frequency 0. NaN for heads without weight.
     """
     values: dict[str, dict[int | str, Tensor]] = {name: {} for name in ("energy", "low", "high", "high_share")}
-    low, high, null = ({name: {} for name in values} for _ in range(3))  # type: ignore[var-annotated]
+    low, high, null = ({name: dict(part) for name, part in values.items()} for _ in range(3))
     undefined = {}
     for name, layer in aligned_layers(source, raw=raw).items():
         energy, upper, chance, flat = _energies(layer, tau)

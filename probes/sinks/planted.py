@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.maps import AttentionMap
 from workbench.models.protocol import Tokens
-from workbench.run import Maps, Provenance, Run
+from workbench.run import Activations, Maps, Provenance, Run
 from workbench.sites import Site
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def planted_run() -> Run:
         weight = stream[layer].double().norm(dim=-1).expand(tokens, tokens).tril()
         maps[layer] = AttentionMap.from_dense((weight / weight.sum(-1, keepdim=True))[None, None])
     acts = {Site("resid_post", layer): stream[layer + 1][None] for layer in range(blocks)}
-    return Run(Tokens.of(torch.arange(tokens)), acts=acts, maps=Maps(maps), provenance=Provenance("planted"))  # type: ignore[arg-type]
+    provenance = Provenance("planted")
+    return Run(Tokens.of(torch.arange(tokens)), acts=Activations(acts), maps=Maps(maps), provenance=provenance)
 
 
 def planted_model() -> NativeModel:
