@@ -36,6 +36,20 @@ def template(task: str) -> Any:
     return table[task]
 
 
+@cache
+def data(task: str) -> dict[str, Any]:
+    """The words and templates that one task keeps in a file of its own, ``data/<task>.json``."""
+    if task not in own_files():
+        raise UnknownName("task with a file of its own", task, own_files())
+    return _table(f"{task}.json")
+
+
+@cache
+def own_files() -> tuple[str, ...]:
+    """The tasks that ``data`` knows."""
+    return tuple(sorted(path.stem for path in DATA.glob("*.json") if path.stem not in ("words", "templates")))
+
+
 def word_kinds() -> tuple[str, ...]:
     """Every kind that ``words`` knows."""
     table = _table("words.json")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from workbench.circuits import Circuit, circuit_graph, edge_name
-from workbench.datasets.tokenizer import SPECIAL, vocabulary, word_tokenizer
+from workbench.datasets.tokenizer import SPECIAL, base_vocabulary, word_tokenizer
 from workbench.datasets.words import words
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.native import NativeModel
@@ -76,7 +76,7 @@ def compile_induction(attention: str = "hard", *, rotate: int | None = None, con
     n = len(symbols)
     codes = one_hot(symbols)
     noise = torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
-    others = (codes.sum(1) == 0) & torch.tensor([token not in SPECIAL for token in vocabulary()])
+    others = (codes.sum(1) == 0) & torch.tensor([token not in SPECIAL for token in base_vocabulary()])
     codes[others] = (noise / noise.norm(dim=1, keepdim=True))[others]
     blocks = Layout(token=n, bos=1, always=1, position=POSITION, before=n, output=n, scratch=SCRATCH)
     table, shift, gap = positions(context)
@@ -245,12 +245,12 @@ def _assemble(
         state[prefix + "W_O"][index, : len(head.out)] = head.out @ turn
     net.load_state_dict(state)
     truth = mechanism_circuit(name, mechanism, active)
-    return NativeModel(net.eval().requires_grad_(False), word_tokenizer(), name=name, ground_truth=truth)
+    return NativeModel(net.eval().requires_grad_(False), word_tokenizer(base_vocabulary()), name=name, ground_truth=truth)
 
 
 def one_hot(known: Sequence[str]) -> Tensor:
     """``[V, len(known)]``: row of each token of the vocabulary, zero for tokens that are not ``known``."""
-    tokens = {token: i for i, token in enumerate(vocabulary())}
+    tokens = {token: i for i, token in enumerate(base_vocabulary())}
     table = torch.zeros(len(tokens), len(known))
     table[[tokens[word] for word in known], range(len(known))] = 1
     return table

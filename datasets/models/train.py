@@ -25,7 +25,7 @@ from transformer_lens.hook_points import HookPoint
 
 from workbench.datasets.models.evaluate import card, evaluate
 from workbench.datasets.models.mixture import KINDS, batches
-from workbench.datasets.tokenizer import build, word_tokenizer
+from workbench.datasets.tokenizer import base_vocabulary, build, word_tokenizer
 from workbench.errors import UnknownName
 from workbench.models.hookpoints import attached
 from workbench.models.native import NativeModel
@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> NativeNet:
         raise UnknownName("bundled model with a recipe", args.model, MODELS)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    raw, tokenizer = build(), word_tokenizer()
+    raw, tokenizer = build(base_vocabulary()), word_tokenizer(base_vocabulary())
     net = NativeNet(
         replace(CONFIG, vocab=len(tokenizer), mixer=MODELS[args.model], trained=max(each.longest for each in STAGES))
     )
@@ -211,7 +211,7 @@ def train(args: argparse.Namespace) -> NativeNet:
 def write(net: NativeNet, args: argparse.Namespace) -> None:
     """Store the network in half precision, evaluate what was stored, and write the card."""
     out = Path(args.out) / args.model
-    NativeModel(net, word_tokenizer(), name=args.model).save(out, dtype=torch.float16)
+    NativeModel(net, word_tokenizer(base_vocabulary()), name=args.model).save(out, dtype=torch.float16)
     stored = NativeModel.load(out)
     found = evaluate(stored.net, stored.tokenizer, n=args.examples, longest=STAGES[-1].longest, lengths=True)
     (out / "card.md").write_text(card(args, stored.net, found, STAGES[-1].longest))

@@ -6,7 +6,7 @@ import torch
 from workbench.circuits import Circuit
 from workbench.datasets.catalogue import task
 from workbench.datasets.models.compile import COMPILERS, HERE, compiled, main, positions, rotation
-from workbench.datasets.tokenizer import SPECIAL, vocabulary
+from workbench.datasets.tokenizer import SPECIAL, base_vocabulary
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.load import load
 from workbench.pairs import accuracy
@@ -64,7 +64,7 @@ def test_any_token_is_continued_after_its_repeat():
     model = compiled("compiled-induction")
     generator = torch.Generator().manual_seed(0)
     start = len(SPECIAL)
-    row = start + torch.randperm(len(vocabulary()) - start, generator=generator)[:60]
+    row = start + torch.randperm(len(base_vocabulary()) - start, generator=generator)[:60]
     ids = torch.cat([torch.zeros(1, dtype=torch.long), row, row[:30]])[None]
     best = model.run(ids).logits[0, -29:].argmax(-1)
     assert (best == row[2:31]).double().mean() == 1
@@ -113,7 +113,7 @@ def test_bundled_folder_is_what_the_compiler_makes(name):
     assert stored.net.config == made.net.config
     for key, value in made.net.state_dict().items():
         torch.testing.assert_close(stored.net.state_dict()[key], value.half().float(), atol=0, rtol=0)
-    assert stored.tokenizer.convert_ids_to_tokens(range(len(vocabulary()))) == list(vocabulary())
+    assert stored.tokenizer.convert_ids_to_tokens(range(len(base_vocabulary()))) == list(base_vocabulary())
     assert isinstance(stored.ground_truth, Circuit)
     assert stored.ground_truth.edges == made.ground_truth.edges
     assert torch.equal(stored.ground_truth.columns["needed"], made.ground_truth.columns["needed"])

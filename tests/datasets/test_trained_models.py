@@ -15,7 +15,7 @@ from workbench.datasets.models.evaluate import first_token_share
 from workbench.datasets.models.mixture import KINDS, batches, document
 from workbench.datasets.models.train import MODELS, STAGES, Stage, arguments, learning_rate, stage, train, written
 from workbench.datasets.pairs import in_split
-from workbench.datasets.tokenizer import build, word_tokenizer
+from workbench.datasets.tokenizer import base_vocabulary, build, word_tokenizer
 from workbench.errors import UnknownName
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
@@ -193,7 +193,7 @@ def test_training_never_sees_a_held_out_fact():
 
 
 def test_batches_mark_answers():
-    tokenizer = build()
+    tokenizer = build(base_vocabulary())
     short, middle, long = batches(random.Random(0), tokenizer, 72)
     for batch in (short, middle, long):
         assert batch.ids.shape == batch.kind.shape

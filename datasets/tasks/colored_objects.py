@@ -86,3 +86,6 @@ def scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
 def question(thing: str) -> str:
     """The question about one object."""
     return template("colored-objects")["question"].format(o=thing)
+
+
+TASKS = {"colored-objects": (ColoredObjects, "the color of one of three objects")}

@@ -15,8 +15,8 @@ every other argument of the clean signature (and what replaces C under ``random_
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ CORRUPTIONS = ("random_random", "random_doc", "random_def", "random_answer")
 class Docstring:
     """The task. Splits hold different triples A B C."""
 
+    corruptions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     corruption: str = "random_random"
     prefix: int = 2
     suffix: int = 1
@@ -50,6 +51,10 @@ class Docstring:
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``a``, ``b``, ``c``."""
         return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+
+    def contrast(self) -> Docstring:
+        """The task whose corrupted prompts document arguments that the signature does not have."""
+        return replace(self, corruption="random_random")
 
     def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Logit of C minus the mean logit of the other arguments, ``[B]``."""
@@ -100,3 +105,6 @@ def _after(text: str, word: str, leads: tuple[str, ...], start: int) -> tuple[in
     """Where ``word`` stands directly after one of ``leads``, from character ``start`` on."""
     at = min(i + len(lead) for lead in leads if (i := text.find(lead + word, start)) >= 0)
     return at, at + len(word)
+
+
+TASKS = {"docstring": (Docstring, "the next argument to document")}

@@ -95,3 +95,6 @@ def single_tokens(tokenizer: Any, candidates: Sequence[str]) -> tuple[str, ...]:
     rows = tokenizer([f"a {word}" for word in candidates], add_special_tokens=False)["input_ids"]
     start = len(bare[0])
     return tuple(w for w, row in zip(candidates, rows, strict=True) if len(row) == start + 1 and row[-1] != unknown)
+
+
+TASKS = {"induction": (Induction, "random words repeated after a random period")}

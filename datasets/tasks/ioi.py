@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ CORRUPTIONS = ("s2_io_flip", "abc")
 class IOI:
     """The task. ``order``: ``ABBA``, ``BABA`` or ``both``. Splits hold different pairs of names."""
 
+    corruptions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     corruption: str = "s2_io_flip"
     order: str = "both"
     split: str = "train"
@@ -44,6 +45,10 @@ class IOI:
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``template``, ``order``, ``io``, ``subject``."""
         return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+
+    def contrast(self) -> IOI:
+        """The task whose corrupted prompts name three people once each, so that nobody is the answer."""
+        return replace(self, corruption="abc")
 
     def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Logit of the indirect object minus logit of the subject, ``[B]``."""
@@ -75,3 +80,6 @@ class IOI:
             spans={"IO": at, "S1": first, "S2": second},
             labels={"template": index, "order": order, "io": io, "subject": subject},
         )
+
+
+TASKS = {"ioi": (IOI, "indirect object identification: who received the gift")}

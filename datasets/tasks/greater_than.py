@@ -62,3 +62,6 @@ class GreaterThan:
             },
             labels={"event": event, "century": century, "year": year},
         )
+
+
+TASKS = {"greater-than": (GreaterThan, "a span of years ends later than it starts")}

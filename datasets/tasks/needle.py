@@ -118,3 +118,6 @@ def token_count(tokenizer: Any) -> Callable[[str], int]:
         return sum(known[word] for word in parts)
 
     return count
+
+
+TASKS = {"needle": (Needle, "the value of a key hidden in filler text")}
