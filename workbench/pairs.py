@@ -67,10 +67,24 @@ class Pairs:
 
 @runtime_checkable
 class Task(Protocol):
-    """A frozen config that builds pairs. ``tests/conformance/test_tasks.py`` is its suite."""
+    """A frozen config that builds pairs. ``tests/conformance/test_tasks.py`` is its suite.
+
+    ``corruption``, one of ``corruptions``, says how the corrupted prompt differs. ``contrast()`` is the same task with
+    the corruption that makes negatives: prompts of the same form in which the behaviour is not called for, as methods
+    that only look at activations compare them. After some corruptions (two names exchanged) the behaviour is still
+    there, with another answer.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def corruption(self) -> str: ...
+
+    @property
+    def corruptions(self) -> tuple[str, ...]: ...
+
+    def contrast(self) -> Task: ...
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` examples; the same seed gives the same examples. ``split`` of the config keeps train and test disjoint."""
