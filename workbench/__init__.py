@@ -222,8 +222,8 @@ _NAMES: dict[str, str] = {
     # circuits
     "find_circuit": "workbench.probes.circuits.find:find_circuit",
     "methods": "workbench.probes.circuits.find:methods",
-    "faithfulness": "workbench.probes.circuits.faithfulness:faithfulness",
-    "auroc": "workbench.probes.circuits.judge:auroc",
+    "faithfulness": "workbench.probes.circuits.judgement.faithfulness:faithfulness",
+    "auroc": "workbench.probes.circuits.judgement.labels:auroc",
     # results and errors
     "Result": "workbench.results:Result",
     "load_result": "workbench.results:load_result",

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.graph import CHANNELS, Graph, circuit_graph, edge_name, edge_parts
+from workbench.graph import CHANNELS, Graph, circuit_graph, edge_name, edge_parts, name_place
 from workbench.results import axis, new_folder
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__all__ = ["CHANNELS", "Circuit", "Graph", "circuit_graph", "edge_name", "edge_parts"]
+__all__ = ["CHANNELS", "Circuit", "Graph", "circuit_graph", "edge_name", "edge_parts", "name_place"]
 
 LEVELS = ("node", "edge")
 _FORMAT = 1
 _DRAWN = 200
-_TAKEN = ("name", "node", "source", "target", "channel", "score", "kept")
+_TAKEN = ("name", "node", "source", "target", "channel", "place", "score", "kept")
 _NODE = re.compile(r"^(?:a(?P<layer>\d+)\.[hg](?P<head>\d+)|m(?P<mlp>\d+))$")
 
 
@@ -34,7 +34,8 @@ class Circuit:
     """Scored nodes or edges and which of them are kept.
 
     ``level`` is ``"node"`` or ``"edge"``. ``names`` are node names (``a3.h5``, ``m2``) or edge names
-    (``a0.h1->a1.h0<k>``, ``input->logits``). ``scores`` ``[N]``: positive means that the part supports the clean
+    (``a0.h1->a1.h0<k>``, ``input->logits``), each with ``@place`` behind it in a circuit that tells positions apart
+    (``a3.h5@END``). ``scores`` ``[N]``: positive means that the part supports the clean
     behaviour; the unit is the method's and stands in ``provenance``. ``kept`` ``[N]`` bool is the circuit proper.
     ``columns`` holds further numbers per name (nulls, baselines), shown side by side in ``frame()``. NaN is allowed
     in ``columns`` and means undefined; scores are finite.
@@ -96,9 +97,10 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Kept nodes, or the ends of the kept edges, in the order of ``names``."""
+        """Kept nodes, or the ends of the kept edges, in the order of ``names``, without their places."""
         if self.level == "node":
-            return tuple(name for name, kept in zip(self.names, self.kept.tolist(), strict=True) if kept)
+            stay = [name for name, kept in zip(self.names, self.kept.tolist(), strict=True) if kept]
+            return tuple(dict.fromkeys(name_place(name)[0] for name in stay))
         ends = {end for source, target, _ in self.edges for end in (source, target)}
         known = dict.fromkeys(end for name in self.names for end in edge_parts(name)[:2])
         return tuple(sorted((end for end in known if end in ends), key=_depth))
@@ -115,6 +117,16 @@ class Circuit:
     def threshold(self, t: float, signed: bool = False) -> Circuit:
         """Keep what scores at least ``t`` in absolute value, or ``signed``."""
         return replace(self, kept=(self.scores if signed else self.scores.abs()) >= t)
+
+    def over_positions(self) -> Circuit:
+        """The circuit without places: scores summed over the places of a part, kept where any of them is kept."""
+        bare = [name_place(name)[0] for name in self.names]
+        index = {name: i for i, name in enumerate(dict.fromkeys(bare))}
+        at = torch.tensor([index[name] for name in bare], dtype=torch.int64)
+        scores = self.scores.new_zeros(len(index)).index_add_(0, at, self.scores)
+        kept = torch.zeros(len(index), dtype=torch.int64).index_add_(0, at, self.kept.long()) > 0
+        columns = self.columns if len(index) == len(bare) else {}
+        return Circuit(self.level, tuple(index), scores, kept, self.provenance, columns)
 
     def rescored(self, scores: Tensor) -> Circuit:
         """The same names and kept set with other scores; ``columns`` are dropped."""
@@ -150,22 +162,28 @@ class Circuit:
         return Circuit(self.level, names, scores, kept, self.provenance, columns)
 
     def frame(self) -> pd.DataFrame:
-        """Columns ``source target channel score kept`` (edges) or ``node score kept`` (nodes), then ``columns``."""
+        """Columns ``source target channel score kept`` (edges) or ``node score kept`` (nodes), then ``columns``; with
+        ``place`` before ``score`` in a circuit that tells positions apart."""
         import pandas as pd
 
         if self.level == "edge":
             parts = [edge_parts(name) for name in self.names]
             labels = {key: [part[i] for part in parts] for i, key in enumerate(("source", "target", "channel"))}
         else:
-            labels = {"node": list(self.names)}
+            labels = {"node": [name_place(name)[0] for name in self.names]}
+        places = [name_place(name)[1] for name in self.names]
+        if any(places):
+            labels["place"] = places
         extra = {name: values.numpy() for name, values in self.columns.items()}
         return pd.DataFrame({**labels, "score": self.scores.numpy(), "kept": self.kept.numpy(), **extra})
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Node scores as a layer by head picture, or the kept edges between nodes (at most the 200 strongest)."""
+        """Node scores as a layer by head picture, or the kept edges between nodes (at most the 200 strongest), over all
+        positions."""
         from workbench.circuit_plot import draw_edges, draw_nodes
 
-        return draw_nodes(self, axis(ax)) if self.level == "node" else draw_edges(self, axis(ax, 7, 5), _DRAWN)
+        whole = self.over_positions()
+        return draw_nodes(whole, axis(ax)) if self.level == "node" else draw_edges(whole, axis(ax, 7, 5), _DRAWN)
 
     def save(self, path: str | Path) -> Path:
         """Write ``circuit.parquet`` and ``circuit.json`` into the new folder ``path`` (temporary name, then rename)."""

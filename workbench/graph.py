@@ -19,6 +19,7 @@ from workbench.errors import UnknownName, WorkbenchError
 
 CHANNELS = ("q", "k", "v", "in")
 _EDGE = re.compile(r"^(?P<source>[^<>\s]+)->(?P<target>[^<>\s]+?)(?:<(?P<channel>[qkv])>)?$")
+_PLACE = re.compile(r"^(?P<part>[^@\s]+)(?:@(?P<place>[\w.-]+))?$")
 
 
 def edge_name(source: str, target: str, channel: str) -> str:
@@ -28,9 +29,20 @@ def edge_name(source: str, target: str, channel: str) -> str:
     return f"{source}->{target}" + ("" if channel == "in" else f"<{channel}>")
 
 
+def name_place(name: str) -> tuple[str, str]:
+    """(part, place) of a node or an edge: ``a1.h2@END`` is node ``a1.h2`` at place ``END``; the place is empty where a
+    part stands for all positions."""
+    match = _PLACE.match(name)
+    if match is None:
+        raise WorkbenchError(
+            f"a part is written node, source->target or source->target<q|k|v>, then @place; got {name!r}"
+        )
+    return match["part"], match["place"] or ""
+
+
 def edge_parts(name: str) -> tuple[str, str, str]:
-    """(source, target, channel) of the text form of an edge."""
-    match = _EDGE.match(name)
+    """(source, target, channel) of the text form of an edge, without its place."""
+    match = _EDGE.match(name_place(name)[0])
     if match is None:
         raise WorkbenchError(f"an edge is written source->target or source->target<q|k|v>; got {name!r}")
     return match["source"], match["target"], match["channel"] or "in"

@@ -118,6 +118,12 @@ def accuracy(logits: Tensor, pairs: Pairs) -> Tensor:
     return (best == pairs.answer.to(best.device)).any(-1).float()
 
 
+def divergence(full: Tensor, other: Tensor, pairs: Pairs) -> Tensor:
+    """KL(full || other) of the next-token distribution at the answer position, in nats, ``[B]``."""
+    p, q = (at_answer(logits, pairs).log_softmax(-1) for logits in (full, other))
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def _sum_over(values: Tensor, ids: Tensor) -> Tensor:
     ids = ids.to(values.device)
     return torch.where(ids >= 0, values.gather(1, ids.clamp(min=0)), 0).sum(-1)

@@ -19,10 +19,11 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.graph import Graph, circuit_graph
 from workbench.models.protocol import Edit, Model
 from workbench.pairs import Pairs, logit_difference
+from workbench.probes.circuits.places import Places
 from workbench.run import versions
 from workbench.sites import Site
 
-ABLATIONS = ("counterfactual", "zero", "mean")
+ABLATIONS = ("counterfactual", "zero", "mean", "optimal")
 INPUT = Site("resid_pre", 0)
 _NUMBERS = 2**25
 _EDGE_KINDS = ("resid_pre", "result", "q_input", "k_input", "v_input", "resid_post")
@@ -44,16 +45,25 @@ class Component:
 @dataclass(frozen=True)
 class Setting:
     """A checked request: the model, the pairs, the metric ``(logits, pairs) -> [B]``, the ablation, prompts per
-    batch."""
+    batch, and the places that parts are told apart by."""
 
     model: Model
     pairs: Pairs
     metric: Metric
     ablation: str
     batch: int
+    places: Places
 
     @classmethod
-    def of(cls, model: Model, pairs: Pairs, metric: Metric | None, ablation: str, batch: int) -> Setting:
+    def of(
+        cls,
+        model: Model,
+        pairs: Pairs,
+        metric: Metric | None = None,
+        ablation: str = "counterfactual",
+        batch: int = 16,
+        positions: str = "all",
+    ) -> Setting:
         if ablation not in ABLATIONS:
             raise UnknownName("ablation", ablation, ABLATIONS)
         if batch < 1:
@@ -71,7 +81,7 @@ class Setting:
                     f"{model.name} is in training mode, where dropout would enter the scores; call .{name}.eval()"
                 )
         chosen = metric or getattr(pairs, "metric", None) or logit_difference
-        return cls(model, pairs, chosen, ablation, batch)
+        return cls(model, pairs, chosen, ablation, batch, Places.of(positions, pairs))
 
     def chunks(self) -> Iterator[Pairs]:
         for start in range(0, len(self.pairs), self.batch):
@@ -99,6 +109,7 @@ class Setting:
             "method": method,
             "level": level,
             "ablation": self.ablation,
+            "positions": self.places.kind,
             "metric": getattr(self.metric, "__qualname__", type(self.metric).__name__),
             "model": self.model.name,
             "revision": getattr(self.model, "revision", ""),
@@ -179,28 +190,6 @@ def gather(model: Model, ids: Tensor, sites: Sequence[Site]) -> tuple[Acts, Tens
     """The tensors of ``sites`` on prompts ``ids``, and the logits."""
     run = model.run(ids, read=sites)
     return {site: run.acts[site].detach() for site in sites}, run.logits
-
-
-class Replacements:
-    """What replaces the outputs at ``sites``: the paired corrupted prompt's output, zeros, or the mean per position
-    over all clean prompts (computed once)."""
-
-    def __init__(self, setting: Setting, sites: Sequence[Site]) -> None:
-        self.setting, self.sites = setting, tuple(sites)
-        self._mean: Acts = {}
-        if setting.ablation == "mean":
-            for pairs in setting.chunks():
-                for site, value in gather(setting.model, pairs.clean, self.sites)[0].items():
-                    share = value.sum(0, keepdim=True) / len(setting.pairs)
-                    self._mean[site] = self._mean[site] + share if site in self._mean else share
-
-    def of(self, pairs: Pairs, clean: Acts) -> Acts:
-        """Replacement for every site of ``clean``, of the same shapes."""
-        if self.setting.ablation == "counterfactual":
-            return gather(self.setting.model, pairs.corrupt, self.sites)[0]
-        if self.setting.ablation == "zero":
-            return {site: torch.zeros_like(clean[site]) for site in self.sites}
-        return {site: self._mean[site].expand_as(clean[site]) for site in self.sites}
 
 
 def gradients(setting: Setting, pairs: Pairs, sites: Sequence[Site], start: Tensor | None = None) -> Acts:

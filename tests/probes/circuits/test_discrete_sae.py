@@ -5,9 +5,9 @@ from workbench.circuits import Circuit
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.probes.circuits.codes import against, permuted, unique_codes
 from workbench.probes.circuits.components import Setting
-from workbench.probes.circuits.discrete_sae import Coder, encode, head_vectors, train
+from workbench.probes.circuits.methods.discrete_sae import Coder, encode, head_vectors, train
 from workbench.probes.circuits.find import find_circuit
-from workbench.probes.circuits.judge import auroc
+from workbench.probes.circuits.judgement.labels import auroc
 from workbench.sites import Site
 
 QUICK = {"features": 16, "epochs": 20, "trials": 1, "examples": 4}

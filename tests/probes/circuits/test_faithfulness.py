@@ -6,7 +6,7 @@ import torch
 from workbench.circuits import Circuit, circuit_graph
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.pairs import logit_difference
-from workbench.probes.circuits.faithfulness import FRACTIONS, faithfulness
+from workbench.probes.circuits.judgement.faithfulness import FRACTIONS, faithfulness
 from workbench.probes.circuits.find import find_circuit
 from workbench.results import load_result
 

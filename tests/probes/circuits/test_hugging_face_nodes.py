@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from workbench.errors import Refused
 from workbench.models.load import load
 from workbench.pairs import logit_difference
-from workbench.probes.circuits.faithfulness import faithfulness
+from workbench.probes.circuits.judgement.faithfulness import faithfulness
 from workbench.probes.circuits.find import find_circuit
 
 

@@ -6,7 +6,7 @@ import torch
 from workbench.circuits import Circuit, circuit_graph
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.probes.circuits.find import find_circuit
-from workbench.probes.circuits.judge import auroc
+from workbench.probes.circuits.judgement.labels import auroc
 
 NAMES = tuple(f"a0.h{i}" for i in range(6))
 

@@ -224,7 +224,7 @@ def test_methods_are_listed():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "acdc"}, UnknownName, "patching, eap, eap-ig, discrete-sae"),
+        ({"method": "acdc"}, UnknownName, "discrete-sae, eap"),
         ({"level": "heads"}, UnknownName, "node, edge"),
         ({"ablation": "noise"}, UnknownName, "counterfactual, zero, mean"),
         ({"step": 3}, UnknownName, "steps, rule"),

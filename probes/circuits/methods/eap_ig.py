@@ -12,6 +12,7 @@ from workbench.circuits import Circuit
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.probes.circuits.attribution import attribute
 from workbench.probes.circuits.components import Setting
+from workbench.probes.circuits.method import Method
 
 RULES = ("left", "midpoint")
 
@@ -32,3 +33,14 @@ def eap_ig(setting: Setting, level: str, *, steps: int = 5, rule: str = "left") 
         return [instead + (k + shift) / steps * (clean - instead) for k in range(steps)]
 
     return attribute(setting, level, path)
+
+
+METHODS = (
+    Method(
+        "eap-ig",
+        "first-order effect from gradients averaged between replacement and clean embeddings",
+        eap_ig,
+        "Hanna et al. 2024 (arXiv 2403.17806), eq. 2",
+        positions=True,
+    ),
+)

@@ -18,6 +18,7 @@ from workbench.circuits import Circuit
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.probes.circuits.codes import against, permuted, unique_codes
 from workbench.probes.circuits.components import Setting, gather, served
+from workbench.probes.circuits.method import Method
 from workbench.sites import Site
 
 POOLINGS = ("mean", "last", "concat")
@@ -168,3 +169,16 @@ def probe(vectors: Tensor, n: int) -> Tensor:
             areas.append(roc_auc_score(labels[~half], model.decision_function((x[~half] - shift) / scale)))
         found.append(float(np.mean(areas)))
     return torch.tensor(found, dtype=torch.float64)
+
+
+METHODS = (
+    Method(
+        "discrete-sae",
+        "codes of a small sparse autoencoder that only the clean prompts use, per head, with a permutation null",
+        discrete_sae,
+        "O'Neill and Bui 2024 (arXiv 2405.12522)",
+        levels=("node",),
+        ablations=("counterfactual",),
+        training=True,
+    ),
+)

@@ -11,7 +11,7 @@ under f, CMD = area of |1 - f|.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.circuits import Circuit, Graph
-from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.circuits import Circuit
+from workbench.errors import WorkbenchError
 from workbench.models.protocol import Model
 from workbench.pairs import Pairs
-from workbench.probes.circuits.components import (
-    Acts,
-    Edits,
-    Metric,
-    Replacements,
-    Setting,
-    components,
-    edge_graph,
-    gather,
-    heads_first,
-    reader_sites,
-    writer_sites,
-)
+from workbench.probes.circuits.components import Metric
+from workbench.probes.circuits.judgement.kept import Kept
 from workbench.results import Result, axis
-from workbench.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +138,8 @@ def faithfulness(
     sizes = _sizes(fractions, len(circuit.names))
     if controls < 0:
         raise WorkbenchError(f"controls counts random rankings, at least 0; got {controls}")
-    setting = Setting.of(model, pairs, metric, ablation, batch)
+    kept = Kept.of(model, circuit, pairs, metric, ablation, batch)
+    setting = kept.setting
     n = len(circuit.names)
     generator = torch.Generator().manual_seed(seed)
     orders = [
@@ -161,11 +150,7 @@ def faithfulness(
     keeps = [_first(order, size) for order in orders for _, size in sizes]
     keeps += [circuit.kept, torch.zeros(n, dtype=torch.bool)]
     unique = list({tuple(keep.tolist()): keep for keep in keeps}.values())
-    values = (
-        _measure_edges(setting, circuit, unique)
-        if circuit.level == "edge"
-        else _measure_nodes(setting, circuit, unique)
-    )
+    values = kept.measure(unique, [kept.metric])[:, 0].mean(1).tolist()
     found = {tuple(keep.tolist()): value for keep, value in zip(unique, values, strict=True)}
     full = sum(float(setting.measure(model.run(part.clean).logits, part).double().sum()) for part in setting.chunks())
     full /= len(pairs)
@@ -216,89 +201,3 @@ def _first(order: Tensor, size: int) -> Tensor:
 def _area(x: Tensor, y: Tensor) -> float:
     """Trapezoid area; a single point has none, and 0 would read as a perfect distance."""
     return float(np.trapezoid(y.numpy(), x.numpy())) if len(x) > 1 else math.nan
-
-
-def _measure_nodes(setting: Setting, circuit: Circuit, keeps: Sequence[Tensor]) -> list[float]:
-    """Mean metric for each kept set, everything else that the circuit names replaced."""
-    units = {unit.name: unit for unit in components(setting.model)}
-    for name in circuit.names:
-        if name not in units:
-            raise UnknownName(f"node of {setting.model.name}", name, units)
-    scored = [units[name] for name in circuit.names]
-    sites = list(dict.fromkeys(unit.site.whole for unit in scored))
-    replacements = Replacements(setting, sites)
-    totals = [0.0] * len(keeps)
-    for pairs in setting.chunks():
-        clean, _ = gather(setting.model, pairs.clean, sites)
-        instead = replacements.of(pairs, clean)
-        for i, keep in enumerate(keeps):
-            dropped = [unit.site for unit, kept in zip(scored, keep.tolist(), strict=True) if not kept]
-            edits: Edits = {site: _swap(site, dropped, instead) for site in {drop.whole for drop in dropped}}
-            totals[i] += float(setting.measure(setting.model.run(pairs.clean, edit=edits).logits, pairs).double().sum())
-    return [total / len(setting.pairs) for total in totals]
-
-
-def _swap(site: Site, dropped: Sequence[Site], instead: Acts) -> Callable[[Tensor], Tensor]:
-    heads = [drop.head for drop in dropped if drop.whole == site]
-
-    def edit(value: Tensor) -> Tensor:
-        if heads == [None]:
-            return instead[site].to(value)
-        value = value.clone()
-        value[:, :, heads] = instead[site][:, :, heads].to(value)
-        return value
-
-    return edit
-
-
-def _measure_edges(setting: Setting, circuit: Circuit, keeps: Sequence[Tensor]) -> list[float]:
-    graph = edge_graph(setting.model)
-    if circuit.names != graph.edges:
-        extra = next((name for name in circuit.names if name not in set(graph.edges)), None)
-        if extra is not None:
-            raise UnknownName(
-                f"edge of {setting.model.name}", extra, [*graph.edges[:3], f"... {graph.n_edges:,} in all"]
-            )
-        raise Refused(
-            f"the circuit scores {len(circuit.names):,} of the {graph.n_edges:,} edges of {setting.model.name}, or in another "
-            "order; faithfulness needs all of them, as find_circuit gives them"
-        )
-    writers = writer_sites(graph)
-    replacements = Replacements(setting, writers)
-    totals = [0.0] * len(keeps)
-    for pairs in setting.chunks():
-        clean, _ = gather(setting.model, pairs.clean, writers)
-        instead = replacements.of(pairs, clean)
-        for i, keep in enumerate(keeps):
-            edits = _rewire(graph, graph.matrix(~keep), instead)
-            totals[i] += float(setting.measure(setting.model.run(pairs.clean, edit=edits).logits, pairs).double().sum())
-    return [total / len(setting.pairs) for total in totals]
-
-
-def _rewire(graph: Graph, dropped: Tensor, instead: Acts) -> Edits:
-    """Edits that follow the writers through the run and take, from every input, what its dropped edges would bring.
-
-    ``dropped`` is bool ``[writers, slots]``.
-    """
-    changes: list[Tensor] = []  # replacement minus current output of the writers so far, each [n, B, T, D]
-
-    def write(site: Site) -> Callable[[Tensor], Tensor]:
-        def follow(value: Tensor) -> Tensor:
-            changes.append(heads_first(instead[site].to(value) - value))
-            return value
-
-        return follow
-
-    def read(columns: Tensor) -> Callable[[Tensor], Tensor]:
-        def edit(value: Tensor) -> Tensor:
-            change = torch.einsum("sbtd,sn->btnd", torch.cat(changes)[: len(columns)], columns.to(value))
-            return value + (change if value.ndim == 4 else change[:, :, 0])
-
-        return edit
-
-    edits: Edits = {site: write(site) for site in writer_sites(graph)}
-    for site, span in reader_sites(graph).items():
-        columns = dropped[: graph.slots[span.start].sources, span]
-        if columns.any():
-            edits[site] = read(columns)
-    return edits

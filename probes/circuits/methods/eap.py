@@ -9,8 +9,20 @@ from __future__ import annotations
 from workbench.circuits import Circuit
 from workbench.probes.circuits.attribution import attribute
 from workbench.probes.circuits.components import Setting
+from workbench.probes.circuits.method import Method
 
 
 def eap(setting: Setting, level: str) -> Circuit:
     """(clean - replacement) . dm/dinput at the clean run, summed over positions, mean over examples."""
     return attribute(setting, level, lambda clean, instead: [clean])
+
+
+METHODS = (
+    Method(
+        "eap",
+        "first-order effect from the gradient at the clean run",
+        eap,
+        "Syed et al. 2023 (arXiv 2310.10348), eq. 1",
+        positions=True,
+    ),
+)

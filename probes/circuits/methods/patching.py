@@ -19,7 +19,6 @@ from workbench.probes.circuits.components import (
     Acts,
     Component,
     Edits,
-    Replacements,
     Setting,
     components,
     edge_graph,
@@ -28,6 +27,8 @@ from workbench.probes.circuits.components import (
     stacked,
     writer_sites,
 )
+from workbench.probes.circuits.method import Method
+from workbench.probes.circuits.replacements import Replacements
 from workbench.sites import Site
 
 
@@ -35,34 +36,45 @@ def patching(setting: Setting, level: str) -> Circuit:
     """Exact effect of every node or edge; see the module."""
     names, scores = _nodes(setting) if level == "node" else _edges(setting)
     kept = torch.ones(len(names), dtype=torch.bool)
-    return Circuit(level, tuple(names), scores / len(setting.pairs), kept)
+    return Circuit(level, names, scores / len(setting.pairs), kept)
 
 
 @torch.no_grad()
-def _nodes(setting: Setting) -> tuple[list[str], Tensor]:
+def _nodes(setting: Setting) -> tuple[tuple[str, ...], Tensor]:
     units = components(setting.model)
     sites = list(dict.fromkeys(unit.site.whole for unit in units))
     replacements = Replacements(setting, sites)
-    scores = torch.zeros(len(units), dtype=torch.float64)
+    parts = [(unit, place) for unit in units for place in range(len(setting.places))]
+    scores = torch.zeros(len(parts), dtype=torch.float64)
     for pairs in setting.chunks():
         clean, logits = gather(setting.model, pairs.clean, sites)
         instead = replacements.of(pairs, clean)
+        where = setting.places.index(pairs)
         before = setting.measure(logits, pairs).double().sum()
-        for lo in range(0, len(units), setting.at_once):
-            group = units[lo : lo + setting.at_once]
-            edits: Edits = {site: _replace(site, group, instead) for site in {unit.site.whole for unit in group}}
+        for lo in range(0, len(parts), setting.at_once):
+            group = parts[lo : lo + setting.at_once]
+            edits: Edits = {site: _replace(site, group, instead, where) for site in {u.site.whole for u, _ in group}}
             scores[lo : lo + len(group)] += before.cpu() - _totals(setting, pairs, len(group), edits)
-    return [unit.name for unit in units], scores
+    return setting.places.of_each([unit.name for unit in units]), scores
 
 
-def _replace(site: Site, group: list[Component], instead: Acts) -> Callable[[Tensor], Tensor]:
+def _replace(
+    site: Site, group: list[tuple[Component, int]], instead: Acts, where: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Copy k of the batch gets the replacement of its unit at the tokens of its place."""
+
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
         copies = value.unflatten(0, (len(group), -1))
-        for copy, unit in zip(copies, group, strict=True):
+        for copy, (unit, place) in zip(copies, group, strict=True):
             if unit.site.whole == site:
-                part = copy if unit.site.head is None else copy[:, :, unit.site.head]
-                part.copy_(instead[site] if unit.site.head is None else instead[site][:, :, unit.site.head])
+                here = (where == place).to(value.device)
+                part, new = (
+                    (copy, instead[site])
+                    if unit.site.head is None
+                    else (copy[:, :, unit.site.head], instead[site][:, :, unit.site.head])
+                )
+                part[here] = new[here]
         return value
 
     return edit
@@ -73,32 +85,43 @@ def _edges(setting: Setting) -> tuple[tuple[str, ...], Tensor]:
     graph = edge_graph(setting.model)
     writers = writer_sites(graph)
     replacements = Replacements(setting, writers)
-    matrix = torch.zeros(len(graph.writers), len(graph.slots), dtype=torch.float64)
+    matrix = torch.zeros(len(setting.places), len(graph.writers), len(graph.slots), dtype=torch.float64)
     for pairs in setting.chunks():
         clean, logits = gather(setting.model, pairs.clean, writers)
         change = stacked(replacements.of(pairs, clean), writers) - stacked(clean, writers)
         before = setting.measure(logits, pairs).double().sum().cpu()
-        differs = change.flatten(1).any(1).tolist()
+        where = setting.places.index(pairs)
+        differs = [
+            [bool(change[source, where == place].any()) for place in range(len(setting.places))]
+            for source in range(len(change))
+        ]
         for site, span in reader_sites(graph).items():
             sources = graph.slots[span.start].sources
-            todo = [(s, slot) for slot in range(span.start, span.stop) for s in range(sources) if differs[s]]
+            todo = [
+                (source, slot, place)
+                for slot in range(span.start, span.stop)
+                for source in range(sources)
+                for place in range(len(setting.places))
+                if differs[source][place]
+            ]
             for lo in range(0, len(todo), setting.at_once):
                 group = todo[lo : lo + setting.at_once]
-                edit = _change(change, [(source, slot - span.start) for source, slot in group])
+                edit = _change(change, [(source, slot - span.start, place) for source, slot, place in group], where)
                 effect = before - _totals(setting, pairs, len(group), {site: edit})
-                for (source, slot), value in zip(group, effect, strict=True):
-                    matrix[source, slot] += value
-    return graph.edges, matrix[graph.source, graph.slot]
+                for (source, slot, place), value in zip(group, effect, strict=True):
+                    matrix[place, source, slot] += value
+    return setting.places.of_each(graph.edges), matrix[:, graph.source, graph.slot].T.flatten()
 
 
-def _change(change: Tensor, group: list[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
-    """Copy k of the batch gets ``change`` of its source added to its slot of the site."""
+def _change(change: Tensor, group: list[tuple[int, int, int]], where: Tensor) -> Callable[[Tensor], Tensor]:
+    """Copy k of the batch gets ``change`` of its source, at the tokens of its place, added to its slot of the site."""
 
     def edit(value: Tensor) -> Tensor:
         value = value.clone()
         copies = value.unflatten(0, (len(group), -1))
-        for copy, (source, index) in zip(copies, group, strict=True):
-            (copy[:, :, index] if copy.ndim == 4 else copy).add_(change[source])
+        for copy, (source, index, place) in zip(copies, group, strict=True):
+            here = (where == place).to(value.device)
+            (copy[:, :, index] if copy.ndim == 4 else copy)[here] += change[source][here]
         return value
 
     return edit
@@ -109,3 +132,14 @@ def _totals(setting: Setting, pairs: Pairs, copies: int, edits: Edits) -> Tensor
     logits = setting.model.run(pairs.clean.repeat(copies, 1), edit=edits).logits
     assert logits is not None
     return torch.stack([setting.measure(part, pairs).double().sum().cpu() for part in logits.chunk(copies)])
+
+
+METHODS = (
+    Method(
+        "patching",
+        "exact effect of replacing one node or edge; a forward pass for each",
+        patching,
+        "Goldowsky-Dill et al. 2023 (arXiv 2304.05969), single nodes and edges",
+        positions=True,
+    ),
+)
