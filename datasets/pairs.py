@@ -24,7 +24,9 @@ _GIVE_UP = 200
 class Example:
     """One example in text. ``answer`` and ``wrong`` are continuations, exactly as they follow ``clean`` (with their space).
 
-    ``key`` decides the split: equal keys always fall on one side. ``spans`` are character ranges of ``clean``.
+    ``key`` decides the split: equal keys always fall on one side. ``spans`` are character ranges of ``clean``. ``asked`` is
+    the range whose last token is asked, the whole of ``clean`` if ``None``: a task may ask inside a prompt. ``answer`` and
+    ``wrong`` are then what could follow ``clean`` up to there, whatever does follow.
     """
 
     clean: str
@@ -34,6 +36,12 @@ class Example:
     key: str
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     labels: Mapping[str, Any] = field(default_factory=dict)
+    asked: tuple[int, int] | None = None
+
+    @property
+    def before(self) -> str:
+        """The clean prompt up to the end of what is asked."""
+        return self.clean if self.asked is None else self.clean[: self.asked[1]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class _Row:
     corrupt: list[int]
     answer: list[int]
     wrong: list[int]
+    position: int
     spans: dict[str, tuple[int, int]]
     example: Example
 
@@ -131,14 +140,18 @@ def _tokenize(name: str, examples: list[Example], tokenizer: Any, lost: Counter[
             "use the tokenizer of a model that predicts the next token"
         )
     corrupt = tokenizer([e.corrupt for e in examples])["input_ids"]
-    continued = tokenizer([e.clean + end for e in examples for end in (*e.answer, *e.wrong)])["input_ids"]
+    continued = tokenizer([e.before + end for e in examples for end in (*e.answer, *e.wrong)])["input_ids"]
     unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     rows, at = [], 0
     for i, example in enumerate(examples):
         clean = encoded["input_ids"][i]
         ends = continued[at : at + len(example.answer) + len(example.wrong)]
         at += len(ends)
-        ids = [end[-1] if len(end) == len(clean) + 1 and end[:-1] == clean else -1 for end in ends]
+        position = len(clean) - 1
+        if example.asked is not None:
+            position = _cover(encoded["offset_mapping"][i], *example.asked)[1] - 1
+        before = clean[: position + 1]
+        ids = [end[-1] if len(end) == len(before) + 1 and end[:-1] == before else -1 for end in ends]
         answer = [t for t in ids[: len(example.answer)] if t >= 0]
         wrong = [t for t in ids[len(example.answer) :] if t >= 0]
         if unknown & {*clean, *corrupt[i], *answer, *wrong}:
@@ -151,8 +164,8 @@ def _tokenize(name: str, examples: list[Example], tokenizer: Any, lost: Counter[
             lost["clean and corrupted prompts of unequal length"] += 1
         else:
             spans = {key: _cover(encoded["offset_mapping"][i], *span) for key, span in example.spans.items()}
-            spans["END"] = (len(clean) - 1, len(clean))
-            rows.append(_Row(clean, corrupt[i], answer, wrong, spans, example))
+            spans["END"] = (position, position + 1)
+            rows.append(_Row(clean, corrupt[i], answer, wrong, position, spans, example))
     return rows
 
 
@@ -170,7 +183,7 @@ def _stack(rows: list[_Row], dropped: int) -> Pairs:
         corrupt=torch.tensor([row.corrupt for row in rows]),
         answer=_padded([row.answer for row in rows]),
         wrong=_padded([row.wrong for row in rows]),
-        position=torch.tensor([len(row.clean) - 1 for row in rows]),
+        position=torch.tensor([row.position for row in rows]),
         spans={name: torch.tensor([row.spans.get(name, (-1, -1)) for row in rows]) for name in names},
         labels={name: tuple(row.example.labels.get(name) for row in rows) for name in labels},
         texts=tuple(row.example.clean for row in rows),
