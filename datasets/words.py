@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from workbench.errors import UnknownName
@@ -42,6 +43,17 @@ def data(task: str) -> dict[str, Any]:
     if task not in own_files():
         raise UnknownName("task with a file of its own", task, own_files())
     return _table(f"{task}.json")
+
+
+def fill(frame: str, **values: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """A frame with its slots filled, and the characters that each slot's value takes up."""
+    text, places = "", {}
+    for plain, slot, _, _ in Formatter().parse(frame):
+        text += plain
+        if slot is not None:
+            places[slot] = (len(text), len(text) + len(values[slot]))
+            text += values[slot]
+    return text, places
 
 
 @cache
