@@ -67,6 +67,15 @@ def one_of(what: str, value: object, known: Sequence[str]) -> None:
         raise UnknownName(what, value, known)
 
 
+def fast(name: str, tokenizer: Any) -> None:
+    """Raise ``Refused`` unless a task's tokenizer gives character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise Refused(
+            f"task {name!r} needs a fast tokenizer (character offsets); got {type(tokenizer).__name__}. "
+            "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+
+
 def source(name: str, split: str, seed: int) -> random.Random:
     """The random numbers of one task, split and seed."""
     return random.Random(f"{name}/{split}/{seed}")
@@ -89,11 +98,7 @@ def collect(
     """
     if n < 1:
         raise WorkbenchError(f"a task builds at least one example; got n={n}")
-    if not getattr(tokenizer, "is_fast", False):
-        raise Refused(
-            f"task {name!r} needs a fast tokenizer (character offsets); got {type(tokenizer).__name__}. "
-            "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
-        )
+    fast(name, tokenizer)
     rng = source(name, split, seed)
     seen: set[str] = set()
     by_length: dict[int, list[_Row]] = {}

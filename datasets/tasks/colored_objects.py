@@ -5,17 +5,20 @@
     clean    <bos> Q: On the desk, you see a red mug, a blue pen, and a green book. What color is the pen?
              A: blue
              Q: On the floor, there is a white cup, a black hat, and a red ball. What color is the hat?  A:  ->  black
-    corrupt  ...                                                               What color is the ball?  A:  ->  red
+    corrupt  ...                                            What color is the ball?  A:  ->  red      (query)
+    corrupt  ...                                            What color is the lamp?  A:  ->  nothing  (absent)
 
-``shots`` worked examples come first (1 in the paper). The corrupted prompt asks about another object of the last scene.
+``shots`` worked examples come first (1 in the paper). ``query`` asks about another object of the last scene, as published;
+``absent``, which is ours, about an object that occurs nowhere in the prompt, so that there is no color to read off.
 Spans: ``OBJECT`` and ``COLOR`` of the asked object in its scene, ``QUERY`` (the object in the question), ``END``.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,23 +27,37 @@ from workbench.datasets.words import template, words
 from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs, logit_difference
 
+CORRUPTIONS = ("query", "absent")
+
 
 @dataclass(frozen=True)
 class ColoredObjects:
     """The task. Splits hold different last scenes with their question."""
 
+    corruptions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     shots: int = 1
+    corruption: str = "query"
     split: str = "train"
     name: str = field(default="colored-objects", init=False)
 
     def __post_init__(self) -> None:
+        one_of("corruption of colored-objects", self.corruption, CORRUPTIONS)
         one_of("split", self.split, SPLITS)
         if self.shots < 0:
             raise WorkbenchError(f"shots is a number of worked examples, 0 or more; got {self.shots}")
+        most = (len(words("objects")) - 1) // 3 - 1
+        if self.corruption == "absent" and self.shots > most:
+            raise WorkbenchError(
+                f"with more than {most} shots every object may occur, and none be absent; got {self.shots}"
+            )
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``object``, ``slot`` (0 to 2, which object of the scene is asked for)."""
         return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+
+    def contrast(self) -> ColoredObjects:
+        """The task whose corrupted prompts ask about an object that was not seen."""
+        return replace(self, corruption="absent")
 
     def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Logit of the asked object's color minus that of the object the corrupted prompt asks for, ``[B]``."""
@@ -55,13 +72,15 @@ class ColoredObjects:
             before += f"Q: {text} {question(objects[slot])}\nA: {colors[slot]}\n"
         text, colors, objects = scene(rng)
         slot, other = rng.sample(range(3), 2)
-        clean, corrupt = (f"{before}Q: {text} {question(objects[i])}\nA:" for i in (slot, other))
+        told = f"{before}Q: {text} "
+        clean = f"{told}{question(objects[slot])}\nA:"
+        asked = objects[other] if self.corruption == "query" else unseen(told)
         pair = f"{colors[slot]} {objects[slot]}"
         at = clean.index(pair, len(before))
         query = clean.rindex(objects[slot])
         return Example(
             clean=clean,
-            corrupt=corrupt,
+            corrupt=f"{told}{question(asked)}\nA:",
             answer=(f" {colors[slot]}",),
             wrong=(f" {colors[other]}",),
             key=f"{text} {objects[slot]}",
@@ -86,6 +105,11 @@ def scene(rng: random.Random) -> tuple[str, list[str], list[str]]:
 def question(thing: str) -> str:
     """The question about one object."""
     return template("colored-objects")["question"].format(o=thing)
+
+
+def unseen(told: str) -> str:
+    """An object that does not occur in a text; always the same for one text, so that no random numbers are used up."""
+    return random.Random(told).choice([thing for thing in words("objects") if not re.search(rf"\b{thing}\b", told)])
 
 
 TASKS = {"colored-objects": (ColoredObjects, "the color of one of three objects")}

@@ -4,9 +4,15 @@
 
     clean    <bos> def load(self, size, list, path, flag, mode, text): \"\"\" old cloud
              :param path: small tree   :param flag: new river   :param  ->  mode
-    corrupt  random_random: the documented arguments and those of the signature are replaced, each by other names
-             random_doc: only the documented ones;  random_def: only A, B, C of the signature;  random_answer: only C there
+    corrupt  random_random:  def load(self, size, list, width, host, node, text): ... :param limit: ... :param count: ...
+             random_doc:     def load(self, size, list, path, flag, mode, text): ... :param limit: ... :param count: ...
+             random_def:     def load(self, size, list, width, host, mode, text): ... :param path: ... :param flag: ...
+             random_answer:  def load(self, size, list, path, flag, node, text): ... :param path: ... :param flag: ...
+             random_order:   def load(self, size, list, path, flag, mode, text): ... :param flag: ... :param path: ...
 
+As in ACDC's generator: ``random_random`` replaces A, B, C in the signature and the documented A and B, each by other names;
+``random_doc`` only the documented ones, ``random_def`` only A and B of the signature, ``random_answer`` only C there;
+``random_order`` documents B before A.
 The signature has ``prefix`` arguments, then A B C, then ``suffix`` arguments; A and B are documented, C is the answer. Wrong:
 every other argument of the clean signature (and what replaces C under ``random_answer``). Spans: ``A_DEF``, ``B_DEF``,
 ``C_DEF``, ``A_DOC``, ``B_DOC``, ``END``.
@@ -25,7 +31,7 @@ from workbench.datasets.words import template, words
 from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs, logit_difference
 
-CORRUPTIONS = ("random_random", "random_doc", "random_def", "random_answer")
+CORRUPTIONS = ("random_random", "random_doc", "random_def", "random_answer", "random_order")
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,9 @@ class Docstring:
         corrupt = {
             "random_random": render(other_def, other_doc),
             "random_doc": render([a, b, c], other_doc),
-            "random_def": render(other_def, [a, b]),
+            "random_def": render([*other_def[:2], c], [a, b]),
             "random_answer": render([a, b, other_def[2]], [a, b]),
+            "random_order": render([a, b, c], [b, a]),
         }[self.corruption]
         clean = render([a, b, c], [a, b])
         wrong = [*before, a, b, *after] + ([other_def[2]] if self.corruption == "random_answer" else [])

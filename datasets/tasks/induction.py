@@ -3,37 +3,44 @@
 ::
 
     clean    <bos> tower rope salt | glass comet | tower rope  ->  salt      (period 5, length 7)
-    corrupt  <bos> drum rope anchor | shell moss | tower rope  ->  anchor
+    corrupt  <bos> drum moss rope | anchor shell | tower rope  ->  anchor    (first_copy)
+    corrupt  <bos> drum moss wolf | anchor shell | tower rope  ->  anything  (no_repeat)
 
 A fixed period could be solved by position alone, so each example draws its own, from half the length up to ``length - 2``.
-The corrupted prompt draws the first copy anew, keeps the last word in it at another place, and so gives it another successor
-(``wrong``). Spans: ``MATCH`` (the last word's earlier occurrence), ``SOURCE`` (its successor, the answer), ``END``.
+``first_copy`` draws the first copy anew, keeps the last word in it at another place, and so gives it another successor
+(``wrong``); that the word stays is ours. ``no_repeat`` draws the first copy anew and keeps nothing, so that no word occurs
+twice. Spans: ``MATCH`` (the last word's earlier occurrence), ``SOURCE`` (its successor, the answer), ``END``.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from workbench.datasets.pairs import SPLITS, Example, collect, one_of
+from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of
 from workbench.datasets.words import words
 from workbench.errors import Refused, WorkbenchError
 from workbench.pairs import Pairs, logit_difference
+
+CORRUPTIONS = ("first_copy", "no_repeat")
 
 
 @dataclass(frozen=True)
 class Induction:
     """The task. ``length``: words per prompt, without ``<bos>``. Splits hold different (match, answer) word pairs."""
 
+    corruptions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     length: int = 24
+    corruption: str = "first_copy"
     split: str = "train"
     name: str = field(default="induction", init=False)
 
     def __post_init__(self) -> None:
+        one_of("corruption of induction", self.corruption, CORRUPTIONS)
         one_of("split", self.split, SPLITS)
         most = len(words("symbols")) // 2
         if not 6 <= self.length <= most:
@@ -43,6 +50,7 @@ class Induction:
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; label ``period``."""
+        fast(self.name, tokenizer)
         alphabet = single_tokens(tokenizer, words("symbols"))
         if len(alphabet) < 2 * self.length:
             raise Refused(
@@ -58,6 +66,10 @@ class Induction:
             n=n,
         )
 
+    def contrast(self) -> Induction:
+        """The task whose corrupted prompts repeat no word, so that nothing can be continued."""
+        return replace(self, corruption="no_repeat")
+
     def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Logit of the word that followed last time minus that of the word that follows in the corrupted copy, ``[B]``."""
         return logit_difference(logits, pairs)
@@ -71,7 +83,8 @@ class Induction:
         again = first[: self.length - period]
         match = len(again) - 1
         place = rng.choice([i for i in range(1, period - 1) if i != match])
-        fresh[place] = again[-1]
+        if self.corruption == "first_copy":
+            fresh[place] = again[-1]
         answer, wrong = first[match + 1] if match + 1 < period else again[0], fresh[place + 1]
         spots = [sum(len(word) + 1 for word in first[:i]) for i in range(period + 1)]
         return Example(

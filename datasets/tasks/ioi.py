@@ -5,10 +5,15 @@
     clean    <bos> When Mary and John went to the store, John gave a ring to  ->  Mary
     corrupt  <bos> When Mary and John went to the store, Mary gave a ring to  ->  John    (s2_io_flip)
     corrupt  <bos> When Rose and Mary went to the store, John gave a ring to  ->  nobody  (abc)
+    corrupt  <bos> When Mary and Rose went to the store, John gave a ring to  ->  nobody  (s1_random)
+    corrupt  <bos> When Mary and John went to the store, Rose gave a ring to  ->  nobody  (s2_random)
+    corrupt  <bos> When Rose and John went to the store, John gave a ring to  ->  Rose    (io_random)
 
 15 templates, each with the indirect object (IO) first (ABBA) or the subject (S1) first (BABA). Answer: the IO; wrong: the
 subject. ``abc`` replaces the first subject by the IO's name and the IO by a third one, so that no name occurs twice; those
-prompts are the negatives of the discrete-autoencoder method (arXiv 2405.12522). Spans: ``IO``, ``S1``, ``S2``, ``END``.
+prompts are the negatives of the discrete-autoencoder method (arXiv 2405.12522). ``s1_random``, ``s2_random`` and
+``io_random`` replace one name by a third; after the last, the answer is that third name, which the metric does not look at.
+Spans: ``IO``, ``S1``, ``S2``, ``END``.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from workbench.datasets.pairs import SPLITS, Example, collect, one_of
 from workbench.datasets.words import template, words
 from workbench.pairs import Pairs, logit_difference
 
-CORRUPTIONS = ("s2_io_flip", "abc")
+CORRUPTIONS = ("s2_io_flip", "abc", "s1_random", "s2_random", "io_random")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,13 @@ class IOI:
             return frames[index].format(a=a, b=b, s=s, place=place, gift=gift)
 
         clean = fill(io, subject, subject)
-        corrupt = fill(io, subject, io) if self.corruption == "s2_io_flip" else fill(third, io, subject)
+        corrupt = {
+            "s2_io_flip": fill(io, subject, io),
+            "abc": fill(third, io, subject),
+            "s1_random": fill(io, third, subject),
+            "s2_random": fill(io, subject, third),
+            "io_random": fill(third, subject, subject),
+        }[self.corruption]
         # Whole words: one name may begin with another (Dan, Daniel).
         first, second = (found.span() for found in re.finditer(rf"\b{subject}\b", clean))
         (at,) = (found.span() for found in re.finditer(rf"\b{io}\b", clean))

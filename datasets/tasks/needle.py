@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from workbench.datasets.corpus import filler_sentences, hide
-from workbench.datasets.pairs import SPLITS, Example, collect, one_of
+from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of
 from workbench.datasets.words import template, words
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs, logit_difference
 
 CORRUPTIONS = ("value", "filler")
@@ -37,6 +37,7 @@ class Needle:
     filler); drawn evenly if ``None``. Splits hold different (key, value) pairs.
     """
 
+    corruptions: ClassVar[tuple[str, ...]] = CORRUPTIONS
     length: int = 128
     depth: float | None = None
     distractors: int = 1
@@ -55,8 +56,7 @@ class Needle:
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``key``, ``value``, ``depth``."""
-        if not getattr(tokenizer, "is_fast", False):
-            raise Refused(f"task 'needle' needs a fast tokenizer; got {type(tokenizer).__name__}")
+        fast(self.name, tokenizer)
         count = token_count(tokenizer)
         return collect(
             self.name,
@@ -67,6 +67,10 @@ class Needle:
             n=n,
             length=self.length,
         )
+
+    def contrast(self) -> Needle:
+        """The task whose corrupted prompts do not hold the fact that the question is about."""
+        return replace(self, corruption="filler")
 
     def metric(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Logit of the key's value minus logit of the value in the corrupted fact, ``[B]``."""
