@@ -21,21 +21,22 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar
 
-from workbench.datasets.tasks.positions import PositionTask, letters
+from workbench.datasets.tasks.positions import LetterTask
 from workbench.datasets.words import data
 
 
 @dataclass(frozen=True)
-class FracPrevs(PositionTask):
+class FracPrevs(LetterTask):
     """The task. ``letters``: how many letters rows are made of besides x."""
 
     longest: ClassVar[int] = 10
+    fewest: ClassVar[int] = 1
     letters: int = 2
     name: str = field(default="frac-prevs", init=False)
 
     @property
     def alphabet(self) -> tuple[str, ...]:
-        return (data("positions")["marked"], *letters(self.name, self.letters, least=1))
+        return (data("positions")["marked"], *super().alphabet)
 
     @property
     def possible(self) -> tuple[str, ...]:

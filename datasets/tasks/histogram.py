@@ -17,21 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from workbench.datasets.tasks.positions import PositionTask, letters
+from workbench.datasets.tasks.positions import LetterTask
 
 
 @dataclass(frozen=True)
-class Histogram(PositionTask):
+class Histogram(LetterTask):
     """The task. ``letters``: how many letters rows are made of."""
 
     shortest: ClassVar[int] = 2
     longest: ClassVar[int] = 9
     letters: int = 4
     name: str = field(default="histogram", init=False)
-
-    @property
-    def alphabet(self) -> tuple[str, ...]:
-        return letters(self.name, self.letters)
 
     @property
     def possible(self) -> tuple[str, ...]:

@@ -124,9 +124,25 @@ class PositionTask(ABC):
         return [[*row[:i], new, *row[i + 1 :]] for i in range(self.length) for new in self.alphabet if new != row[i]]
 
 
-def letters(name: str, count: int, least: int = 2) -> tuple[str, ...]:
-    """The first ``count`` letters that rows are made of."""
-    known = data("positions")["letters"]
-    if not least <= count <= len(known):
-        raise WorkbenchError(f"rows of {name} are made of {least} to {len(known)} letters; got letters={count}")
-    return tuple(known[:count])
+@dataclass(frozen=True)
+class LetterTask(PositionTask):
+    """A task whose rows are made of the first ``letters`` letters."""
+
+    fewest: ClassVar[int] = 2
+    letters: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = len(data("positions")["letters"])
+        if not self.fewest <= self.letters <= known:
+            raise WorkbenchError(
+                f"rows of {self.name} are made of {self.fewest} to {known} letters; got letters={self.letters}"
+            )
+
+    @property
+    def alphabet(self) -> tuple[str, ...]:
+        return tuple(data("positions")["letters"][: self.letters])
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        return self.alphabet

@@ -16,23 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from workbench.datasets.tasks.positions import PositionTask, letters
+from workbench.datasets.tasks.positions import LetterTask
 
 
 @dataclass(frozen=True)
-class Reverse(PositionTask):
+class Reverse(LetterTask):
     """The task. ``letters``: how many letters rows are made of."""
 
-    letters: int = 6
     name: str = field(default="reverse", init=False)
-
-    @property
-    def alphabet(self) -> tuple[str, ...]:
-        return letters(self.name, self.letters)
-
-    @property
-    def possible(self) -> tuple[str, ...]:
-        return self.alphabet
 
     def answers(self, row: Sequence[str]) -> list[str]:
         return list(row[::-1])

@@ -17,12 +17,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from workbench.datasets.tasks.positions import PositionTask, letters
+from workbench.datasets.tasks.positions import LetterTask
 from workbench.errors import WorkbenchError
 
 
 @dataclass(frozen=True)
-class Sort(PositionTask):
+class Sort(LetterTask):
     """The task. ``letters``: how many letters rows are made of; ``repeats``: whether one may stand twice."""
 
     length: int = 5
@@ -37,14 +37,6 @@ class Sort(PositionTask):
                 f"without repeats a row of {self.length} letters out of {self.letters} sorts to one answer; "
                 f"ask for length={self.letters - 1} or less, or repeats=True"
             )
-
-    @property
-    def alphabet(self) -> tuple[str, ...]:
-        return letters(self.name, self.letters)
-
-    @property
-    def possible(self) -> tuple[str, ...]:
-        return self.alphabet
 
     def answers(self, row: Sequence[str]) -> list[str]:
         return sorted(row)

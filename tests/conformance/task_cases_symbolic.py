@@ -1,0 +1,76 @@
+"""Cases of the symbolic tasks, their answers derived again from the text, and the words under their spans.
+
+``INSIDE``: the tasks that ask inside a prompt. Their ``DERIVE`` takes the text and the text up to and with the asked token.
+"""
+
+import re
+from fractions import Fraction
+
+CASES = [
+    ("reverse", {}),
+    ("reverse", {"corruption": "one", "place": 5, "letters": 3}),
+    ("sort", {}),
+    ("sort", {"corruption": "one"}),
+    ("sort", {"corruption": "one", "repeats": True, "length": 6, "letters": 4}),
+    ("histogram", {}),
+    ("histogram", {"corruption": "one", "length": 5}),
+    ("frac-prevs", {}),
+    ("frac-prevs", {"corruption": "one", "length": 10}),
+    ("dyck", {}),
+    ("dyck", {"corruption": "one", "length": 12}),
+]
+
+
+def _row(text):
+    return re.findall(r"\S", text)
+
+
+def _reverse(text, before):
+    return {_row(text)[-len(_row(before))]}
+
+
+def _sort(text, before):
+    """The token with as many before it in order as stand before the asked place."""
+    row, place = _row(text), len(_row(before)) - 1
+    return {t for t in row if sum(u < t for u in row) <= place < sum(u <= t for u in row)}
+
+
+def _histogram(text, before):
+    return {str(text.count(_row(before)[-1]))}
+
+
+def _frac_prevs(_, before):
+    share = Fraction(before.count("x"), len(_row(before)))
+    return {f"{min(99, int(100 * share + Fraction(1, 2))):02d}"}
+
+
+def _dyck(_, before):
+    """Pairs are struck out kind by kind; what is left over tells."""
+    verdict = "balanced"
+    for kind in ("()", "{}"):
+        left = "".join(c for c in before if c in kind)
+        while kind in left:
+            left = left.replace(kind, "")
+        if kind[1] in left:
+            return {"broken"}
+        verdict = "legal" if left else verdict
+    return {verdict}
+
+
+INSIDE = ("reverse", "sort", "histogram", "frac-prevs", "dyck")
+
+DERIVE = {
+    "reverse": _reverse,
+    "sort": _sort,
+    "histogram": _histogram,
+    "frac-prevs": _frac_prevs,
+    "dyck": _dyck,
+}
+
+SPANS = {
+    "reverse": {"ASKED": "asked", "SOURCE": "answer", "END": "asked"},
+    "sort": {"ASKED": "asked", "SOURCE": "answer"},
+    "histogram": {"ASKED": "asked"},
+    "frac-prevs": {"ASKED": "asked"},
+    "dyck": {"ASKED": "asked"},
+}
