@@ -18,6 +18,13 @@ CASES = [
     ("frac-prevs", {"corruption": "one", "length": 10}),
     ("dyck", {}),
     ("dyck", {"corruption": "one", "length": 12}),
+    ("addition", {}),
+    ("addition", {"corruption": "problem", "digits": 2}),
+    ("addition", {"corruption": "zero", "chain": True, "removed": 4}),
+    ("multiplication", {}),
+    ("multiplication", {"corruption": "problem", "chain": True, "removed": 40}),
+    ("multiplication", {"corruption": "zero", "digits": 2, "k": 1}),
+    ("multiplication", {"corruption": "operand", "digits": 3, "chain": True}),
 ]
 
 
@@ -57,7 +64,16 @@ def _dyck(_, before):
     return {verdict}
 
 
-INSIDE = ("reverse", "sort", "histogram", "frac-prevs", "dyck")
+def _arithmetic(_, before):
+    """The digit that follows those after the last ``=``, from whole numbers."""
+    problem, emitted = before.split(":")[0].split("=")[0], before.split("=")[1]
+    a, operator, b = re.fullmatch(r"([\d ]+?) ?([*+]) ?([\d ]+?) ?", problem).groups()
+    a, b = (int("".join(reversed(x.replace(" ", "")))) for x in (a, b))
+    whole = a * b if operator == "*" else a + b
+    return {str(whole // 10 ** len(emitted.replace(" ", "")) % 10)}
+
+
+INSIDE = ("reverse", "sort", "histogram", "frac-prevs", "dyck", "addition", "multiplication")
 
 DERIVE = {
     "reverse": _reverse,
@@ -65,6 +81,8 @@ DERIVE = {
     "histogram": _histogram,
     "frac-prevs": _frac_prevs,
     "dyck": _dyck,
+    "addition": _arithmetic,
+    "multiplication": _arithmetic,
 }
 
 SPANS = {
@@ -73,4 +91,6 @@ SPANS = {
     "histogram": {"ASKED": "asked"},
     "frac-prevs": {"ASKED": "asked"},
     "dyck": {"ASKED": "asked"},
+    "addition": {"CHANGED": "changed"},
+    "multiplication": {"CHANGED": "changed"},
 }
