@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,15 +52,24 @@ class Pairs:
         """A slice of the examples."""
         if not isinstance(index, slice):
             raise WorkbenchError(f"pairs are taken by slices, pairs[i : i + 1] for example i; got {index!r}")
+        return self.take(range(len(self))[index])
+
+    def take(self, indices: Iterable[int] | Tensor) -> Pairs:
+        """The examples with these numbers, in this order; a number may occur several times."""
+        chosen = [int(i) for i in indices]
+        outside = next((i for i in chosen if not 0 <= i < len(self)), None)
+        if outside is not None:
+            raise WorkbenchError(f"there are {len(self)} pairs, numbered from 0; got {outside}")
+        at = torch.tensor(chosen, dtype=torch.int64)
         return Pairs(
-            self.clean[index],
-            self.corrupt[index],
-            self.answer[index],
-            self.wrong[index],
-            self.position[index],
-            {name: span[index] for name, span in self.spans.items()},
-            {name: tuple(values[index]) for name, values in self.labels.items()},
-            tuple(self.texts[index]),
+            self.clean[at],
+            self.corrupt[at],
+            self.answer[at],
+            self.wrong[at],
+            self.position[at],
+            {name: span[at] for name, span in self.spans.items()},
+            {name: tuple(values[i] for i in chosen) for name, values in self.labels.items()},
+            tuple(self.texts[i] for i in chosen) if self.texts else (),
             self.dropped,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,21 +60,74 @@ class Kept:
     @torch.no_grad()
     def measure(self, keeps: Sequence[Tensor], measures: Sequence[Measure]) -> Tensor:
         """Each of ``measures`` for each kept set (bool over the circuit's names), per example:
-        ``[keeps, measures, examples]`` float64."""
-        if not measures:
+        ``[keeps, measures, examples]`` float64. A set that occurs twice runs once."""
+        if not measures or not len(keeps):
             raise WorkbenchError("there is nothing to measure")
-        rows: list[list[list[Tensor]]] = [[[] for _ in measures] for _ in keeps]
+        names = len(self.order)
+        for keep in keeps:
+            if keep.dtype != torch.bool or keep.shape != (names,):
+                raise WorkbenchError(f"a kept set is bool [{names}]; got {keep.dtype} {list(keep.shape)}")
+        unique = {packed(keep): keep for keep in keeps}
+        rows: dict[bytes, list[list[Tensor]]] = {key: [[] for _ in measures] for key in unique}
         for pairs in self.setting.chunks():
             batch = self.model.prepare(pairs)
-            for row, keep in zip(rows, keeps, strict=True):
+            for key, keep in unique.items():
                 logits = self.model.logits(batch, keep[self.order].to(torch.float32))
-                for cell, each in zip(row, measures, strict=True):
+                for cell, each in zip(rows[key], measures, strict=True):
                     cell.append(each(logits, batch).double().cpu())
-        return torch.stack([torch.stack([torch.cat(cell) for cell in row]) for row in rows])
+        found = {key: torch.stack([torch.cat(cell) for cell in row]) for key, row in rows.items()}
+        return torch.stack([found[packed(keep)] for keep in keeps])
+
+    def metrics(self, keeps: Sequence[Tensor]) -> Tensor:
+        """The setting's metric of each kept set, per example: ``[keeps, examples]``."""
+        return self.measure(keeps, [self.metric])[:, 0]
 
     def metric(self, logits: Tensor, batch: Prepared) -> Tensor:
         """The setting's metric."""
         return self.setting.measure(logits, batch.pairs)
+
+
+class Remembered:
+    """The metric of kept sets per example ``[keeps, examples]``, each set computed once however often it is asked for."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, keeps: Sequence[Tensor]) -> Tensor:
+        new = {key: keep for keep in keeps if (key := packed(keep)) not in self._known}
+        if new:
+            self._known.update(zip(new, self._kept.metrics(list(new.values())), strict=True))
+        return torch.stack([self._known[packed(keep)] for keep in keeps])
+
+    def __len__(self) -> int:
+        """How many different sets were computed."""
+        return len(self._known)
+
+
+def packed(keep: Tensor) -> bytes:
+    """A kept set as a key of a dictionary."""
+    return np.packbits(keep.numpy()).tobytes()
+
+
+def without(keep: Tensor, gone: Sequence[int]) -> Tensor:
+    """A kept set less the parts with these numbers."""
+    rest = keep.clone()
+    rest[list(gone)] = False
+    return rest
+
+
+def percentiles(drawn: Tensor, alone: bool = False) -> Tensor:
+    """The middle 95% of bootstrap draws over the first axis, ``[2, ...]``; NaN where there was a single example to draw
+    from (``alone``) or a draw is undefined."""
+    ends = torch.quantile(drawn.double(), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return torch.full_like(ends, torch.nan) if alone else ends
+
+
+def check_draws(draws: int) -> None:
+    """Refuse fewer than 20 bootstrap draws: no percentile of them is one of 95%."""
+    if draws < 20:
+        raise WorkbenchError(f"draws counts bootstrap resamples, at least 20; got {draws}")
 
 
 def kl(logits: Tensor, batch: Prepared) -> Tensor:
