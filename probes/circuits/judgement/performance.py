@@ -2,7 +2,7 @@
 
 A mean metric can be right while the circuit is wrong on most prompts, and a circuit that is right on average can be
 arbitrarily wrong on some (adversarial circuit evaluation, arXiv 2407.15166, known to us by its abstract and numbers:
-mean KL 5.15, 2.09 and 3.91 nats for the published IOI, greater-than and docstring circuits, with far worse tails).
+mean KL 5.15, 2.09 and 3.91 for the published IOI, greater-than and docstring circuits, with far worse tails).
 So: KL, accuracy, agreement and the metric per example, with the tail of the KL, next to random circuits of the same
 size, the whole model and nothing.
 """
