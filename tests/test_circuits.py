@@ -246,21 +246,6 @@ def test_key_value_heads_have_a_place_of_their_own():
     assert spots["m0"][1] < spots["a1.g0"][1] < spots["a1.h0"][1]
 
 
-def test_eap_json_holds_every_edge(tmp_path):
-    graph = circuit_graph(2, 2)
-    circuit = Circuit("edge", graph.edges, torch.randn(graph.n_edges), torch.ones(graph.n_edges, dtype=torch.bool)).top(
-        3
-    )
-    record = json.loads(circuit.to_eap_json(tmp_path / "g.json", width=16).read_text())
-    assert record["cfg"] == {"n_layers": 2, "n_heads": 2, "parallel_attn_mlp": False, "d_model": 16}
-    assert sum(edge["in_graph"] for edge in record["edges"].values()) == 3
-    assert set(record["edges"]) == set(graph.edges)
-    assert set(record["nodes"]) == set(graph.nodes)
-    grouped = circuit_graph(2, 4, 2)
-    with pytest.raises(Refused, match="one key-value head per query head"):
-        Circuit.of("edge", grouped.edges, []).to_eap_json(tmp_path / "x.json", 16)
-
-
 def test_html_escapes_names():
     html = Circuit("node", ("<script>",), [1.0], torch.tensor([True]))._repr_html_()
     assert "<script>" not in html

@@ -52,6 +52,11 @@ _NAMES: dict[str, str] = {
     "tasks": "workbench.datasets.catalogue:tasks",
     "Circuit": "workbench.circuits:Circuit",
     "circuit_graph": "workbench.circuits:circuit_graph",
+    "write_eap_json": "workbench.interchange:write_eap_json",
+    "read_eap_json": "workbench.interchange:read_eap_json",
+    "write_mib": "workbench.interchange:write_mib",
+    "write_graph_json": "workbench.interchange:write_graph_json",
+    "read_graph_json": "workbench.interchange:read_graph_json",
     # analyses: all of them, and the instruments they share
     "analyses": "workbench.probes.catalogue:analyses",
     "Analysis": "workbench.probes.catalogue:Analysis",

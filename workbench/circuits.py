@@ -228,39 +228,6 @@ class Circuit:
         except Exception as error:
             raise WorkbenchError(f"{path} is damaged: {error}; save it again") from error
 
-    def to_eap_json(self, path: str | Path, width: int) -> Path:
-        """Write the JSON graph that EAP-IG's ``Graph.from_json`` reads. ``width`` is the model's D.
-
-        The circuit must score every edge of a model without grouped key-value heads.
-        """
-        if self.level != "edge":
-            raise Refused("the EAP-IG format holds edge circuits; find one with find_circuit(..., level='edge')")
-        graph = self._graph()
-        kept = dict(zip(self.names, self.kept.tolist(), strict=True))
-        score = dict(zip(self.names, self.scores.tolist(), strict=True))
-        nodes = set(self.nodes)
-        record = {
-            "cfg": {"n_layers": graph.layers, "n_heads": graph.heads, "parallel_attn_mlp": False, "d_model": width},
-            "nodes": {name: {"in_graph": name in nodes} for name in graph.nodes},
-            "edges": {name: {"score": score[name], "in_graph": kept[name]} for name in graph.edges},
-        }
-        path = Path(path)
-        path.write_text(json.dumps(record, indent=1))
-        return path
-
-    def _graph(self) -> Graph:
-        """The graph whose edges these are."""
-        heads = [m for end in {end for name in self.names for end in edge_parts(name)[:2]} if (m := _NODE.match(end))]
-        layers = 1 + max((int(m["layer"] or m["mlp"]) for m in heads), default=-1)
-        count = 1 + max((int(m["head"]) for m in heads if m["head"]), default=-1)
-        if layers and count:
-            graph = circuit_graph(layers, count, mlp=any(m["mlp"] for m in heads))
-            if set(graph.edges) == set(self.names):
-                return graph
-        raise Refused(
-            "this circuit does not list all edges of a sequential model with one key-value head per query head"
-        )
-
     def _repr_html_(self) -> str:
         table = self.frame()
         order = table["score"].abs().sort_values(ascending=False, kind="stable").index[:60]

@@ -112,6 +112,7 @@ class Setting:
             "positions": self.places.kind,
             "metric": getattr(self.metric, "__qualname__", type(self.metric).__name__),
             "model": self.model.name,
+            "width": self.model.shape.width,
             "revision": getattr(self.model, "revision", ""),
             "examples": len(self.pairs),
             "options": dict(options),
