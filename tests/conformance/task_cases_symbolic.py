@@ -25,6 +25,8 @@ CASES = [
     ("multiplication", {"corruption": "problem", "chain": True, "removed": 40}),
     ("multiplication", {"corruption": "zero", "digits": 2, "k": 1}),
     ("multiplication", {"corruption": "operand", "digits": 3, "chain": True}),
+    ("mqar", {}),
+    ("mqar", {"corruption": "keys", "pairs": 3, "length": 17}),
 ]
 
 
@@ -73,6 +75,13 @@ def _arithmetic(_, before):
     return {str(whole // 10 ** len(emitted.replace(" ", "")) % 10)}
 
 
+def _mqar(text):
+    """What follows the earliest place of the last word, if that word is the first of a pair."""
+    row = text.split()
+    first = row.index(row[-1])
+    return {row[first + 1]} if first < len(row) - 1 and first % 2 == 0 else set()
+
+
 INSIDE = ("reverse", "sort", "histogram", "frac-prevs", "dyck", "addition", "multiplication")
 
 DERIVE = {
@@ -83,6 +92,7 @@ DERIVE = {
     "dyck": _dyck,
     "addition": _arithmetic,
     "multiplication": _arithmetic,
+    "mqar": _mqar,
 }
 
 SPANS = {
@@ -93,4 +103,5 @@ SPANS = {
     "dyck": {"ASKED": "asked"},
     "addition": {"CHANGED": "changed"},
     "multiplication": {"CHANGED": "changed"},
+    "mqar": {"KEY": "key", "VALUE": "value", "END": "key"},
 }
