@@ -27,6 +27,10 @@ CASES = [
     ("multiplication", {"corruption": "operand", "digits": 3, "chain": True}),
     ("mqar", {}),
     ("mqar", {"corruption": "keys", "pairs": 3, "length": 17}),
+    ("bursty", {}),
+    ("bursty", {"corruption": "absent", "pairs": 6, "burst": 3}),
+    ("regression", {}),
+    ("regression", {"corruption": "scatter", "examples": 3}),
 ]
 
 
@@ -82,6 +86,23 @@ def _mqar(text):
     return {row[first + 1]} if first < len(row) - 1 and first % 2 == 0 else set()
 
 
+def _bursty(text):
+    """The label that every item of the last word's kind has."""
+    *context, last = text.split()
+    labels = {label for item, label in zip(context[::2], context[1::2], strict=True) if item == last}
+    assert len(labels) <= 1
+    return labels
+
+
+def _regression(text):
+    """The value of the one line through all points, by Cramer's rule, if there is one."""
+    *points, query = re.findall(r"(\d\d) ?: ?(\d\d)?", text)
+    (x0, y0), (x1, y1), *_ = points = [(int(x), int(y)) for x, y in points]
+    slope = Fraction(y1 - y0, x1 - x0)
+    on_it = all(y - y0 == slope * (x - x0) for x, y in points)
+    return {f"{int(y0 + slope * (int(query[0]) - x0)):02d}"} if on_it else set()
+
+
 INSIDE = ("reverse", "sort", "histogram", "frac-prevs", "dyck", "addition", "multiplication")
 
 DERIVE = {
@@ -93,6 +114,8 @@ DERIVE = {
     "addition": _arithmetic,
     "multiplication": _arithmetic,
     "mqar": _mqar,
+    "bursty": _bursty,
+    "regression": _regression,
 }
 
 SPANS = {
@@ -104,4 +127,6 @@ SPANS = {
     "addition": {"CHANGED": "changed"},
     "multiplication": {"CHANGED": "changed"},
     "mqar": {"KEY": "key", "VALUE": "value", "END": "key"},
+    "bursty": {"MATCH": "item", "SOURCE": "label", "END": "item"},
+    "regression": {"QUERY": "query"},
 }
