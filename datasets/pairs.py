@@ -76,6 +76,22 @@ def fast(name: str, tokenizer: Any) -> None:
         )
 
 
+def token_count(tokenizer: Any) -> Callable[[str], int]:
+    """Tokens of a text inside another, counted word by word (each with the space before it) and remembered."""
+    known: dict[str, int] = {}
+    base = len(tokenizer("a", add_special_tokens=False)["input_ids"])
+
+    def count(text: str) -> int:
+        parts = text.split()
+        missing = [word for word in dict.fromkeys(parts) if word not in known]
+        if missing:
+            rows = tokenizer([f"a {word}" for word in missing], add_special_tokens=False)["input_ids"]
+            known.update((word, len(row) - base) for word, row in zip(missing, rows, strict=True))
+        return sum(known[word] for word in parts)
+
+    return count
+
+
 def source(name: str, split: str, seed: int) -> random.Random:
     """The random numbers of one task, split and seed."""
     return random.Random(f"{name}/{split}/{seed}")

@@ -8,19 +8,20 @@
 
 The first frame is the published one, space in front included, so that the city is one word inside a text; the second, ``...,
 capital city of``, is ours, as are the lists: countries and capitals of one word, without those whose names share a stem.
-``other_city`` puts another capital in the place of the city; ``no_city``, which is ours, a person's name. Answer: the country;
-wrong: the country of the other capital. Spans: ``CITY``, ``END``.
+``other_city`` puts another capital in the place of the city, of as many tokens where there is one, as published; ``no_city``,
+which is ours, a person's name. Answer: the country; wrong: the country of the other capital. Spans: ``CITY``, ``END``.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from workbench.datasets.pairs import SPLITS, Example, collect, one_of
+from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of, token_count
 from workbench.datasets.words import data, fill
 from workbench.pairs import Pairs, logit_difference
 
@@ -42,7 +43,11 @@ class CountryCapital:
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``city``, ``country``. At most two prompts per country."""
-        return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+        fast(self.name, tokenizer)
+        size = token_count(tokenizer)
+        return collect(
+            self.name, lambda rng: self.draw(rng, size), seed=seed, split=self.split, tokenizer=tokenizer, n=n
+        )
 
     def contrast(self) -> CountryCapital:
         """The task whose corrupted prompts name no city."""
@@ -52,11 +57,14 @@ class CountryCapital:
         """Logit of the country minus logit of the country of the other capital, ``[B]``."""
         return logit_difference(logits, pairs)
 
-    def draw(self, rng: random.Random) -> Example:
-        """One example in text."""
+    def draw(self, rng: random.Random, size: Callable[[str], int] = len) -> Example:
+        """One example in text; ``size`` is the length that the city and its replacement share."""
         table = data("country-capital")
-        (country, city), (elsewhere, other) = rng.sample(table["capitals"], 2)
-        frame, person = rng.choice(table["frames"]), rng.choice(table["no_cities"])
+        country, city = rng.choice(table["capitals"])
+        pool = [pair for pair in table["capitals"] if pair[1] != city]
+        elsewhere, other = rng.choice([pair for pair in pool if size(pair[1]) == size(city)] or pool)
+        frame = rng.choice(table["frames"])
+        person = rng.choice([name for name in table["no_cities"] if size(name) == size(city)] or table["no_cities"])
         clean, places = fill(frame, city=city)
         return Example(
             clean=clean,

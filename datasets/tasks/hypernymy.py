@@ -7,19 +7,21 @@
     corrupt  <bos> , reasons and other ->  no class        (unlisted)
 
 The prompt is the published one; its comma lets the word follow a space. ``other_class`` puts a word of another class in the
-place of the word; ``unlisted``, which is ours, a word that belongs to none of the classes. Classes and words are ours.
+place of the word, of as many tokens where there is one, as published; ``unlisted``, which is ours, a word that belongs to none
+of the classes. Classes and words are ours.
 Answers: both numbers of the class; wrong: those of the other word's class. Spans: ``WORD``, ``END``.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from workbench.datasets.pairs import SPLITS, Example, collect, one_of
+from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of, token_count
 from workbench.datasets.words import data, fill
 from workbench.pairs import Pairs, probability_difference
 
@@ -41,7 +43,11 @@ class Hypernymy:
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:
         """``n`` pairs; labels ``word``, ``hypernym``. One prompt per word, so no more than there are words."""
-        return collect(self.name, self.draw, seed=seed, split=self.split, tokenizer=tokenizer, n=n)
+        fast(self.name, tokenizer)
+        size = token_count(tokenizer)
+        return collect(
+            self.name, lambda rng: self.draw(rng, size), seed=seed, split=self.split, tokenizer=tokenizer, n=n
+        )
 
     def contrast(self) -> Hypernymy:
         """The task whose corrupted prompts list a word of no class."""
@@ -51,11 +57,14 @@ class Hypernymy:
         """Summed probability of the class's names minus that of the other class's, ``[B]``."""
         return probability_difference(logits, pairs)
 
-    def draw(self, rng: random.Random) -> Example:
-        """One example in text."""
+    def draw(self, rng: random.Random, size: Callable[[str], int] = len) -> Example:
+        """One example in text; ``size`` is the length that the word and its replacement share."""
         table = data("hypernymy")
-        right, wrong = rng.sample(list(table["classes"].values()), 2)
-        word, other, unlisted = rng.choice(right["words"]), rng.choice(wrong["words"]), rng.choice(table["unlisted"])
+        right = rng.choice(list(table["classes"].values()))
+        word = rng.choice(right["words"])
+        pool = [(kind, other) for kind in table["classes"].values() if kind is not right for other in kind["words"]]
+        wrong, other = rng.choice([pair for pair in pool if size(pair[1]) == size(word)] or pool)
+        unlisted = rng.choice([w for w in table["unlisted"] if size(w) == size(word)] or table["unlisted"])
         clean, places = fill(table["frame"], word=word)
         return Example(
             clean=clean,

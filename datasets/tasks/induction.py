@@ -45,7 +45,7 @@ class Induction:
         most = len(words("symbols")) // 2
         if not 6 <= self.length <= most:
             raise WorkbenchError(
-                f"induction prompts have 6 to {most} words, so that no word repeats by chance; got {self.length}"
+                f"induction prompts have 6 to {most} words, so that no word repeats by chance; got length={self.length}"
             )
 
     def build(self, seed: int, tokenizer: Any, n: int) -> Pairs:

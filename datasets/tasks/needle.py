@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from workbench.datasets.corpus import filler_sentences, hide
-from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of
+from workbench.datasets.pairs import SPLITS, Example, collect, fast, one_of, token_count
 from workbench.datasets.words import template, words
 from workbench.errors import WorkbenchError
 from workbench.pairs import Pairs, logit_difference
@@ -106,22 +106,6 @@ class Needle:
             },
             labels={"key": fact.key, "value": fact.value, "depth": fact.depth},
         )
-
-
-def token_count(tokenizer: Any) -> Callable[[str], int]:
-    """Tokens of a text inside another, counted word by word (each with the space before it) and remembered."""
-    known: dict[str, int] = {}
-    base = len(tokenizer("a", add_special_tokens=False)["input_ids"])
-
-    def count(text: str) -> int:
-        parts = text.split()
-        missing = [word for word in dict.fromkeys(parts) if word not in known]
-        if missing:
-            rows = tokenizer([f"a {word}" for word in missing], add_special_tokens=False)["input_ids"]
-            known.update((word, len(row) - base) for word, row in zip(missing, rows, strict=True))
-        return sum(known[word] for word in parts)
-
-    return count
 
 
 TASKS = {"needle": (Needle, "the value of a key hidden in filler text")}
