@@ -24,7 +24,7 @@ class Replacements:
         self._constant: Acts = {}
         if setting.ablation == "mean":
             for pairs in setting.chunks():
-                for site, value in gather(setting.model, pairs.clean, self.sites)[0].items():
+                for site, value in gather(setting.model, pairs.clean, self.sites, logits=None)[0].items():
                     share = value.sum(0, keepdim=True) / len(setting.pairs)
                     self._constant[site] = self._constant[site] + share if site in self._constant else share
         elif setting.ablation == "optimal":
@@ -35,7 +35,7 @@ class Replacements:
     def of(self, pairs: Pairs, clean: Acts) -> Acts:
         """Replacement for every site of ``clean``, of the same shapes."""
         if self.setting.ablation == "counterfactual":
-            return gather(self.setting.model, pairs.corrupt, self.sites)[0]
+            return gather(self.setting.model, pairs.corrupt, self.sites, logits=None)[0]
         if self.setting.ablation == "zero":
             return {site: torch.zeros_like(clean[site]) for site in self.sites}
         return {site: self._constant[site].to(clean[site]).expand_as(clean[site]) for site in self.sites}
