@@ -148,8 +148,11 @@ def rewired(graph: Graph, lost: Tensor, instead: Acts, place: Tensor, *, everywh
     """Edits that follow the writers through the run and move, in every input, the ``lost`` share of each edge from the
     source's own output to its replacement. ``lost`` is ``[writers, slots, places]``, ``place`` ``[B, T]``.
 
-    Inputs that lose nothing are left alone unless ``everywhere``.
+    Inputs that lose nothing are left alone unless ``everywhere``; where no input loses anything there are no edits, and
+    the run is the model's own to the last bit.
     """
+    if not everywhere and not lost.any():
+        return {}
     changes: list[Tensor] = []  # replacement minus own output of the writers so far, each [n, B, T, D]
 
     def write(site: Site) -> Callable[[Tensor], Tensor]:

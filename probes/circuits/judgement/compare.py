@@ -161,10 +161,13 @@ def compare_circuits(a: Circuit, b: Circuit) -> ComparisonResult:
     else:
         mine, theirs = (set(circuit.nodes) & known for circuit in (a, b))
         rows.append(("node", len(known), len(mine), len(theirs), len(mine & theirs)))
-    levels, *counts = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+    counts = torch.tensor([row[1:] for row in rows], dtype=torch.int64).view(-1, 4)
     return ComparisonResult(
-        tuple(levels),
-        *(torch.tensor(column, dtype=torch.int64) for column in counts),
+        levels=tuple(row[0] for row in rows),
+        parts=counts[:, 0],
+        a=counts[:, 1],
+        b=counts[:, 2],
+        common=counts[:, 3],
         spearman=spearman,
         kendall=kendall,
         note="; ".join(notes),

@@ -122,10 +122,11 @@ def minimality(
     def effects(part: int, sets: Sequence[Sequence[int]]) -> Tensor:
         """F(C without K) - F(C without K and v) per example, ``[sets, examples]``."""
         found = values([without(circuit.kept, gone) for k in sets for gone in (k, (*k, part))])
-        with_it, without = found.unflatten(0, (-1, 2)).unbind(1)
-        return with_it - without
+        before, after = found.unflatten(0, (-1, 2)).unbind(1)
+        return before - after
 
-    full = float(values([torch.ones_like(circuit.kept)]).mean())
+    alone = [without(circuit.kept, (part,)) for part in inside]
+    full = float(values([torch.ones_like(circuit.kept), circuit.kept, *alone])[0].mean())  # one batch of sets
     generator = torch.Generator().manual_seed(seed)
     rows, removed = [], []
     for part in inside:
