@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import analyses, attention, bench, circuits, models, retrieval, variants
+from workbench.apps.commands import analyses, attention, bench, circuits, models, retrieval, tasks, variants
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 app.command()(models.models)
 app.command()(variants.variants)
-app.add_typer(circuits.tasks, name="tasks")
+app.add_typer(tasks.tasks, name="tasks")
 for command in (
     circuits.methods,
     attention.capture,

@@ -1,14 +1,15 @@
-"""``tasks``, ``methods``, ``circuit``, ``faithfulness``: which parts of a model carry a behaviour, and how much of it."""
+"""``methods``, ``circuit``, ``faithfulness``: which parts of a model carry a behaviour, and how much of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from workbench.apps import inputs
-from workbench.apps.inputs import LARGEST_SEED, JsonOption, ModelArgument, OutOption
+from workbench.apps.commands.tasks import ExamplesOption, SeedOption, TaskArgument, TaskOptions, chosen
+from workbench.apps.inputs import JsonOption, ModelArgument, OutOption
 from workbench.apps.terminal import answer, table, working
 from workbench.errors import WorkbenchError
 
@@ -17,79 +18,16 @@ if TYPE_CHECKING:
 
     from workbench.circuits import Circuit
     from workbench.models.protocol import Model
-    from workbench.pairs import Pairs, Task
+    from workbench.pairs import Pairs
 
 _SHOWN = 15
 _METHOD = "eap-ig"
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="A task; `workbench tasks` lists them.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
 LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; the finest the method has by default.")]
 AblationOption = Annotated[
     str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")
 ]
-ExamplesOption = Annotated[int, typer.Option("-n", "--examples", help="Number of pairs of prompts.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the examples.")]
-TaskOptions = Annotated[list[str] | None, typer.Option("--task-option", help="An option of the task, as name=value.")]
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
-
-tasks = typer.Typer(
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    help="The tasks.\n\n`tasks show NAME` draws an example token by token.",
-)
-
-
-@tasks.callback()
-def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
-    """The tasks.
-
-    `tasks show NAME` draws an example token by token.
-    """
-    if context.invoked_subcommand is not None:
-        if as_json:
-            raise WorkbenchError("--json belongs to the sub-command: workbench tasks show NAME --json")
-        return
-    import workbench as wb
-
-    known = wb.tasks()
-    payload = {"command": "tasks", "rows": [{"name": name, "description": line} for name, line in known.items()]}
-    answer(
-        as_json,
-        payload,
-        lambda c: c.print(table("tasks", ["name", "what it asks"], [list(row) for row in known.items()])),
-    )
-
-
-@tasks.command("show")
-def show_task(
-    name: TaskArgument,
-    examples: ExamplesOption = 1,
-    seed: SeedOption = 0,
-    options: TaskOptions = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Use this model's tokenizer, not the bundled one.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Draw examples of a task: clean and corrupted tokens, answers, named spans."""
-    with working(f"{name}: examples"):
-        built = _task(name, options)
-        if model is None:
-            from workbench.datasets.tokenizer import word_tokenizer
-
-            tokenizer = word_tokenizer()
-        else:
-            tokenizer = inputs.load(model).tokenizer
-        pairs = built.build(seed=seed, tokenizer=tokenizer, n=examples)
-        drawn = [example(pairs, i, tokenizer) for i in range(len(pairs))]
-
-    def show(console: Console) -> None:
-        for item in drawn:
-            rows = [list(row.values()) for row in item["tokens"]]
-            console.print(table(item["text"], ["position", "clean", "corrupt", "span"], rows))
-            console.print(f"answer: {' '.join(item['answer'])}   wrong: {' '.join(item['wrong'])}")
-
-    answer(as_json, {"command": "tasks show", "task": name, "seed": seed, "examples": drawn}, show)
 
 
 def methods(as_json: JsonOption = False) -> None:
@@ -229,33 +167,8 @@ def faithfulness(
     answer(as_json, payload, show)
 
 
-def _task(name: str, options: list[str] | None) -> Task:
-    import workbench as wb
-
-    return wb.task(name, **inputs.assignments(options, "--task-option"))
-
-
-def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:
-    """One pair as rows of tokens, with what the task calls them."""
-
-    def names(ids: Any) -> list[str]:
-        return [str(t) for t in tokenizer.convert_ids_to_tokens([i for i in ids.tolist() if i >= 0])]
-
-    spans: dict[int, list[str]] = {}
-    for name, span in pairs.spans.items():
-        for position in range(*span[index].tolist()):
-            spans.setdefault(position, []).append(name)
-    clean, corrupt = names(pairs.clean[index]), names(pairs.corrupt[index])
-    rows = [
-        {"position": i, "clean": a, "corrupt": b if a != b else "", "span": ", ".join(spans.get(i, []))}
-        for i, (a, b) in enumerate(zip(clean, corrupt, strict=True))
-    ]
-    text = pairs.texts[index] if pairs.texts else ""
-    return {"text": text, "tokens": rows, "answer": names(pairs.answer[index]), "wrong": names(pairs.wrong[index])}
-
-
 def _setting(model: str, task: str, examples: int, seed: int, options: list[str] | None) -> tuple[Model, Pairs]:
-    built = _task(task, options)
+    built = chosen(task, options)
     wrapped = inputs.load(model)
     return wrapped, built.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples)
 
