@@ -1,6 +1,7 @@
 """Cases of the symbolic tasks, their answers derived again from the text, and the words under their spans.
 
 ``INSIDE``: the tasks that ask inside a prompt. Their ``DERIVE`` takes the text and the text up to and with the asked token.
+``UNIFORM``: labels that are drawn evenly, with their values.
 """
 
 import re
@@ -129,4 +130,15 @@ SPANS = {
     "mqar": {"KEY": "key", "VALUE": "value", "END": "key"},
     "bursty": {"MATCH": "item", "SOURCE": "label", "END": "item"},
     "regression": {"QUERY": "query"},
+}
+
+UNIFORM = {
+    "reverse": {"place": range(8), "answer": "abcdef"},
+    "sort": {"place": range(5)},
+    "histogram": {"place": range(8), "asked": "abcd"},
+    "dyck": {"place": range(8)},
+    "addition": {"k": range(5)},
+    "multiplication": {"k": range(8)},
+    "mqar": {"pair": range(4)},
+    "regression": {"slope": (-4, -3, -2, -1, 1, 2, 3, 4), "x": range(20)},
 }
