@@ -6,8 +6,8 @@ import torch
 from workbench.circuits import Circuit, circuit_graph
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.pairs import logit_difference
-from workbench.probes.circuits.judgement.faithfulness import FRACTIONS, faithfulness
 from workbench.probes.circuits.find import find_circuit
+from workbench.probes.circuits.judgement.faithfulness import FRACTIONS, faithfulness
 from workbench.results import load_result
 
 STEPS = (0, 0.05, 0.3, 0.6, 1)
