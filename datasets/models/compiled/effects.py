@@ -30,7 +30,7 @@ def edge_effects(model: NativeModel, task: Task, pairs: Pairs) -> Tensor:
     for slot in graph.slots:
         for source in range(slot.sources):
             delta = change[source]
-            if not delta.any():
+            if not (delta @ _reads(model, slot)).any():
                 found.append(0.0)
                 continue
             logits = model.run(pairs.clean, edit={_site(slot): lambda x, delta=delta: x + delta}).logits
@@ -55,6 +55,15 @@ def _outputs(model: NativeModel, graph: Graph, ids: Tensor) -> list[Tensor]:
         if graph.mlp:
             found.append(acts[Site("mlp_out", layer)])
     return found
+
+
+def _reads(model: NativeModel, slot: Slot) -> Tensor:
+    """What the reader sees of its input, ``[D, ...]``, a norm aside: where a change is zero in it, the edge has no effect."""
+    if slot.reader == "logits":
+        return model.weight("W_U")
+    if slot.channel == "in":
+        return model.weight("W_in", slot.layer)
+    return model.weight(f"W_{slot.channel.upper()}", slot.layer)[slot.index]
 
 
 def _site(slot: Slot) -> Site:
