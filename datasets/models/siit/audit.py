@@ -1,0 +1,150 @@
+"""What a trained network must pass, its labels, and what is written beside its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.circuits import Circuit, edge_name
+from workbench.datasets.models.siit.effects import edge_effects, gap, graph_of, node_effects
+from workbench.datasets.models.siit.program import VARIABLES, Sources, answers, draw, duplicate
+from workbench.datasets.models.siit.swap import components, plain, swapped
+from workbench.datasets.models.siit.train import COMPONENTS
+from workbench.datasets.tasks.ioi import IOI
+from workbench.models.native import NativeModel
+from workbench.pairs import Pairs
+
+REQUIRED = 0.995
+SHARE = 0.05
+"""Least effect of a kept edge, as a share of |m(clean) - m(corrupted)|."""
+
+
+def mechanism() -> tuple[tuple[str, str, str], ...]:
+    """The program's data flow as edges. The duplicate's head compares the third name with earlier tokens and says which slot
+    holds its like; the inhibition's head looks from the last token for the third name and copies what stands there; the
+    mover's head looks at the slot that is not inhibited and copies the name."""
+    first, second, third = (COMPONENTS[variable] for variable in VARIABLES)
+    return (
+        *(("input", first, channel) for channel in "qkv"),
+        *(("input", second, channel) for channel in "qk"),
+        *((first, second, channel) for channel in "kv"),
+        *(("input", third, channel) for channel in "qkv"),
+        (second, third, "q"),
+        (third, "logits", "in"),
+    )
+
+
+def held_out(model: NativeModel, n: int = 128, seed: int = 11) -> Pairs:
+    """Pairs of the task's test split under its default corruption, from which labels and effects are computed."""
+    return IOI(split="test").build(seed, model.tokenizer, n)
+
+
+@torch.no_grad()
+def measure(model: NativeModel, n: int = 2000, seed: int = 7) -> dict[str, Any]:
+    """Accuracy, intervention and strict accuracy on ``n`` prompts of the test split.
+
+    ``accuracy``: share of prompts whose largest logit is in the program's answer. ``iia``: the same with a variable's
+    component from a source, against the program's answer under that intervention, over those prompts whose answer it changes.
+    ``strict``: with another component from a source, against the answer to the base; ``kl``: mean KL divergence, in nats, of
+    that run from the run without a swap.
+    """
+    net, tokenizer = model.net, model.tokenizer
+    base = draw(tokenizer, seed=seed, n=n, split="test")
+    source = base[Sources(base)(torch.arange(n), torch.Generator().manual_seed(seed))]
+    before, _ = plain(net, base.ids, base.end)
+    _, wrote = plain(net, source.ids, source.end)
+    names, said, logp = components(net.config), answers(base), before.log_softmax(-1)
+
+    def hits(logits: Tensor, sets: Tensor) -> Tensor:
+        return (logits.argmax(-1, keepdim=True) == sets).any(-1).double()
+
+    right, nobody = hits(before, said), duplicate(base) == 0
+    found: dict[str, Any] = {
+        "accuracy": right[~nobody].mean().item(),
+        "accuracy_nobody": right[nobody].mean().item(),
+        "iia": {},
+        "strict": {},
+        "kl": {},
+    }
+    variable_of = {component: variable for variable, component in COMPONENTS.items()}
+    for index, name in enumerate(names):
+        logits = swapped(net, base.ids, base.end, wrote, torch.full((n,), index))
+        if name in variable_of:
+            variable = VARIABLES.index(variable_of[name])
+            wanted = answers(base, source, torch.full((n,), variable))
+            changed = (wanted != said).any(1)
+            found["iia"][variable_of[name]] = hits(logits, wanted)[changed].mean().item()
+        else:
+            found["strict"][name] = hits(logits, said).mean().item()
+            found["kl"][name] = nn.functional.kl_div(
+                logits.log_softmax(-1), logp, log_target=True, reduction="batchmean"
+            ).item()
+    found["iia"] = {variable: found["iia"][variable] for variable in VARIABLES}
+    return found
+
+
+def shortfalls(found: dict[str, Any]) -> list[str]:
+    """Requirements that ``measure`` found unmet, as readable text; none for a network that may be bundled."""
+    shares = {"accuracy": found["accuracy"], "accuracy with nobody named twice": found["accuracy_nobody"]}
+    shares |= {f"interchange accuracy of {name}": value for name, value in found["iia"].items()}
+    shares |= {f"strict accuracy of {name}": value for name, value in found["strict"].items()}
+    return [f"{name} {value:.4f}" for name, value in shares.items() if not value > REQUIRED]
+
+
+def truth(model: NativeModel, pairs: Pairs) -> Circuit:
+    """The labels over all edges. Scores and the column ``effect``: exact effect of the edge, mean over ``pairs``, in units of
+    the logit difference. ``kept``: at least ``SHARE`` of |m(clean) - m(corrupted)|. ``needed``: edges of ``mechanism``."""
+    graph = graph_of(model)
+    effect = edge_effects(model, pairs).mean(1)
+    span = gap(model, pairs).mean().item()
+    used = {edge_name(*edge) for edge in mechanism()}
+    provenance = {
+        "method": "strict interchange-intervention training",
+        "labels": f"exact effect of at least {SHARE:.0%} of m(clean) - m(corrupted)",
+        "model": model.name,
+        "revision": model.revision,
+        "corruption": IOI.corruption,
+        "metric": "logit_difference",
+        "gap": span,
+        "examples": len(pairs),
+    }
+    return Circuit(
+        "edge",
+        graph.edges,
+        effect,
+        effect.abs() >= SHARE * abs(span),
+        provenance,
+        {"effect": effect, "needed": torch.tensor([edge in used for edge in graph.edges])},
+    )
+
+
+def audit(model: NativeModel, seconds: float, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Everything of ``audit.json``. ``leak``: mean over prompts of |effect| of a node outside the program as a share of
+    |m(clean) - m(corrupted)|; ``effects``: mean exact effect of every node, in units of the logit difference."""
+    pairs = held_out(model)
+    span, effects = gap(model, pairs), node_effects(model, pairs)
+    circuit = truth(model, pairs)
+    mine = set(COMPONENTS.values())
+    needed = circuit.columns["needed"]
+    return {
+        "task": "ioi",
+        "corruption": IOI.corruption,
+        "variables": COMPONENTS,
+        "nodes": list(graph_of(model).nodes),
+        "edges": len(circuit.names),
+        "mechanism": [edge_name(*edge) for edge in mechanism()],
+        "kept": [name for name, kept in zip(circuit.names, circuit.kept.tolist(), strict=True) if kept],
+        "kept_outside_mechanism": int((circuit.kept & ~needed).sum()),
+        **measure(model),
+        "gap": span.mean().item(),
+        "effects": {name: value.mean().item() for name, value in effects.items()},
+        "leak": {
+            name: (value.abs().mean() / span.abs().mean()).item() for name, value in effects.items() if name not in mine
+        },
+        "examples": len(pairs),
+        "recipe": recipe,
+        "seconds": round(seconds, 1),
+        "revision": model.revision,
+    }
