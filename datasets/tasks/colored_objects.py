@@ -10,7 +10,8 @@
 
 ``shots`` worked examples come first (1 in the paper). ``query`` asks about another object of the last scene, as published;
 ``absent``, which is ours, about an object that occurs nowhere in the prompt, so that there is no color to read off.
-Spans: ``OBJECT`` and ``COLOR`` of the asked object in its scene, ``QUERY`` (the object in the question), ``END``.
+Spans: ``OBJECT`` and ``COLOR`` of the asked object in its scene, ``OTHER1`` and ``OTHER2`` (the colors of the other two objects
+there), ``QUERY`` (the object in the question), ``END``.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class ColoredObjects:
         pair = f"{colors[slot]} {objects[slot]}"
         at = clean.index(pair, len(before))
         query = clean.rindex(objects[slot])
+        others = [clean.index(f"{colors[i]} {objects[i]}", len(before)) for i in range(3) if i != slot]
         return Example(
             clean=clean,
             corrupt=f"{told}{question(asked)}\nA:",
@@ -87,6 +89,7 @@ class ColoredObjects:
             spans={
                 "COLOR": (at, at + len(colors[slot])),
                 "OBJECT": (at + len(colors[slot]) + 1, at + len(pair)),
+                **{f"OTHER{i}": (at, clean.index(" ", at)) for i, at in enumerate(others, 1)},
                 "QUERY": (query, query + len(objects[slot])),
             },
             labels={"object": objects[slot], "slot": slot},
