@@ -4,7 +4,7 @@ import random
 
 import pytest
 import task_cases_symbolic as cases
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
@@ -26,6 +26,14 @@ def _value(digits):
     return int("".join(map(str, reversed(digits))))
 
 
+def _lower(name, a, b, k):
+    """What the places below k add up to."""
+    if name == "addition":
+        return a % 10**k + b % 10**k
+    digits = [[int(digit) for digit in reversed(str(value))] for value in (a, b)]
+    return sum(x * y * 10 ** (i + j) for i, x in enumerate(digits[0]) for j, y in enumerate(digits[1]) if i + j < k)
+
+
 @pytest.mark.parametrize(("name", "options"), [case for case in cases.CASES if case[0] in NAMES])
 def test_answers_follow_from_the_text_and_flip(name, options, tokenizer):
     task = wb.task(name, **options)
@@ -37,7 +45,9 @@ def test_answers_follow_from_the_text_and_flip(name, options, tokenizer):
         if task.corruption == "operand":
             changed = (pairs.clean[i] != pairs.corrupt[i]).nonzero().flatten()
             assert changed.tolist() == [pairs.spans["CHANGED"][i, 0].item()]
-        assert pairs.labels["sum"][i] % 10 == int(pairs.labels["answer"][i])
+        a, b, k, total = (pairs.labels[label][i] for label in ("a", "b", "k", "sum"))
+        assert total % 10 == int(pairs.labels["answer"][i]) == pairs.labels["digits"][i][k]
+        assert pairs.labels["carry"][i] == _lower(name, a, b, k) // 10**k
         assert p == pairs.spans["EQUALS"][i, 0] + pairs.labels["k"][i]
 
 
@@ -48,6 +58,7 @@ def test_the_published_row_is_written():
     assert wb.task("multiplication").render(a, b, a, b) == "5 6 3 2 * 7 4 3 4 = 5 5 6 0 8 2 0"
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIGITS)
 def test_running_sums_give_the_digits_of_the_whole(operands):
     """The sums of analyses of multiplication: c_hat_k holds the columns from 0 to k, in units of 10^k."""
@@ -62,6 +73,7 @@ def test_running_sums_give_the_digits_of_the_whole(operands):
         assert sums[-1] < 10
 
 
+@settings(max_examples=60, deadline=None)
 @given(DIGITS)
 def test_the_chain_of_a_product_holds_its_partial_sums(operands):
     a, b = operands
@@ -74,6 +86,16 @@ def test_the_chain_of_a_product_holds_its_partial_sums(operands):
         assert _value(product.split()) == _value(a) * b[j] * 10**j
         assert not told or _value(told.rstrip(" )").split()) == reached
     assert reached == _value(a) * _value(b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DIGITS)
+def test_the_chain_of_a_sum_holds_its_running_sums(operands):
+    a, b = operands
+    carried = 0
+    for x, y, told in zip(a, b, " ".join(wb.task("addition", digits=len(a)).thought(a, b)).split(","), strict=True):
+        assert _value(told.split()) == x + y + carried
+        carried = (x + y + carried) // 10
 
 
 @pytest.mark.parametrize("name", NAMES)
