@@ -19,15 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from workbench.circuits import Circuit
 from workbench.datasets.catalogue import task
 from workbench.datasets.models.compiled.assemble import assemble
+from workbench.datasets.models.compiled.backup import backup
 from workbench.datasets.models.compiled.effects import edge_effects
+from workbench.datasets.models.compiled.greater_than import greater_than
 from workbench.datasets.models.compiled.induction import induction
+from workbench.datasets.models.compiled.ioi import ioi
 from workbench.datasets.models.compiled.needle import needle
 from workbench.datasets.models.compiled.parts import Plan
+from workbench.datasets.models.compiled.tracr import dyck, frac_prevs, histogram, reverse, sort
 from workbench.datasets.models.compiled.two_task import two_task
 from workbench.errors import UnknownName
 from workbench.models.native import NativeModel
@@ -37,6 +39,14 @@ COMPILERS: dict[str, Callable[..., Plan]] = {
     "compiled-induction": induction,
     "compiled-needle": needle,
     "compiled-two-task": two_task,
+    "compiled-ioi": ioi,
+    "compiled-greater-than": greater_than,
+    "compiled-backup": backup,
+    "compiled-reverse": reverse,
+    "compiled-sort": sort,
+    "compiled-histogram": histogram,
+    "compiled-frac-prevs": frac_prevs,
+    "compiled-dyck": dyck,
 }
 
 
@@ -99,7 +109,7 @@ def write(name: str, folder: Path) -> Path:
     """Compile ``name`` and write its folder: config, weights (float16), tokenizer, ground truth and card."""
     made = plan(name)
     model = assemble(made)
-    model.save(folder, dtype=torch.float16)
+    model.save(folder, dtype=made.store)
     shutil.rmtree(folder / "ground_truth", ignore_errors=True)
     measured(model, made).save(folder / "ground_truth")
     (folder / "card.md").write_text(_card(model, made))

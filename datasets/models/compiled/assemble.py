@@ -43,6 +43,7 @@ def assemble(plan: Plan, rotate: int | None = None, norm: str = "none", kv_heads
             positions="learned",
             norm=norm,
             context=len(plan.table),
+            causal=plan.causal,
             scale=1.0,
         )
     )

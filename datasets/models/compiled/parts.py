@@ -48,7 +48,7 @@ class Plan:
     ``embed`` ``[V, D]`` is what tokens write, ``table`` ``[context, D]`` what positions write, ``unembed`` ``[D, V]`` what
     the logits read. ``tasks``: (name, options) of what the model solves; the labels hold for the first of them.
     ``needed``: the mechanism. ``active``: its edges whose single exact patch has an effect under that task's corruption.
-    ``marks``: further sets of edges by name, each a column of the ground truth.
+    ``marks``: further sets of edges by name, each a column of the ground truth. ``store``: how the weights are stored.
     """
 
     name: str
@@ -65,6 +65,8 @@ class Plan:
     mlps: Mapping[int, Mlp] = field(default_factory=dict)
     marks: Mapping[str, Sequence[Edge]] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = field(default_factory=base_vocabulary)
+    causal: bool = True
+    store: torch.dtype = torch.float16
 
 
 def lead(attention: str) -> float:
@@ -87,17 +89,19 @@ def decoys(
     blocks: Layout,
     first: Sequence[tuple[int, int]],
     back: Sequence[tuple[int, int, int]],
-    shift: Shift,
+    shift: Shift | None,
     sharp: float,
 ) -> dict[tuple[int, int], Head]:
     """Heads that attend to ``<bos>`` (``first``: layer, head) or some steps back (``back``: layer, head, steps),
     and a random part of what they see written into the scratch block, which nothing reads."""
     tokens = blocks.pick("token")
-    place, out = blocks.pick("position"), blocks.pick("scratch").T
+    out = blocks.pick("scratch").T
     found = {}
     for layer, head in first:
         found[layer, head] = Head(blocks.pick("always") * 30, blocks.pick("bos"), _small(tokens, layer, head, out), out)
     for layer, head, steps in back:
+        assert shift is not None
+        place = blocks.pick("position")
         found[layer, head] = Head(place @ shift(steps) * sharp, place, _small(tokens, layer, head, out), out)
     return found
 
