@@ -63,7 +63,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
             "--tokens is between 1 and 64: the map is drawn; got 0",
         ),
         (("variants", "grouped-query-attention", "--head", "9"), "no head '9'; known: 0, 1"),
-        (("circuit", "MODEL", "nosuch"), "no task 'nosuch'; known: ioi"),
+        (("circuit", "MODEL", "nosuch"), "no task 'nosuch'; known: a"),
         (("circuit", "MODEL", "ioi", "--method", "nosuch", "-n", "2"), "no circuit method 'nosuch'; known: patching"),
         (("circuit", "MODEL", "ioi", "--level", "layer", "-n", "2"), "no circuit level 'layer'"),
         (("circuit", "MODEL", "ioi", "--ablation", "nosuch", "-n", "2"), "no ablation 'nosuch'"),

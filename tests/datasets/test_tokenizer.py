@@ -5,7 +5,7 @@ import torch
 
 import workbench as wb
 from workbench.datasets.corpus import count_pieces, filler_text
-from workbench.datasets.tokenizer import load, pieces, save, vocabulary, word_tokenizer
+from workbench.datasets.tokenizer import base_vocabulary, load, pieces, save, vocabulary, word_tokenizer
 from workbench.datasets.words import template, word_kinds, words
 from workbench.errors import UnknownName
 
@@ -27,7 +27,10 @@ def tokenizer():
 def test_vocabulary_is_distinct_and_of_the_promised_size():
     tokens = vocabulary()
     assert len(set(tokens)) == len(tokens)
-    assert 600 <= len(tokens) <= 1000
+    base = base_vocabulary()
+    assert 600 <= len(base) <= 1000
+    assert tokens[: len(base)] == base
+    assert len(tokens) <= 2500
     assert tokens[:3] == ("<bos>", "<pad>", "<unk>")
 
 
