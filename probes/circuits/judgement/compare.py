@@ -46,17 +46,17 @@ class ComparisonResult(Result):
     @property
     def iou(self) -> Tensor:
         """|A and B| / |A or B|, ``[L]``; NaN if both keep nothing."""
-        return self.common / (self.a + self.b - self.common)
+        return self.common.double() / (self.a + self.b - self.common)
 
     @property
     def min_overlap(self) -> Tensor:
         """|A and B| / min(|A|, |B|), ``[L]``; NaN if one of them keeps nothing."""
-        return self.common / torch.minimum(self.a, self.b)
+        return self.common.double() / torch.minimum(self.a, self.b)
 
     @property
     def overlap(self) -> Tensor:
         """|A and B| / |A|, ``[L]``, as published for circuit reuse; NaN if A keeps nothing."""
-        return self.common / self.a
+        return self.common.double() / self.a
 
     @property
     def expected(self) -> Tensor:

@@ -72,16 +72,64 @@ def test_a_kept_edge_carries_what_its_source_computes_inside_the_circuit(soft, i
     assert broken.own == pytest.approx(1 - effect / (broken.full - broken.empty), abs=1e-4)
 
 
-def test_reversed_ranking_is_worse_than_random_and_the_found_one_better(soft, induction):
-    circuit = find_circuit(soft, induction)
-    forward = faithfulness(soft, circuit, induction, STEPS)
-    reversed_ = faithfulness(
-        soft, circuit.rescored(circuit.scores.abs().max() - circuit.scores.abs()), induction, STEPS
-    )
-    assert forward.cpr > float(forward.random_cpr.max())
-    assert forward.cmd < float(forward.random_cmd.min())
-    assert reversed_.cpr < float(reversed_.random_cpr.mean())
-    assert reversed_.cmd > float(reversed_.random_cmd.mean())
+@pytest.mark.parametrize("method", ["patching", "eap", "eap-ig"])
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_reversed_ranking_is_worse_than_random_and_the_found_one_better(soft, induction, level, method):
+    result = faithfulness(soft, find_circuit(soft, induction, method, level), induction, STEPS, controls=20)
+    assert result.cpr > float(result.random_cpr.mean())
+    assert result.cmd < float(result.random_cmd.mean())
+    assert result.reversed_cpr < float(result.random_cpr.mean())
+    assert result.reversed_cmd > float(result.random_cmd.mean())
+    if level == "edge":
+        assert result.cpr > float(result.random_cpr.max())
+        assert result.cmd < float(result.random_cmd.min())
+
+
+def test_reversed_keeps_the_smallest_absolute_scores(make, make_pairs):
+    model, pairs = make(), make_pairs()
+    exact = find_circuit(model, pairs, "patching", "node")
+    result = faithfulness(model, exact, pairs, STEPS, controls=0)
+    order = exact.scores.abs().argsort()
+    for size, value in zip(result.kept.tolist(), result.reversed.tolist(), strict=True):
+        kept = torch.zeros(len(exact.names), dtype=torch.bool)
+        kept[order[:size]] = True
+        own = faithfulness(model, Circuit("node", exact.names, exact.scores, kept), pairs, (1,), controls=0).own
+        assert value == pytest.approx(own, abs=1e-9)
+
+
+@pytest.mark.parametrize("level", ["edge", "node"])
+def test_batches_do_not_change_the_numbers(make, make_pairs, level):
+    model, pairs = make(), make_pairs(n=7)
+    circuit = find_circuit(model, pairs, level=level)
+    whole, parts = (faithfulness(model, circuit, pairs, STEPS, batch=batch, controls=1) for batch in (16, 3))
+    for name in ("faithfulness", "signed", "reversed", "random", "low", "high", "cmd_interval", "own_interval"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), atol=1e-9, rtol=0)
+
+
+def test_intervals_draw_the_examples_for_all_means_together(make, make_pairs):
+    model, pairs = make(), make_pairs(n=12)
+    circuit = find_circuit(model, pairs, "patching", "node").top(5)
+    result = faithfulness(model, circuit, pairs, STEPS, controls=0, draws=400, seed=3)
+    one_by_one = [faithfulness(model, circuit, pairs[i : i + 1], STEPS, controls=0) for i in range(12)]
+    full = torch.tensor([each.full for each in one_by_one])
+    empty = torch.tensor([each.empty for each in one_by_one])
+    m = torch.stack([each.faithfulness * (each.full - each.empty) + each.empty for each in one_by_one])
+    signed = torch.stack([each.signed * (each.full - each.empty) + each.empty for each in one_by_one])
+    picks = torch.randint(12, (400, 12), generator=torch.Generator().manual_seed(3))
+    curves, areas = [], []
+    for row in picks:
+        gap = full[row].mean() - empty[row].mean()
+        curves.append((m[row].mean(0) - empty[row].mean()) / gap)
+        areas.append(torch.trapezoid((signed[row].mean(0) - empty[row].mean()) / gap, result.fractions))
+    ends = torch.quantile(torch.stack(curves), torch.tensor([0.025, 0.975]).double(), dim=0)
+    torch.testing.assert_close(torch.stack([result.low, result.high]), ends, atol=1e-6, rtol=1e-5)
+    area = torch.quantile(torch.stack(areas), torch.tensor([0.025, 0.975]).double())
+    torch.testing.assert_close(result.cpr_interval, area, atol=1e-6, rtol=1e-5)
+    alone = faithfulness(model, circuit, pairs[:1], STEPS, controls=0)
+    assert alone.low.isnan().all()
+    assert alone.cmd_interval.isnan().all()
+    with pytest.raises(WorkbenchError, match="at least 20"):
+        faithfulness(model, circuit, pairs, draws=1)
 
 
 def test_signed_and_absolute_rankings_differ_where_scores_are_negative(make, make_pairs):
