@@ -3,7 +3,7 @@
 ::
 
     clean    <bos> d a c f                  at place 1, a  ->  c     (the answers of all places: a c d f)
-    corrupt  <bos> b e b g                  at place 1, e  ->  b     (resample)
+    corrupt  <bos> b e h g                  at place 1, e  ->  e     (resample)
     corrupt  <bos> d a c b                  at place 1, a  ->  b     (one)
 
 At place p the p-th smallest token. The whole row counts: bidirectional attention. No letter stands twice unless ``repeats``
