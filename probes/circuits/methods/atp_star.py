@@ -57,8 +57,9 @@ def atp_star(setting: Setting, level: str, *, drop: bool = True) -> Circuit:
             for site, effect in _effects(lost, backward(layer)).items():
                 sizes[site] = sizes[site] + effect.abs().sum(2) / (layers - 1)
     parts = _of_units(units, sizes if drop else signed) / len(setting.pairs)
+    plain = _of_units(units, signed) / len(setting.pairs)
     columns = dict(zip(CHANNELS, parts, strict=False))  # the fourth row is that of the MLPs
-    columns["signed"] = _of_units(units, signed).nansum(0) / len(setting.pairs)
+    columns["signed"] = plain.nansum(0)
     names = setting.places.of_each([unit.name for unit in units])
     return Circuit(level, names, parts.nansum(0), torch.ones(len(names), dtype=torch.bool), columns=columns)
 
