@@ -51,7 +51,7 @@ def find_circuit(
     """Score all nodes or edges of ``model`` on ``pairs``; everything is kept, ``top(n)`` and ``threshold(t)`` select.
 
     A positive score says that the part supports the clean behaviour: replacing it would lower the metric. ``level``
-    is ``"edge"`` or ``"node"``; the finest that the method has if not given. ``ablation`` is what replaces an
+    is ``"edge"`` or ``"node"``; the last of ``methods()[name].levels`` if not given. ``ablation`` is what replaces an
     output: ``"counterfactual"`` (the paired corrupted prompt's), ``"zero"``, ``"mean"`` (per position over the
     clean prompts), or ``"optimal"`` (the constant that costs the behaviour least). ``positions`` is ``"all"`` (a part
     stands for all positions), ``"each"`` (a part at each position, ``a1.h2@5``) or ``"spans"`` (at each span that the
@@ -64,7 +64,7 @@ def find_circuit(
         raise UnknownName("circuit method", method, known_methods)
     chosen = known_methods[method]
     if level is None:
-        level = "edge" if "edge" in chosen.levels else "node"
+        level = chosen.levels[-1]
     if level not in LEVELS:
         raise UnknownName("circuit level", level, LEVELS)
     if level not in chosen.levels:

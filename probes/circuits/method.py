@@ -16,8 +16,9 @@ class Method:
     """One way to find circuits.
 
     ``function(setting, level, *, options...)`` returns the scored ``Circuit``; its keywords are the ``options``.
-    ``paper`` is the source. ``levels`` and ``ablations`` are those it can serve, ``positions`` whether it can tell
-    positions apart, ``training`` whether it optimises something, so that its cost grows with a number of steps.
+    ``paper`` is the source. ``levels`` (the last is the default) and ``ablations`` are those it can serve, ``positions``
+    whether it can tell positions apart, ``training`` whether it optimises something, so that its cost grows with a
+    number of steps.
     """
 
     name: str

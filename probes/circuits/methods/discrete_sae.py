@@ -2,182 +2,217 @@
 have?
 
 All heads' outputs in residual space, pooled over positions, go through one small sparse autoencoder; a head's code
-on a prompt is its strongest feature; a head's score is the number of codes that clean prompts use and corrupted
-ones do not. No gradient and no intervention. Next to the score stand its null under permuted labels and two
-baselines without any autoencoder: the distance between the class means, and a held-out logistic probe. Without
-beating those a score says little.
+on a prompt is its strongest feature; a head's score compares the codes of clean and of corrupted prompts. No gradient
+and no intervention, so a score says that a head carries the difference, not that anything reads it. Pairs should be
+those of ``task.contrast()``, whose corrupted prompts do not call for the behaviour.
+
+``discrete-sae-published`` is the method as published. ``discrete-sae`` has what we found to matter: inputs of known
+scale, a choice of pooling and of statistic, and scores read against permuted labels. Next to either stand the null and
+two baselines without any autoencoder, the distance between the class means and a held-out logistic probe.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from workbench.circuits import Circuit
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.probes.circuits.codes import against, permuted, unique_codes
-from workbench.probes.circuits.components import Setting, gather, served
+from workbench.graph import circuit_graph, edge_parts
+from workbench.probes.circuits.codes import against, code_mass, pair_codes, pair_counts, swapped, unique_codes
+from workbench.probes.circuits.components import Setting
+from workbench.probes.circuits.discrete_coder import Coder, codes_of, train
+from workbench.probes.circuits.head_vectors import (
+    POOLINGS,
+    head_names,
+    head_vectors,
+    mean_difference,
+    placed_vectors,
+    probe,
+)
 from workbench.probes.circuits.method import Method
-from workbench.sites import Site
 
-POOLINGS = ("mean", "last", "concat")
+STATISTICS = ("unique", "mass")
+SCORES = ("raw", "excess", "z")
 
 
 def discrete_sae(
     setting: Setting,
     level: str,
     *,
-    pooling: str = "mean",
+    pooling: str = "spans",
     normalise: bool = True,
+    statistic: str = "mass",
+    score: str = "excess",
     features: int = 200,
     sparsity: float = 0.02,
     epochs: int = 500,
     rate: float = 1e-3,
     examples: int = 10,
-    trials: int = 3,
+    trials: int = 10,
     relative: bool = False,
     permutations: int = 200,
     seed: int = 0,
 ) -> Circuit:
-    """Node scores of all heads: class-unique codes, averaged over ``trials`` autoencoders.
+    """Scores of all heads, averaged over ``trials`` autoencoders; with ``level="edge"``, of all edges between heads.
 
-    ``pooling``: ``"mean"`` over positions (as published), ``"last"`` (the answer position) or ``"concat"`` (all
-    positions). ``normalise`` scales the pooled outputs to mean norm sqrt(width), which decides how much the
-    sparsity weighs; ``False`` is as published. ``features``, ``sparsity``, ``epochs``, ``rate`` and ``examples``
-    (prompts that each autoencoder trains on) have the published values. ``relative`` divides a score by the number
-    of codes in use.
+    ``pooling``: ``"mean"`` over positions (as published), ``"last"`` (the answer position), ``"concat"`` (all
+    positions) or ``"spans"`` (the places that the task names). ``normalise`` scales the pooled outputs to mean norm
+    sqrt(width), which decides how much the sparsity weighs. ``statistic``: ``"unique"``, the number of codes that only
+    clean prompts use (as published; ``relative`` divides it by the number of codes in use), or ``"mass"``, the total
+    variation distance between the codes of clean and corrupted prompts. ``score``: the statistic itself (``"raw"``, as
+    published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``, 0 where the
+    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity``, ``epochs``, ``rate``,
+    ``examples`` (prompts that each autoencoder trains on) and ``trials`` have the published values. Told apart by
+    position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
 
-    Columns: ``null_mean null_sd z p`` (``permutations`` label permutations, at least 200), ``mean_difference``
-    (distance of the class means) and ``probe`` (held-out AUROC of a logistic probe, pairs kept together).
+    Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
+    ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show
+    together on some clean and on no corrupted prompt, the same for q, k and v.
     """
-    if pooling not in POOLINGS:
-        raise UnknownName("pooling", pooling, POOLINGS)
-    if permutations < 200:
-        raise WorkbenchError(f"the null takes at least 200 permutations; got {permutations}")
+    _check(setting, pooling, statistic, score, permutations)
     for name, value in (("features", features), ("epochs", epochs), ("examples", examples), ("trials", trials)):
         if value < 1:
             raise WorkbenchError(f"{name} is at least 1; got {value}")
-    if len(setting.pairs) < 4:
-        raise WorkbenchError(f"the probe and the null need at least 4 pairs; got {len(setting.pairs)}")
-    names, vectors = head_vectors(setting, pooling)
+    placed = len(setting.places) > 1
+    vectors = placed_vectors(setting) if placed else head_vectors(setting, pooling)
     if normalise:
         vectors = vectors * (vectors.shape[-1] ** 0.5 / vectors.norm(dim=-1).mean().clamp(min=1e-30))
-    n = len(setting.pairs)
-    positive = torch.arange(2 * n) < n
-    labels = permuted(positive, permutations, seed)
-    scores, null = (
-        torch.zeros(len(names), dtype=torch.float64),
-        torch.zeros(permutations, len(names), dtype=torch.float64),
-    )
+    coders = _trained(vectors, features, sparsity, epochs, rate, examples, trials, seed)
+    if level == "edge":
+        return _edges(setting, vectors, coders)
+    return _nodes(setting, vectors, coders, statistic, score, relative, permutations, seed)
+
+
+def discrete_sae_published(setting: Setting, level: str, *, sparsity: float = 0.02, seed: int = 0) -> Circuit:
+    """The method with every published setting: outputs averaged over all positions and not scaled, 200 features, 10
+    training prompts, 10 autoencoders, and the plain count of codes that only clean prompts use. ``sparsity`` is 0.02,
+    and 0.05 for the docstring task.
+
+    A further column of nodes, ``pairs``: how often the head occurs in the better half of all pairs of heads by the
+    codes that they show together, averaged over the autoencoders. The published edge figures are those of this ranking
+    of heads.
+    """
+    _check(setting, "mean", "unique", "raw", 200)
+    vectors = head_vectors(setting, "mean")
+    coders = _trained(vectors, 200, sparsity, 500, 1e-3, 10, 10, seed)
+    if level == "edge":
+        return _edges(setting, vectors, coders)
+    circuit = _nodes(setting, vectors, coders, "unique", "raw", False, 200, seed)
+    positive = torch.arange(len(vectors)) < len(setting.pairs)
+    counts = torch.stack([pair_counts(pair_codes(codes_of(coder, vectors), positive)) for coder in coders]).mean(0)
+    return replace(circuit, columns={**circuit.columns, "pairs": counts})
+
+
+def _trained(
+    vectors: Tensor, features: int, sparsity: float, epochs: int, rate: float, examples: int, trials: int, seed: int
+) -> list[Coder]:
+    """Autoencoders, each trained on the heads of its own random prompts."""
+    coders = []
     for trial in range(trials):
         generator = torch.Generator().manual_seed(1000 * seed + trial)
-        chosen = torch.randperm(2 * n, generator=generator)[:examples]
-        coder = train(vectors[chosen].flatten(0, 1), features, sparsity, epochs, rate, generator)
-        codes = encode(coder, vectors).argmax(-1)
-        scores += unique_codes(codes, positive, relative)
-        null += unique_codes(codes, labels, relative)
-    scores, null = scores / trials, null / trials
-    found = against(scores, null)
+        chosen = torch.randperm(len(vectors), generator=generator)[:examples]
+        coders.append(train(vectors[chosen].flatten(0, 1), features, sparsity, epochs, rate, generator))
+    return coders
+
+
+def _nodes(
+    setting: Setting,
+    vectors: Tensor,
+    coders: list[Coder],
+    statistic: str,
+    score: str,
+    relative: bool,
+    permutations: int,
+    seed: int,
+) -> Circuit:
+    n = len(setting.pairs)
+    positive = torch.arange(2 * n) < n
+    labels = torch.cat([positive[None], swapped(n, permutations, seed)])
+    values = torch.zeros(len(labels), vectors.shape[1], dtype=torch.float64)
+    for coder in coders:
+        codes = codes_of(coder, vectors)
+        values += code_mass(codes, labels) if statistic == "mass" else unique_codes(codes, labels, relative)
+    raw, null = values[0] / len(coders), values[1:] / len(coders)
+    found = against(raw, null)
+    scores = {"raw": raw, "excess": raw - found.mean, "z": found.z.nan_to_num(0.0)}[score]
     columns = {
+        "raw": raw,
         "null_mean": found.mean,
         "null_sd": found.sd,
         "z": found.z,
         "p": found.p,
-        "mean_difference": (vectors[positive].mean(0) - vectors[~positive].mean(0)).norm(dim=-1),
+        "mean_difference": mean_difference(vectors, n),
         "probe": probe(vectors, n),
     }
-    return Circuit(level, tuple(names), scores, torch.ones(len(names), dtype=torch.bool), {}, columns)
+    names = setting.places.of_each(head_names(setting))
+    return Circuit("node", names, scores, torch.ones(len(names), dtype=torch.bool), {}, columns)
 
 
-def head_vectors(setting: Setting, pooling: str) -> tuple[list[str], Tensor]:
-    """Pooled outputs of all heads in residual space, ``[2N, H_total, D or T*D]``: clean prompts, then corrupted
-    ones."""
-    model = setting.model
-    sites = [Site("result", layer) for layer in range(model.shape.layers) if Site("result", layer) in served(model)]
-    if not sites:
-        raise Refused(f"{model.name} does not serve hook_result (head outputs in residual space); use method='eap-ig'")
-    names = [f"a{site.layer}.h{head}" for site in sites for head in range(model.shape.heads)]
-    sides = []
-    for which in ("clean", "corrupt"):
-        parts = []
-        for pairs in setting.chunks():
-            acts, _ = gather(model, getattr(pairs, which), sites)
-            outputs = torch.cat([acts[site].float() for site in sites], dim=2)  # [B, T, H_total, D]
-            if pooling == "mean":
-                pooled = outputs.mean(1)
-            elif pooling == "last":
-                pooled = outputs[torch.arange(len(pairs)), pairs.position]
-            else:
-                pooled = outputs.transpose(1, 2).flatten(2)
-            parts.append(pooled.cpu())
-        sides.append(torch.cat(parts))
-    return names, torch.cat(sides)
+def _check(setting: Setting, pooling: str, statistic: str, score: str, permutations: int) -> None:
+    for what, value, known in (
+        ("pooling", pooling, POOLINGS),
+        ("statistic of codes", statistic, STATISTICS),
+        ("score of discrete-sae", score, SCORES),
+    ):
+        if value not in known:
+            raise UnknownName(what, value, known)
+    if permutations < 200:
+        raise WorkbenchError(f"the null takes at least 200 permutations; got {permutations}")
+    if len(setting.pairs) < 4:
+        raise WorkbenchError(f"the probe and the null need at least 4 pairs; got {len(setting.pairs)}")
+    if pooling == "spans" and not setting.pairs.spans:
+        raise WorkbenchError("these pairs name no spans; use pooling='mean', 'last' or 'concat'")
 
 
-class Coder:
-    """A ReLU autoencoder f = ReLU((x - b) W_e + b_e), y = f W_d + b with unit rows in W_d ``[F, D]``."""
-
-    def __init__(self, width: int, features: int, generator: torch.Generator) -> None:
-        decoder = torch.randn(features, width, generator=generator)
-        self.W_d = decoder / decoder.norm(dim=1, keepdim=True)
-        self.W_e = self.W_d.T.clone()
-        self.b_e, self.b = torch.zeros(features), torch.zeros(width)
-
-    def parameters(self) -> list[Tensor]:
-        return [self.W_d, self.W_e, self.b_e, self.b]
-
-
-def encode(coder: Coder, x: Tensor) -> Tensor:
-    """Feature activations ``[..., F]``."""
-    return torch.relu((x - coder.b) @ coder.W_e + coder.b_e)
-
-
-@torch.enable_grad()
-def train(x: Tensor, features: int, sparsity: float, epochs: int, rate: float, generator: torch.Generator) -> Coder:
-    """Full-batch Adam on mean((y - x)^2) + sparsity * mean(|f|), decoder rows projected to norm 1 after every step."""
-    coder = Coder(x.shape[1], features, generator)
-    optimiser = torch.optim.Adam([p.requires_grad_() for p in coder.parameters()], lr=rate)
-    for _ in range(epochs):
-        f = encode(coder, x)
-        loss = (f @ coder.W_d + coder.b - x).pow(2).mean() + sparsity * f.abs().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        with torch.no_grad():
-            coder.W_d /= coder.W_d.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    for parameter in coder.parameters():
-        parameter.requires_grad_(False)
-    return coder
-
-
-def probe(vectors: Tensor, n: int) -> Tensor:
-    """Held-out AUROC per head of a logistic probe that tells clean from corrupted: trained on one half of the
-    pairs, tested on the other, and the other way round."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-
-    halves = np.arange(2 * n) % n < n // 2
-    labels = np.arange(2 * n) < n
-    found = []
-    for head in range(vectors.shape[1]):
-        x = vectors[:, head].numpy()
-        areas = []
-        for half in (halves, ~halves):
-            shift, scale = x[half].mean(0), x[half].std() or 1.0
-            model = LogisticRegression(max_iter=200).fit((x[half] - shift) / scale, labels[half])
-            areas.append(roc_auc_score(labels[~half], model.decision_function((x[~half] - shift) / scale)))
-        found.append(float(np.mean(areas)))
-    return torch.tensor(found, dtype=torch.float64)
+def _edges(setting: Setting, vectors: Tensor, coders: list[Coder]) -> Circuit:
+    """The score of its two heads for every edge of the model's graph that leads from a head to a head."""
+    if len(setting.places) > 1:
+        raise Refused(
+            "edges of discrete-sae are pairs of heads over all positions; use level='node' or positions='all'"
+        )
+    positive = torch.arange(len(vectors)) < len(setting.pairs)
+    pairs = torch.stack([pair_codes(codes_of(coder, vectors), positive) for coder in coders]).mean(0)
+    heads = head_names(setting)
+    shape = setting.model.shape
+    at = {name: i for i, name in enumerate(heads)}
+    # A key-value head is read by the query heads of its group: the edge has the strongest of their scores.
+    size = shape.heads // shape.kv_heads
+    names, scores = [], []
+    for name in circuit_graph(shape.layers, shape.heads, shape.kv_heads).edges:
+        source, target, channel = edge_parts(name)
+        if source not in at or channel == "in":
+            continue
+        layer, index = target.split(".")
+        group = range(int(index[1:]) * size, (int(index[1:]) + 1) * size) if index[0] == "g" else [int(index[1:])]
+        readers = [at[f"{layer}.h{head}"] for head in group if f"{layer}.h{head}" in at]
+        if readers:
+            names.append(name)
+            scores.append(pairs[at[source], readers].max())
+    if not names:
+        raise Refused(f"{setting.model.name} has no edge from a head to a head; use level='node'")
+    return Circuit("edge", tuple(names), torch.stack(scores), torch.ones(len(names), dtype=torch.bool))
 
 
 METHODS = (
     Method(
         "discrete-sae",
-        "codes of a small sparse autoencoder that only the clean prompts use, per head, with a permutation null",
+        "codes of a small sparse autoencoder that clean and corrupted prompts use differently, per head, beyond chance",
         discrete_sae,
+        "after O'Neill and Bui 2024 (arXiv 2405.12522); scale, pooling, statistic and null are ours",
+        levels=("edge", "node"),
+        ablations=("counterfactual",),
+        positions=True,
+        training=True,
+    ),
+    Method(
+        "discrete-sae-published",
+        "the number of codes of a small sparse autoencoder that only the clean prompts use, as published",
+        discrete_sae_published,
         "O'Neill and Bui 2024 (arXiv 2405.12522)",
-        levels=("node",),
+        levels=("edge", "node"),
         ablations=("counterfactual",),
         training=True,
     ),

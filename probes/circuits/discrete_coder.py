@@ -1,0 +1,47 @@
+"""The small sparse autoencoder of the discrete method, and the code of a vector: its strongest feature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Coder:
+    """A ReLU autoencoder f = ReLU((x - b) W_e + b_e), y = f W_d + b with unit rows in W_d ``[F, D]``."""
+
+    def __init__(self, width: int, features: int, generator: torch.Generator) -> None:
+        decoder = torch.randn(features, width, generator=generator)
+        self.W_d = decoder / decoder.norm(dim=1, keepdim=True)
+        self.W_e = self.W_d.T.clone()
+        self.b_e, self.b = torch.zeros(features), torch.zeros(width)
+
+    def parameters(self) -> list[Tensor]:
+        return [self.W_d, self.W_e, self.b_e, self.b]
+
+
+def encode(coder: Coder, x: Tensor) -> Tensor:
+    """Feature activations ``[..., F]``."""
+    return torch.relu((x - coder.b) @ coder.W_e + coder.b_e)
+
+
+def codes_of(coder: Coder, x: Tensor) -> Tensor:
+    """The strongest feature of every vector, ``[...]``; 0 where no feature is active, as published."""
+    return encode(coder, x).argmax(-1)
+
+
+@torch.enable_grad()
+def train(x: Tensor, features: int, sparsity: float, epochs: int, rate: float, generator: torch.Generator) -> Coder:
+    """Full-batch Adam on mean((y - x)^2) + sparsity * mean(|f|), decoder rows projected to norm 1 after every step."""
+    coder = Coder(x.shape[1], features, generator)
+    optimiser = torch.optim.Adam([p.requires_grad_() for p in coder.parameters()], lr=rate)
+    for _ in range(epochs):
+        f = encode(coder, x)
+        loss = (f @ coder.W_d + coder.b - x).pow(2).mean() + sparsity * f.abs().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            coder.W_d /= coder.W_d.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    for parameter in coder.parameters():
+        parameter.requires_grad_(False)
+    return coder
