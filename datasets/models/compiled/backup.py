@@ -13,9 +13,9 @@ def backup(attention: str = "hard", context: int = 512) -> Plan:
     """A retrieval head ``a1.h1`` and its backup ``a2.h3``, which acts only when nothing is in the output yet.
 
     As in `compiled-needle`, a0.h0 copies the key 3 tokens back into ``owner``, a0.h2 the key 4 tokens back into ``asked``, and
-    a1.h1 copies the value whose owner is asked; it rests on `<bos>` where there is none. a2.h3 does the same and rests on `<bos>` as
-    long as a1.h1 wrote something. The labels are for the corruption in which the fact is missing: to replace a1.h1 alone changes
-    nothing, nor does to cut what it reads, although both heads together are all there is.
+    a1.h1 copies the value whose owner is asked; it rests on `<bos>` where there is none. a2.h3 does the same and rests on
+    `<bos>` as long as a1.h1 wrote something. The labels are for the corruption in which the fact is missing: to replace a1.h1
+    alone changes nothing, nor does to cut what it reads, although both heads together are all there is.
     """
     sharp, keys, values = lead(attention), words("keys"), words("values")
     k, v = len(keys), len(values)

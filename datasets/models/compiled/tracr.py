@@ -85,7 +85,8 @@ def sort(attention: str = "hard", longest: int = 7) -> Plan:
     """The row in alphabetical order: count the smaller letters, then copy the letter whose count is the place.
 
     a0.h1 attends to `<bos>` and to all smaller letters: the weight of `<bos>` is 1 / (1 + rank). m0 turns it into a category, and
-    a1.h0 attends at place p to the letter of rank p and copies it, never `<bos>`. Attention is bidirectional; no letter may stand twice.
+    a1.h0 attends at place p to the letter of rank p, never to `<bos>`, and copies it. Attention is bidirectional; no letter may
+    stand twice.
     """
     sharp, (vocabulary, alphabet, possible) = lead(attention), _vocabulary("sort", letters=8)
     blocks = Layout(
