@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from workbench.datasets.models.siit.audit import REQUIRED, SHARE, audit, held_out, mechanism, shortfalls, truth
+from workbench.circuits import Circuit
+from workbench.datasets.models.siit.audit import REQUIRED, SHARE, audit, held_out, measure, shortfalls, truth
 from workbench.datasets.models.siit.program import vocabulary
 from workbench.datasets.models.siit.train import COMPONENTS, SMOOTHING, WEIGHTS, Recipe, train
 from workbench.errors import Refused
-from workbench.graph import edge_name
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeNet
 
@@ -36,7 +36,7 @@ def write(net: NativeNet, folder: Path, recipe: Recipe, seconds: float) -> dict[
     leaving no folder, if they miss a requirement."""
     NativeModel(net, vocabulary(), name=folder.name).save(folder, dtype=torch.float16)
     model = NativeModel.load(folder)
-    found = audit(model, seconds, asdict(recipe))
+    found = measure(model)
     missed = shortfalls(found)
     if missed:
         shutil.rmtree(folder)
@@ -44,21 +44,23 @@ def write(net: NativeNet, folder: Path, recipe: Recipe, seconds: float) -> dict[
             f"{folder.name} is not written: every accuracy has to exceed {REQUIRED}; it has {', '.join(missed)}. "
             "Train with more --steps or another --seed"
         )
+    pairs = held_out(model)
+    circuit = truth(model, pairs)
+    found = {**audit(model, pairs, circuit), **found, "recipe": asdict(recipe), "seconds": round(seconds, 1)}
     shutil.rmtree(folder / "ground_truth", ignore_errors=True)
-    truth(model, held_out(model)).save(folder / "ground_truth")
+    circuit.save(folder / "ground_truth")
     (folder / "audit.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "card.md").write_text(card(model, found))
+    (folder / "card.md").write_text(card(model, circuit, found))
     return found
 
 
-def card(model: NativeModel, found: dict[str, Any]) -> str:
+def card(model: NativeModel, circuit: Circuit, found: dict[str, Any]) -> str:
     """The model's page."""
-    truth_ = truth(model, held_out(model))
-    needed = truth_.columns["needed"].tolist()
+    needed = circuit.columns["needed"].tolist()
     rows = "\n".join(
         f"| `{name}` | {'yes' if used else 'no'} | {'yes' if kept else 'no'} | {effect:.2f} |"
         for name, used, kept, effect in zip(
-            truth_.names, needed, truth_.kept.tolist(), truth_.columns["effect"].tolist(), strict=True
+            circuit.names, needed, circuit.kept.tolist(), circuit.columns["effect"].tolist(), strict=True
         )
         if used or kept
     )
@@ -70,7 +72,12 @@ def card(model: NativeModel, found: dict[str, Any]) -> str:
         f"| `{name}` | {found['strict'][name]:.2%} | {found['kl'][name]:.4f} | {found['leak'][name]:.2%} |"
         for name in found["strict"]
     )
-    recipe, config = found["recipe"], model.net.config
+    recipe, c, span = found["recipe"], model.net.config, found["gap"]
+    outside = found["kept_outside_mechanism"]
+    shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
+    weights = ", ".join(f"{name} {value}" for name, value in WEIGHTS.items())
+    steps = f"Adam, peak rate {recipe['rate']}, {recipe['steps']} steps of {recipe['batch']} pairs of prompts"
+    command = f"python -m workbench.datasets.models.siit --seed {recipe['seed']} --steps {recipe['steps']}"
     return f"""# {model.name}
 
 A small softmax transformer trained onto a known causal model of indirect object identification (`task("ioi")`) by strict
@@ -80,15 +87,17 @@ With three different names the program answers either of the first two.
 
 | | |
 |-|-|
-| architecture | {config.layers} layers, {config.heads} heads of {config.head_width}, width {config.width}, MLP {config.mlp_width}, learned positions up to {config.context} tokens, rms norm |
-| vocabulary | {config.vocab} words: those of the task (`tokenizer.json`; `<bos>` first) |
+| architecture | {shape}, learned positions up to {c.context} tokens, rms norm |
+| vocabulary | {c.vocab} words: those of the task (`tokenizer.json`; `<bos>` first) |
 | parameters | {sum(p.numel() for p in model.net.parameters()):,}, stored as float16 |
-| recipe | Adam, peak rate {recipe["rate"]}, {recipe["steps"]} steps of {recipe["batch"]} pairs of prompts, seed {recipe["seed"]}; weights {", ".join(f"{k} {v}" for k, v in WEIGHTS.items())}; targets smoothed by {SMOOTHING} over the names |
+| recipe | {steps}, seed {recipe["seed"]} (`siit/train.py`) |
+| loss | {weights}; targets smoothed by {SMOOTHING} over the names |
+| start | random, except that the head of `duplicate` starts with equal queries and keys |
 | training time | {found["seconds"]:.0f} s on {recipe["threads"]} CPU thread(s) of a busy machine |
 | accuracy | {found["accuracy"]:.2%} of held-out prompts; with nobody named twice {found["accuracy_nobody"]:.2%} |
 
 All numbers are of the stored weights on pairs of names that training never saw. Effects are in units of the logit difference,
-of which clean and corrupted prompts (`{found["corruption"]}`) are {found["gap"]:.2f} apart.
+of which clean and corrupted prompts (`{found["corruption"]}`) are {span:.2f} apart.
 
 | variable | component | interchange accuracy | exact effect of the node |
 |-|-|-|-|
@@ -99,7 +108,7 @@ Interchange accuracy is taken over the interventions that change the program's a
 ## Parts that the program does not have
 
 Strict accuracy and mean KL divergence (nats) with the part's output from another prompt; leak is the mean size of the part's
-exact effect as a share of {found["gap"]:.2f}.
+exact effect as a share of {span:.2f}.
 
 | part | strict accuracy | KL | leak |
 |-|-|-|-|
@@ -108,15 +117,15 @@ exact effect as a share of {found["gap"]:.2f}.
 ## Circuit
 
 `load("{model.name}").ground_truth` has all {found["edges"]} edges with their exact effects (`effect`). It keeps the
-{len(found["kept"])} whose effect is at least {SHARE:.0%} of the {found["gap"]:.2f}; the column `needed` marks the {len(mechanism())} of the program's data
-flow. An edge that is needed and not kept carries what clean and corrupted prompts share. {found["kept_outside_mechanism"]} of the kept edges are outside
-the program's data flow.
+{len(circuit)} whose effect is at least {SHARE:.0%} of the {span:.2f}, {outside} of them outside the program's data flow; column
+`needed` marks the {sum(needed)} edges of the data flow. An edge that is needed and not kept carries what clean and corrupted
+prompts share.
 
 | edge | needed | kept | exact effect |
 |-|-|-|-|
 {rows}
 
-Again: `python -m workbench.datasets.models.siit --seed {recipe["seed"]} --steps {recipe["steps"]}`. Everything here as JSON: `audit.json`.
+Again: `{command}`. Everything here as JSON: `audit.json`.
 """
 
 

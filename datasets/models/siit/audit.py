@@ -36,13 +36,13 @@ def mechanism() -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def held_out(model: NativeModel, n: int = 128, seed: int = 11) -> Pairs:
+def held_out(model: NativeModel, n: int = 64, seed: int = 11) -> Pairs:
     """Pairs of the task's test split under its default corruption, from which labels and effects are computed."""
     return IOI(split="test").build(seed, model.tokenizer, n)
 
 
 @torch.no_grad()
-def measure(model: NativeModel, n: int = 2000, seed: int = 7) -> dict[str, Any]:
+def measure(model: NativeModel, n: int = 1000, seed: int = 7) -> dict[str, Any]:
     """Accuracy, intervention and strict accuracy on ``n`` prompts of the test split.
 
     ``accuracy``: share of prompts whose largest logit is in the program's answer. ``iia``: the same with a variable's
@@ -120,31 +120,28 @@ def truth(model: NativeModel, pairs: Pairs) -> Circuit:
     )
 
 
-def audit(model: NativeModel, seconds: float, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Everything of ``audit.json``. ``leak``: mean over prompts of |effect| of a node outside the program as a share of
-    |m(clean) - m(corrupted)|; ``effects``: mean exact effect of every node, in units of the logit difference."""
-    pairs = held_out(model)
+def audit(model: NativeModel, pairs: Pairs, circuit: Circuit) -> dict[str, Any]:
+    """What ``audit.json`` says besides ``measure``: nodes, edges, and the exact effect of every node on ``pairs``.
+
+    ``effects``: mean exact effect, in units of the logit difference. ``leak``: mean over prompts of the size of the effect of
+    a node outside the program, as a share of ``gap``, |m(clean) - m(corrupted)|.
+    """
     span, effects = gap(model, pairs), node_effects(model, pairs)
-    circuit = truth(model, pairs)
     mine = set(COMPONENTS.values())
-    needed = circuit.columns["needed"]
     return {
         "task": "ioi",
         "corruption": IOI.corruption,
+        "revision": model.revision,
         "variables": COMPONENTS,
         "nodes": list(graph_of(model).nodes),
         "edges": len(circuit.names),
         "mechanism": [edge_name(*edge) for edge in mechanism()],
         "kept": [name for name, kept in zip(circuit.names, circuit.kept.tolist(), strict=True) if kept],
-        "kept_outside_mechanism": int((circuit.kept & ~needed).sum()),
-        **measure(model),
+        "kept_outside_mechanism": int((circuit.kept & ~circuit.columns["needed"]).sum()),
+        "examples": len(pairs),
         "gap": span.mean().item(),
         "effects": {name: value.mean().item() for name, value in effects.items()},
         "leak": {
             name: (value.abs().mean() / span.abs().mean()).item() for name, value in effects.items() if name not in mine
         },
-        "examples": len(pairs),
-        "recipe": recipe,
-        "seconds": round(seconds, 1),
-        "revision": model.revision,
     }

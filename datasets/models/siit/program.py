@@ -106,15 +106,16 @@ def mover(prompts: Prompts, inhibited: Tensor) -> Tensor:
 def answers(prompts: Prompts, source: Prompts | None = None, variable: Tensor | None = None) -> Tensor:
     """What the program says: the set of names ``[N, 2]``, padded with -1 as in ``Pairs.answer``.
 
-    With ``source`` row n runs with variable ``VARIABLES[variable[n]]`` as it is in row n of the source.
+    With ``source`` row n runs with variable ``VARIABLES[variable[n]]`` as it is in row n of the source, or plainly if
+    ``variable[n]`` is -1.
     """
     slot = duplicate(prompts)
     if source is None or variable is None:
         return mover(prompts, slot)
-    slot = torch.where(variable < VARIABLES.index("mover"), duplicate(source), slot)
-    return torch.where(
-        (variable == VARIABLES.index("mover"))[:, None], mover(source, duplicate(source)), mover(prompts, slot)
-    )
+    other = duplicate(source)
+    moved = variable == VARIABLES.index("mover")
+    slot = torch.where((variable >= 0) & ~moved, other, slot)
+    return torch.where(moved[:, None], mover(source, other), mover(prompts, slot))
 
 
 def targets(names: Tensor, vocab: int, known: Tensor, smoothing: float) -> Tensor:

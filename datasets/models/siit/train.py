@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def start(seed: int) -> NativeNet:
     with torch.no_grad():
         assert net.W_pos is not None
         net.W_pos.normal_(std=net.config.width**-0.5)
-        attn = net.blocks[layer].attn
+        attn: Any = net.blocks[layer].attn
         attn.W_K[head] = attn.W_Q[head]
     return net
 
