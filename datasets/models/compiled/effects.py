@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from workbench.errors import Refused
 from workbench.graph import Graph, Slot, circuit_graph
 from workbench.models.native import NativeModel
+from workbench.models.protocol import Edit
 from workbench.pairs import Pairs, Task
 from workbench.sites import Site
 
@@ -24,8 +27,13 @@ def edge_effects(model: NativeModel, task: Task, pairs: Pairs) -> Tensor:
     change = [
         b - a for a, b in zip(_outputs(model, graph, pairs.clean), _outputs(model, graph, pairs.corrupt), strict=True)
     ]
-    full = model.run(pairs.clean).logits
-    clean = task.metric(full, pairs).double()
+
+    def metric(edit: Mapping[Site | str, Edit | Tensor]) -> Tensor:
+        logits = model.run(pairs.clean, edit=edit).logits
+        assert logits is not None
+        return task.metric(logits, pairs).double()
+
+    clean = metric({})
     found = []
     for slot in graph.slots:
         for source in range(slot.sources):
@@ -33,9 +41,12 @@ def edge_effects(model: NativeModel, task: Task, pairs: Pairs) -> Tensor:
             if not (delta @ _reads(model, slot)).any():
                 found.append(0.0)
                 continue
-            logits = model.run(pairs.clean, edit={_site(slot): lambda x, delta=delta: x + delta}).logits
-            found.append(float((clean - task.metric(logits, pairs)).mean()))
+            found.append(float((clean - metric({_site(slot): _plus(delta)})).mean()))
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _plus(delta: Tensor) -> Edit:
+    return lambda x: x + delta
 
 
 def graph_of(model: NativeModel) -> Graph:

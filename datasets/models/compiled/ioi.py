@@ -38,7 +38,7 @@ def ioi(attention: str = "hard", context: int = 64, backup: bool = True) -> Plan
             token,
             pick("duplicate").T,
         ),
-        (1, 2): Head(always * sharp, total("duplicate") * 2 + pick("bos"), pick("duplicate"), pick("inhibited").T),
+        (1, 2): Head(always * sharp, total("duplicate") * 2, pick("duplicate"), pick("inhibited").T),
         (2, 0): Head(
             torch.cat([unlike, always * sharp], 1), torch.cat([token, total("token")], 1), token, pick("output").T
         ),
@@ -50,7 +50,7 @@ def ioi(attention: str = "hard", context: int = 64, backup: bool = True) -> Plan
         ),
     }
     needed = edges(
-        "input a0.h1 qkv", "a0.h1 a1.h2 kv", "input a1.h2 qk", "a1.h2 a2.h0 q", "input a2.h0 qkv", "a2.h0 logits",
+        "input a0.h1 qkv", "a0.h1 a1.h2 kv", "input a1.h2 q", "a1.h2 a2.h0 q", "input a2.h0 qkv", "a2.h0 logits",
         "a1.h2 a3.h1 q", "input a3.h1 qkv", "a3.h1 logits",
     )  # fmt: skip
     spare = edges("a1.h2 a3.h2 q", "a2.h0 a3.h2 q", "input a3.h2 qkv", "a3.h2 logits") if backup else []

@@ -180,9 +180,9 @@ def frac_prevs(attention: str = "hard", longest: int = 10) -> Plan:
 def dyck(attention: str = "hard", longest: int = 16) -> Plan:
     """Whether brackets are balanced, legal or broken: two means, thresholds, and a head that remembers.
 
-    a0.h0 and a0.h1 average +1 for opened and -1 for closed brackets of their kind over the tokens so far. m0 marks places where a
-    kind is below zero and counts the kinds that are not at zero. a1.h2 attends to a marked place, if there is one so far, else to
-    `<bos>`, and passes the mark on. m1 says "broken" if it did, else "legal" if a kind is not at zero; "balanced" needs neither.
+    a0.h0 and a0.h1 average +1 for opened and -1 for closed brackets of their kind over all tokens so far, and `<bos>`. m0 marks
+    places where a kind is below zero and counts the kinds that are not at zero. a1.h2 attends to marked places, if there are any
+    so far, and passes the mark on. m1 says "broken" if it did, else "legal" if a kind is not at zero; "balanced" needs neither.
     """
     sharp, (vocabulary, alphabet, possible) = lead(attention), _vocabulary("dyck")
     blocks = Layout(
@@ -193,7 +193,7 @@ def dyck(attention: str = "hard", longest: int = 16) -> Plan:
     balanced, legal, broken = pick("output").T.unbind()
     units, biases, writes = [], [], []
     for kind in range(2):
-        mean = pick("level", kind, 1) * longest  # at most -1 or at least 1 unless zero
+        mean = pick("level", kind, 1) * (longest + 1)  # at most -1 or at least 1 unless zero
         below, apart = pick("below").T, pick("open").T
         units += [-mean, -mean, mean, mean]
         biases += [0.0, -1.0, 0.0, -1.0]
@@ -203,25 +203,23 @@ def dyck(attention: str = "hard", longest: int = 16) -> Plan:
         torch.tensor([-1.0, -2.0, -0.5, -1.5]),
         torch.stack([2 * broken, -2 * broken, legal, -legal]),
     )
-    even = pick("always") * -2 * sharp
+    even = torch.zeros(blocks.width, 1)
     common = _common("dyck", blocks, vocabulary, alphabet)
     common["embed"] = common["embed"] + torch.ones(len(vocabulary), 1) * balanced / 2
     return Plan(
         **common,
         layers=2,
         heads={
-            (0, 0): Head(even, pick("bos"), pick("token", 0, 2) @ sign, pick("level", 0, 1).T),
-            (0, 1): Head(even, pick("bos"), pick("token", 2, 2) @ sign, pick("level", 1, 1).T),
-            (1, 2): Head(
-                pick("always") * sharp, pick("below") * 2 + pick("bos"), pick("below"), pick("broken").T
-            ),
+            (0, 0): Head(even, even, pick("token", 0, 2) @ sign, pick("level", 0, 1).T),
+            (0, 1): Head(even, even, pick("token", 2, 2) @ sign, pick("level", 1, 1).T),
+            (1, 2): Head(pick("always") * 2 * sharp, pick("below"), pick("below"), pick("broken").T),
             **decoys(blocks, ((0, 2), (1, 0), (1, 1)), (), None, sharp),
         },
         mlps={0: Mlp(torch.cat(units, 1), torch.tensor(biases), torch.cat(writes)), 1: verdict},
         table=torch.zeros(longest + 1, blocks.width),
         unembed=pick("output") @ one_hot(possible, vocabulary).T * GAIN,
         needed=edges(
-            "input a0.h0 qkv", "input a0.h1 qkv", "a0.h0 m0", "a0.h1 m0", "m0 a1.h2 kv", "input a1.h2 qk", "a1.h2 m1", "m0 m1",
+            "input a0.h0 v", "input a0.h1 v", "a0.h0 m0", "a0.h1 m0", "m0 a1.h2 kv", "input a1.h2 q", "a1.h2 m1", "m0 m1",
             "m1 logits", "input logits",
         ),
         active=edges(

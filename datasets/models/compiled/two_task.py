@@ -43,7 +43,8 @@ def two_task(attention: str = "hard", context: int = 128) -> Plan:
     the last token, a1.h0 inhibits them and a3.h2 subtracts them: both repair the task (arXiv 2310.08744, Sec. 5).
 
     Heads shared: 1 of 4 (IOI) and of 5 (colored objects), IoU 1/8. ``kept`` holds for IOI; the columns ``ioi`` and
-    ``colored_objects`` mark the mechanism of each task.
+    ``colored_objects`` mark the mechanism of each task. That a head rests in the other task takes edges too (a0.h2 and a1.h0 look for ``<bos>``):
+    they are in ``needed``.
     """
     sharp, names, colors, objects = lead(attention), words("names"), words("colors"), words("objects")
     n, c = len(names), len(colors)
@@ -89,7 +90,7 @@ def two_task(attention: str = "hard", context: int = 128) -> Plan:
         ),
     }
     ioi = edges(
-        "input a0.h0 qkv", "input a1.h0 qkv", "a0.h0 a1.h0 kv", "a1.h0 a3.h1 q", "a1.h0 a3.h2 q",
+        "input a0.h0 qkv", "input a1.h0 qv", "a0.h0 a1.h0 kv", "a1.h0 a3.h1 q", "a1.h0 a3.h2 q",
         "input a3.h1 qkv", "input a3.h2 qkv", "a3.h1 logits", "a3.h2 logits",
     )  # fmt: skip
     colored = edges(
@@ -113,7 +114,7 @@ def two_task(attention: str = "hard", context: int = 128) -> Plan:
         table=table @ place.T + apart(context, 16)[0] @ pick("phase").T,
         unembed=pick("output") @ one_hot([*names, *colors]).T * GAIN,
         tasks=[("ioi", {}), ("colored-objects", {})],
-        needed=[*ioi, *(edge for edge in colored if edge not in ioi)],
+        needed=[*ioi, *(edge for edge in colored if edge not in ioi), *edges("input a1.h0 k")],
         active=edges(
             "input a0.h0 q", "a0.h0 a1.h0 v", "input a1.h0 v", "a1.h0 a3.h1 q", "a1.h0 a3.h2 q",
             "input a3.h1 k", "input a3.h2 k", "a3.h1 logits", "a3.h2 logits",
