@@ -106,8 +106,9 @@ def test_a_tokenizer_that_closes_prompts_is_refused(name, closed):
 
 def test_years_are_those_that_the_tokenizer_splits(whole):
     """Counted again, year by year; numbers that are merged elsewhere make gaps, as in GPT-2's tokenizer."""
-    gaps = _bpe(9000, [f" {word}" for word in vocabulary() for _ in range(3)] + [" 1743", " 1802", " 1801"] * 99)
-    for tokenizer, missing in ((whole, {}), (gaps, {"17": 43})):
+    merged = [" 1743", " 1801", " 1802", " 1699", " 154"]
+    gaps = _bpe(9000, [f" {word}" for word in vocabulary() for _ in range(3)] + merged * 99)
+    for tokenizer, missing in ((whole, {}), (gaps, {"17": 43, "16": 98, "15": 45})):
         found = two_token_years(tokenizer)
         for century, years in found.items():
             split = [
