@@ -10,6 +10,7 @@ Loss: KL + sparsity * mean p.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def ugs(
     ]
     loss = learning.objective(setting, objective, len(rounds))
     logits = learning.start_logits(len(model.names), start)
-    groups = [{"params": [logits], "lr": rate}]
+    groups: list[dict[str, Any]] = [{"params": [logits], "lr": rate}]
     constants: Acts = {}
     if setting.ablation == "optimal" and constants_rate > 0:
         constants = {site: value[:1, :1].clone().requires_grad_() for site, value in rounds[0].instead.items()}
