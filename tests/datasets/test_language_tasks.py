@@ -274,3 +274,11 @@ def test_pairs_are_taken_by_slices(tokenizer):
     assert pairs[3:].labels["io"] == pairs.labels["io"][3:]
     with pytest.raises(WorkbenchError, match=r"pairs\[i : i \+ 1\] for example i; got 2"):
         pairs[2]
+
+
+@pytest.mark.parametrize(
+    "name", ["agreement", "country-capital", "gender-bias", "gendered-pronoun", "hypernymy", "ioi"]
+)
+def test_nothing_is_dropped_where_every_word_is_one_token(name, tokenizer):
+    for corruption in wb.task(name).corruptions:
+        assert wb.task(name, corruption=corruption).build(0, tokenizer, 64).dropped == 0
