@@ -57,7 +57,7 @@ def medium(tmp_path_factory):
     return str(folder)
 
 
-PLANTED = ("compiled-two-task", "-n", "12", "--option", "keep=0.15", "--onto", "OTHER1,OTHER2", "--controls", "2")
+PLANTED = ("compiled-two-task", "-n", "4", "--option", "keep=0.15", "--onto", "OTHER1,OTHER2", "--controls", "1")
 
 
 def test_the_planted_experiment_in_one_command(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_the_planted_experiment_in_one_command(tmp_path, monkeypatch):
 
 def test_it_reads_as_a_table(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    result = call("compiled-two-task", "-n", "3")
+    result = call("compiled-two-task", "-n", "2")
     assert result.exit_code == 0, result.stderr
     assert "1 of the 3 nodes of ioi are among the 3 of colored-objects: 33%" in result.stdout
     assert "a3.h1" in result.stdout

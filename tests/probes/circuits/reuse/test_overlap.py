@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pairs(model):
-    return {name: wb.task(name).build(seed=0, tokenizer=model.tokenizer, n=16) for name in TASKS}
+    return {name: wb.task(name).build(seed=0, tokenizer=model.tokenizer, n=5) for name in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,8 @@ def test_the_roles_and_idle_heads_lead_to_the_planted_repair(model, pairs, found
     assert found.roles["colored-objects"].of("mover") == ("a3.h1",)
     groups = idle_heads(found)
     assert groups == {"inhibition": ("a1.h0",), "negative": ("a3.h2",)}
-    done = repairs(model, pairs["colored-objects"], groups, ["OTHER1", "OTHER2"], movers=["a3.h1"], controls=2)
+    more = wb.task("colored-objects").build(seed=1, tokenizer=model.tokenizer, n=16)
+    done = repairs(model, more, groups, ["OTHER1", "OTHER2"], movers=["a3.h1"], controls=1)
     assert list(done) == ["inhibition + negative", "inhibition", "negative"]
     whole = done["inhibition + negative"]
     before, after = whole.accuracy[:2].tolist()

@@ -19,12 +19,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def pairs(model):
-    return wb.task("colored-objects").build(seed=0, tokenizer=model.tokenizer, n=48)
+    return wb.task("colored-objects").build(seed=0, tokenizer=model.tokenizer, n=24)
 
 
 @pytest.fixture(scope="module")
 def both(model, pairs):
-    return repair(model, pairs, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=4)
+    return repair(model, pairs, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=3)
 
 
 def test_the_planted_repair_is_recovered(model, pairs, both):
@@ -51,8 +51,8 @@ def test_the_movers_turn_from_the_wrong_colors_to_the_right_one(both):
 
 
 def test_random_heads_of_the_same_layers_repair_nothing(both):
-    assert both.conditions[2:] == ("random 1", "random 2", "random 3", "random 4")
-    assert len(set(both.heads[2:])) == 4
+    assert both.conditions[2:] == ("random 1", "random 2", "random 3")
+    assert len(set(both.heads[2:])) == 3
     for heads in both.heads[2:]:
         assert [name[:2] for name in heads] == ["a1", "a3"]
         assert not {INHIBITION, NEGATIVE, MOVER} & set(heads)
@@ -106,12 +106,12 @@ def test_the_other_spans_hold_the_other_two_colors(model, pairs):
 
 
 def test_batches_seeds_and_folder(model, pairs, both, tmp_path):
-    few = pairs[:7]
-    one = repair(model, few, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=4, batch=3)
-    again = repair(model, few, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=4, batch=3)
+    few = pairs[:4]
+    one = repair(model, few, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=3, batch=3)
+    again = repair(model, few, [INHIBITION, NEGATIVE], OTHERS, movers=[MOVER], controls=3, batch=3)
     assert one.heads == both.heads
     assert torch.equal(one.difference, again.difference)
-    torch.testing.assert_close(one.difference, both.difference[:, :7], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.difference, both.difference[:, :4], rtol=1e-4, atol=1e-4)
     one.save(tmp_path / "repair")
     assert one.plot().get_ylabel() == "accuracy"
     assert not any(point.fwd_hooks for point in model.net.hook_dict.values())

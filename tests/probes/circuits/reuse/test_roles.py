@@ -23,7 +23,7 @@ def all_heads(model):
 
 
 def test_the_planted_roles_of_ioi(two_task):
-    pairs = wb.task("ioi").build(seed=0, tokenizer=two_task.tokenizer, n=24)
+    pairs = wb.task("ioi").build(seed=0, tokenizer=two_task.tokenizer, n=12)
     found = circuit_roles(two_task, pairs, all_heads(two_task))
     assert found.of("duplicate") == ("a0.h0",)
     assert found.of("inhibition") == ("a1.h0",)
@@ -39,7 +39,7 @@ def test_the_planted_roles_of_ioi(two_task):
 
 
 def test_the_planted_roles_of_colored_objects(two_task):
-    pairs = wb.task("colored-objects").build(seed=0, tokenizer=two_task.tokenizer, n=16)
+    pairs = wb.task("colored-objects").build(seed=0, tokenizer=two_task.tokenizer, n=6)
     found = circuit_roles(two_task, pairs, ["a1.h0", "a1.h1", "a2.h0", "a2.h1", "a3.h1", "a3.h2"])
     assert found.of("mover") == ("a3.h1",)
     assert found.of("gatherer") == ("a2.h0",)
