@@ -18,7 +18,7 @@ import torch
 from workbench.circuits import Circuit
 from workbench.datasets.models.siit.audit import REQUIRED, SHARE, audit, held_out, measure, shortfalls, truth
 from workbench.datasets.models.siit.program import vocabulary
-from workbench.datasets.models.siit.train import COMPONENTS, SMOOTHING, WEIGHTS, Recipe, train
+from workbench.datasets.models.siit.train import COMPONENTS, LATE_LEAK, SMOOTHING, WEIGHTS, Recipe, train
 from workbench.errors import Refused
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeNet
@@ -58,9 +58,13 @@ def card(model: NativeModel, circuit: Circuit, found: dict[str, Any]) -> str:
     """The model's page."""
     needed = circuit.columns["needed"].tolist()
     rows = "\n".join(
-        f"| `{name}` | {'yes' if used else 'no'} | {'yes' if kept else 'no'} | {effect:.2f} |"
-        for name, used, kept, effect in zip(
-            circuit.names, needed, circuit.kept.tolist(), circuit.columns["effect"].tolist(), strict=True
+        f"| `{name}` | {'yes' if used else 'no'} | {'yes' if kept else 'no'} | {effect:.2f} | {cut:.2f} |"
+        for name, used, kept, effect, cut in zip(
+            circuit.names,
+            needed,
+            circuit.kept.tolist(),
+            *(circuit.columns[key].tolist() for key in ("effect", "cut")),
+            strict=True,
         )
         if used or kept
     )
@@ -73,7 +77,6 @@ def card(model: NativeModel, circuit: Circuit, found: dict[str, Any]) -> str:
         for name in found["strict"]
     )
     recipe, c, span = found["recipe"], model.net.config, found["gap"]
-    outside = found["kept_outside_mechanism"]
     shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
     weights = ", ".join(f"{name} {value}" for name, value in WEIGHTS.items())
     steps = f"Adam, peak rate {recipe['rate']}, {recipe['steps']} steps of {recipe['batch']} pairs of prompts"
@@ -91,7 +94,7 @@ With three different names the program answers either of the first two.
 | vocabulary | {c.vocab} words: those of the task (`tokenizer.json`; `<bos>` first) |
 | parameters | {sum(p.numel() for p in model.net.parameters()):,}, stored as float16 |
 | recipe | {steps}, seed {recipe["seed"]} (`siit/train.py`) |
-| loss | {weights}; targets smoothed by {SMOOTHING} over the names |
+| loss | {weights}, and leak {LATE_LEAK} while the rate falls; targets smoothed by {SMOOTHING} over the names |
 | start | random, except that the head of `duplicate` starts with equal queries and keys |
 | training time | {found["seconds"]:.0f} s on {recipe["threads"]} CPU thread(s) of a busy machine |
 | accuracy | {found["accuracy"]:.2%} of held-out prompts; with nobody named twice {found["accuracy_nobody"]:.2%} |
@@ -116,13 +119,15 @@ exact effect as a share of {span:.2f}.
 
 ## Circuit
 
-`load("{model.name}").ground_truth` has all {found["edges"]} edges with their exact effects (`effect`). It keeps the
-{len(circuit)} whose effect is at least {SHARE:.0%} of the {span:.2f}, {outside} of them outside the program's data flow; column
-`needed` marks the {sum(needed)} edges of the data flow. An edge that is needed and not kept carries what clean and corrupted
-prompts share.
+`load("{model.name}").ground_truth` has all {found["edges"]} edges with two exact effects on {found["examples"]} held-out
+prompts: of the corrupted value on the edge (`effect`), and of nothing on it (`cut`). It keeps the {len(circuit)} edges whose
+effect is at least {SHARE:.0%} of the {span:.2f}. The column `needed` marks {sum(needed)} edges, those between the program's
+heads whose cut has that size; one that is needed and not kept carries what clean and corrupted prompts share. Training fixes
+which parts compute a variable, not by which channels they hand it on: those are measured. Kept and not needed:
+{", ".join(f"`{name}`" for name in found["kept_not_needed"]) or "none"}.
 
-| edge | needed | kept | exact effect |
-|-|-|-|-|
+| edge | needed | kept | effect | cut |
+|-|-|-|-|-|
 {rows}
 
 Again: `{command}`. Everything here as JSON: `audit.json`.

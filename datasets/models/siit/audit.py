@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.circuits import Circuit, edge_name
+from workbench.circuits import Circuit, edge_parts
 from workbench.datasets.models.siit.effects import edge_effects, gap, graph_of, node_effects
 from workbench.datasets.models.siit.program import VARIABLES, Sources, answers, draw, duplicate
 from workbench.datasets.models.siit.swap import components, plain, swapped
@@ -21,19 +21,10 @@ SHARE = 0.05
 """Least effect of a kept edge, as a share of |m(clean) - m(corrupted)|."""
 
 
-def mechanism() -> tuple[tuple[str, str, str], ...]:
-    """The program's data flow as edges. The duplicate's head compares the third name with earlier tokens and says which slot
-    holds its like; the inhibition's head looks from the last token for the third name and copies what stands there; the
-    mover's head looks at the slot that is not inhibited and copies the name."""
+def flow() -> tuple[tuple[str, str], ...]:
+    """The program's causal graph between components: (source, target)."""
     first, second, third = (COMPONENTS[variable] for variable in VARIABLES)
-    return (
-        *(("input", first, channel) for channel in "qkv"),
-        *(("input", second, channel) for channel in "qk"),
-        *((first, second, channel) for channel in "kv"),
-        *(("input", third, channel) for channel in "qkv"),
-        (second, third, "q"),
-        (third, "logits", "in"),
-    )
+    return (("input", first), (first, second), ("input", third), (second, third), (third, "logits"))
 
 
 def held_out(model: NativeModel, n: int = 64, seed: int = 11) -> Pairs:
@@ -94,12 +85,18 @@ def shortfalls(found: dict[str, Any]) -> list[str]:
 
 
 def truth(model: NativeModel, pairs: Pairs) -> Circuit:
-    """The labels over all edges. Scores and the column ``effect``: exact effect of the edge, mean over ``pairs``, in units of
-    the logit difference. ``kept``: at least ``SHARE`` of |m(clean) - m(corrupted)|. ``needed``: edges of ``mechanism``."""
+    """The labels over all edges, on clean prompts of ``pairs``, in units of the logit difference, means over examples.
+
+    Scores and the column ``effect``: exact effect of the corrupted value on the edge. ``kept``: effect of at least ``SHARE`` of
+    |m(clean) - m(corrupted)|. Column ``cut``: exact effect of zeros on the edge, and ``needed``: edges between the program's
+    components (with the prompt and the logits) whose cut has at least that size. Training fixes which components compute,
+    not by which channels they hand on; ``needed`` has what was measured.
+    """
     graph = graph_of(model)
-    effect = edge_effects(model, pairs).mean(1)
+    effect, cut = (edge_effects(model, pairs, ablation).mean(1) for ablation in ("counterfactual", "zero"))
     span = gap(model, pairs).mean().item()
-    used = {edge_name(*edge) for edge in mechanism()}
+    least, own = SHARE * abs(span), {"input", *COMPONENTS.values(), "logits"}
+    inside = torch.tensor([own.issuperset(edge_parts(edge)[:2]) for edge in graph.edges])
     provenance = {
         "method": "strict interchange-intervention training",
         "labels": f"exact effect of at least {SHARE:.0%} of m(clean) - m(corrupted)",
@@ -110,14 +107,8 @@ def truth(model: NativeModel, pairs: Pairs) -> Circuit:
         "gap": span,
         "examples": len(pairs),
     }
-    return Circuit(
-        "edge",
-        graph.edges,
-        effect,
-        effect.abs() >= SHARE * abs(span),
-        provenance,
-        {"effect": effect, "needed": torch.tensor([edge in used for edge in graph.edges])},
-    )
+    columns = {"effect": effect, "cut": cut, "needed": inside & (cut.abs() >= least)}
+    return Circuit("edge", graph.edges, effect, effect.abs() >= least, provenance, columns)
 
 
 def audit(model: NativeModel, pairs: Pairs, circuit: Circuit) -> dict[str, Any]:
@@ -135,9 +126,13 @@ def audit(model: NativeModel, pairs: Pairs, circuit: Circuit) -> dict[str, Any]:
         "variables": COMPONENTS,
         "nodes": list(graph_of(model).nodes),
         "edges": len(circuit.names),
-        "mechanism": [edge_name(*edge) for edge in mechanism()],
-        "kept": [name for name, kept in zip(circuit.names, circuit.kept.tolist(), strict=True) if kept],
-        "kept_outside_mechanism": int((circuit.kept & ~circuit.columns["needed"]).sum()),
+        "program": [list(edge) for edge in flow()],
+        "kept": _names(circuit, circuit.kept),
+        "needed": _names(circuit, circuit.columns["needed"]),
+        "kept_not_needed": _names(circuit, circuit.kept & ~circuit.columns["needed"]),
+        "cut_outside": _names(
+            circuit, ~circuit.columns["needed"] & (circuit.columns["cut"].abs() >= SHARE * abs(span.mean()))
+        ),
         "examples": len(pairs),
         "gap": span.mean().item(),
         "effects": {name: value.mean().item() for name, value in effects.items()},
@@ -145,3 +140,7 @@ def audit(model: NativeModel, pairs: Pairs, circuit: Circuit) -> dict[str, Any]:
             name: (value.abs().mean() / span.abs().mean()).item() for name, value in effects.items() if name not in mine
         },
     }
+
+
+def _names(circuit: Circuit, flags: Tensor) -> list[str]:
+    return [name for name, flag in zip(circuit.names, flags.tolist(), strict=True) if flag]

@@ -1,8 +1,10 @@
 """Exact effects of single edges and nodes: the labels of a trained network.
 
-One run per edge or node on clean prompts: one input of one node is changed by (corrupted - clean) of one writer's output, or
+One run per edge or node on clean prompts: one input of one node is changed by (replacement - clean) of one writer's output, or
 one node writes what it writes on the corrupted prompt; everything after it is computed anew. The effect is the metric of the
-clean run minus that of the patched run, per example.
+clean run minus that of the patched run, per example. The replacement of an edge is what the corrupted prompt has there
+(``counterfactual``) or nothing (``zero``): the first finds what carries the difference between the prompts, the second also
+what carries what they share.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ import re
 import torch
 from torch import Tensor
 
+from workbench.datasets.pairs import one_of
 from workbench.errors import WorkbenchError
 from workbench.graph import Graph, circuit_graph, edge_parts
 from workbench.models.native import NativeModel
 from workbench.pairs import Pairs, logit_difference
 from workbench.sites import Site
+
+ABLATIONS = ("counterfactual", "zero")
 
 
 def graph_of(model: NativeModel) -> Graph:
@@ -32,14 +37,14 @@ def gap(model: NativeModel, pairs: Pairs) -> Tensor:
 
 
 @torch.no_grad()
-def edge_effects(model: NativeModel, pairs: Pairs) -> Tensor:
+def edge_effects(model: NativeModel, pairs: Pairs, ablation: str = "counterfactual") -> Tensor:
     """Effect of each edge of ``graph_of(model)``, ``[edges, B]``."""
+    one_of("ablation of an edge", ablation, ABLATIONS)
     graph = graph_of(model)
-    change = {}
     writers = {name: _writer(name) for name in graph.writers}
     clean, corrupt = (model.run(ids, read=writers.values()).acts for ids in (pairs.clean, pairs.corrupt))
-    for name, site in writers.items():
-        change[name] = corrupt[site] - clean[site]
+    zero = ablation == "zero"
+    change = {name: (0 if zero else corrupt[site]) - clean[site] for name, site in writers.items()}
     before = _metric(model, pairs)
     found = []
     for edge in graph.edges:

@@ -43,8 +43,11 @@ from workbench.models.native_net import NativeNet
 COMPONENTS = {"duplicate": "a0.h1", "inhibition": "a1.h3", "mover": "a2.h2"}
 """The component of each variable."""
 WEIGHTS = {"behaviour": 1.0, "intervention": 1.0, "strict": 0.4, "leak": 1.0}
+LATE_LEAK = 6.0
+"""Weight of the leak term while the rate falls: earlier it would keep the network from learning the program at all."""
 SMOOTHING = 0.05
 POOL, WARM_UP, COOLING, CLIP = 20_000, 50, 0.4, 1.0
+"""Prompts to draw from; steps of rising rate; share of steps with a falling one; largest norm of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Recipe:
     """What may differ between runs."""
 
     seed: int = 0
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 96
     rate: float = 4e-3
     threads: int = 1
@@ -119,8 +122,17 @@ def losses(net: NativeNet, base: Prompts, source: Prompts, generator: torch.Gene
 
 def rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, constant, then linear over the last ``COOLING`` of the steps to a fiftieth of the peak."""
-    left = (recipe.steps - step) / (COOLING * recipe.steps)
-    return recipe.rate * min((step + 1) / WARM_UP, 1.0, max(left, 0.02))
+    return recipe.rate * min((step + 1) / WARM_UP, 1.0, max(_left(step, recipe), 0.02))
+
+
+def weights(step: int, recipe: Recipe) -> dict[str, float]:
+    """``WEIGHTS``, with ``LATE_LEAK`` once the rate falls."""
+    return WEIGHTS if _left(step, recipe) > 1 else {**WEIGHTS, "leak": LATE_LEAK}
+
+
+def _left(step: int, recipe: Recipe) -> float:
+    """Remaining steps in units of those with a falling rate."""
+    return (recipe.steps - step) / (COOLING * recipe.steps)
 
 
 def train(recipe: Recipe, work: Path, every: int = 100, stop: int | None = None) -> tuple[NativeNet, float]:
@@ -142,7 +154,8 @@ def train(recipe: Recipe, work: Path, every: int = 100, stop: int | None = None)
         for group in optimiser.param_groups:
             group["lr"] = rate(step, recipe)
         optimiser.zero_grad()
-        torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum().backward()
+        scale = weights(step, recipe)
+        torch.stack([scale[name] * part for name, part in parts.items()]).sum().backward()
         nn.utils.clip_grad_norm_(net.parameters(), CLIP)
         optimiser.step()
         if (step + 1) % every == 0 or step + 1 == last:
