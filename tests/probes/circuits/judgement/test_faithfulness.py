@@ -125,6 +125,10 @@ def test_intervals_draw_the_examples_for_all_means_together(make, make_pairs):
     torch.testing.assert_close(torch.stack([result.low, result.high]), ends, atol=1e-6, rtol=1e-5)
     area = torch.quantile(torch.stack(areas), torch.tensor([0.025, 0.975]).double())
     torch.testing.assert_close(result.cpr_interval, area, atol=1e-6, rtol=1e-5)
+    at_own = torch.tensor([each.own * (each.full - each.empty) + each.empty for each in one_by_one])
+    own = [(at_own[row].mean() - empty[row].mean()) / (full[row].mean() - empty[row].mean()) for row in picks]
+    ends = torch.quantile(torch.stack(own).double(), torch.tensor([0.025, 0.975]).double())
+    torch.testing.assert_close(result.own_interval, ends, atol=1e-5, rtol=1e-4)
     alone = faithfulness(model, circuit, pairs[:1], STEPS, controls=0)
     assert alone.low.isnan().all()
     assert alone.cmd_interval.isnan().all()
