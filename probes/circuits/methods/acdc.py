@@ -1,9 +1,13 @@
 """ACDC (arXiv 2304.14997, algorithm 1): go from the output to the input and drop every edge that can be spared.
 
-Parts are visited in reverse order of computation; each is replaced on top of everything dropped so far and stays
-dropped if the loss rises by less than ``tau``. Loss: KL(whole model || circuit) of the next token at the answer
-position, or the fall of the metric. One forward pass per part, batch and threshold, each on the circuit that is left,
-so scores depend on the order of the visit. With KL everything is kept as tau goes to 0 and nothing as it grows.
+Parts are visited in reverse order of computation, within a layer the inputs of queries first, then of keys, then of
+values; each is replaced on top of everything dropped so far and stays dropped if the loss rises by less than ``tau``.
+The order of the three is ours: with corrupted values in place already, a head that looks at the wrong token may copy
+the right word from it, and what guides its attention would go unseen.
+
+Loss: KL(whole model || circuit) of the next token at the answer position, or the fall of the metric. One forward pass
+per part, batch and threshold, each on the circuit that is left, so scores depend on the order of the visit. With KL
+everything is kept as tau goes to 0 and nothing as it grows.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from workbench.circuits import Circuit
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.pairs import divergence
 from workbench.probes.circuits.components import Setting
-from workbench.probes.circuits.masked import Masked, Prepared, masked
+from workbench.probes.circuits.masked import Masked, MaskedEdges, Prepared, masked
 from workbench.probes.circuits.method import Method
 
 OBJECTIVES = ("kl", "metric")
@@ -54,7 +58,7 @@ def _removal(model: Masked, batches: list[Prepared], tau: float, objective: str)
     keep = torch.ones(len(model.names))
     rise = torch.zeros(len(keep), dtype=torch.float64)
     current = 0.0  # the whole model's loss, by definition and free of rounding: at tau = 0 nothing goes
-    for part in reversed(range(len(keep))):
+    for part in _visits(model):
         keep[part] = 0
         loss = _loss(model, batches, keep, objective)
         rise[part] = loss - current
@@ -63,6 +67,22 @@ def _removal(model: Masked, batches: list[Prepared], tau: float, objective: str)
         else:
             keep[part] = 1
     return keep.bool(), rise
+
+
+def _visits(model: Masked) -> list[int]:
+    """The parts in the order of the visit."""
+    if not isinstance(model, MaskedEdges):
+        return list(reversed(range(len(model.names))))
+    places = len(model.setting.places)
+    edges: list[int] = []
+    for layer in reversed(range(model.graph.layers + 1)):
+        slots = [(i, slot) for i, slot in enumerate(model.graph.slots) if slot.layer == layer]
+        for channel in ("in", "q", "k", "v"):
+            for number, slot in reversed(slots):
+                if slot.channel == channel:
+                    first = sum(each.sources for each in model.graph.slots[:number])
+                    edges += reversed(range(first, first + slot.sources))
+    return [edge * places + place for edge in edges for place in reversed(range(places))]
 
 
 def _loss(model: Masked, batches: list[Prepared], keep: Tensor, objective: str) -> float:

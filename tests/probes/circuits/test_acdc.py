@@ -27,6 +27,15 @@ def test_limits_of_tau_with_norms_mlps_and_grouped_heads(make, make_pairs):
         assert len(every) == len(every.names)
 
 
+def visit(name):
+    """Later layers first; MLP, queries, keys, values; later readers and later sources first."""
+    source, target, channel = edge_parts(name)
+    nodes = ["input", *(n for i in range(2) for n in [*(f"a{i}.h{h}" for h in range(4)), f"m{i}"])]
+    layer = 9 if target == "logits" else int(target[1])
+    head = int(target.split(".")[1][1:]) if "." in target else 0
+    return -layer, ("in", "q", "k", "v").index(channel), -head, -nodes.index(source)
+
+
 @pytest.mark.parametrize("level", ["node", "edge"])
 @pytest.mark.parametrize("ablation", ["counterfactual", "zero", "mean"])
 def test_equals_a_literal_greedy_loop(make, make_pairs, level, ablation):
@@ -43,7 +52,8 @@ def test_equals_a_literal_greedy_loop(make, make_pairs, level, ablation):
         return float((full * (full / other).log()).sum(-1).mean())
 
     dropped: set[str] = set()
-    for name in reversed(part.names):
+    order = reversed(part.names) if level == "node" else sorted(part.names, key=visit)
+    for name in order:
         if loss(dropped | {name}) - loss(dropped) < tau:
             dropped.add(name)
     assert {name for name, kept in zip(found.names, found.kept.tolist(), strict=True) if not kept} == dropped
