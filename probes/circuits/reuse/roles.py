@@ -13,7 +13,8 @@ and corrupted prompts (``path_patching``), and candidates are the tokens that ar
     inhibition   at the answer position at least .3 on wrong candidates; ``via_q``, through the queries of movers and negative
                  movers of the circuit together, at least .02 in size and larger than its direct effect
     gatherer     the same with at least .3 on named words that are no candidates: content that tells the movers where to look
-    backup       no mover; its part of the logit difference grows by at least .02 when the movers write their corrupted outputs
+    backup       no mover; its part of the logit difference grows by at least .02 when the movers write nothing (zero: another
+                 name in the output would keep asleep a backup that looks whether anything was written)
 
 The roles are those of Wang et al. (arXiv 2211.00593) and, for gatherers, Merullo et al. (arXiv 2310.08744), where people read
 them off attention and direct effects; the thresholds are ours. Several roles may hold. ``head_roles`` tells what heads do
@@ -247,15 +248,15 @@ def _own(setting: Setting, heads: Mapping[str, Site]) -> Tensor:
 
 @torch.no_grad()
 def _backup(setting: Setting, heads: Mapping[str, Site], movers: Sequence[str]) -> Tensor:
-    """Growth of each head's part of the logit difference when ``movers`` write their corrupted outputs, as a share, ``[N]``."""
+    """Growth of each head's part of the logit difference when ``movers`` write nothing, as a share, ``[N]``."""
     model, out = setting.model, unembedding(setting.model)
     layers = list(dict.fromkeys(site.layer for site in heads.values()))
     weights = {layer: head_weights(model, layer) for layer in layers if layer is not None}
     sites, end = [Site("z", layer) for layer in layers], Site("resid_post", model.shape.layers - 1)
     growth, ends = torch.zeros(len(heads), dtype=torch.float64), 0.0
     for pairs in setting.chunks():
-        other, corrupted = gather(model, pairs.corrupt, sites)
-        silent: Edits = {heads[name]: other[heads[name].whole][:, :, heads[name].head] for name in movers}
+        corrupted = model.run(pairs.corrupt).logits
+        silent: Edits = {heads[name]: torch.zeros_like for name in movers}
         direction = _mean(out.matrix, pairs.answer) - _mean(out.matrix, pairs.wrong)
         for sign, edits in ((-1, {}), (1, silent)):
             run = model.run(pairs.clean, read=[*sites, end], edit=edits)

@@ -48,6 +48,15 @@ def test_the_planted_roles_of_colored_objects(two_task):
     assert found.frame().set_index("head")["to QUERY"]["a2.h0"] == pytest.approx(1, abs=1e-3)
 
 
+def test_the_planted_backup_is_told_from_the_movers():
+    model = wb.load("compiled-ioi")
+    pairs = wb.task("ioi").build(seed=0, tokenizer=model.tokenizer, n=12)
+    found = circuit_roles(model, pairs, all_heads(model))
+    planted = {"duplicate": "a0.h1", "inhibition": "a1.h2", "mover": "a2.h0", "negative": "a3.h1", "backup": "a3.h2"}
+    assert {role: found.of(role) for role in planted} == {role: (head,) for role, head in planted.items()}
+    assert found.of("gatherer") == ()
+
+
 def test_the_induction_circuit_by_its_circuit(hard, induction):
     circuit = find_circuit(hard, induction, "path-patching")
     found = circuit_roles(hard, induction, circuit)
@@ -137,8 +146,8 @@ def test_a_backup_grows_when_the_movers_fall_silent(make, make_pairs):
     heads = {name: Site("z", int(name[1]), int(name[-1])) for name in all_heads(model)}
     growth = _backup(Setting.of(model, pairs, batch=2), heads, ["a0.h1"])
     with torch.no_grad():
-        other = model.run(pairs.corrupt, read=[Site("z", 0)])
-        silent = model.run(pairs.clean, edit={Site("z", 0, 1): other.acts[Site("z", 0, 1)]})
+        other = model.run(pairs.corrupt)
+        silent = model.run(pairs.clean, edit={Site("z", 0, 1): torch.zeros_like})
         clean, corrupt, without = (
             float(logit_difference(logits, pairs).mean())
             for logits in (model.run(pairs.clean).logits, other.logits, silent.logits)
