@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from workbench.apps.commands import analyses, attention, bench, circuits, models, retrieval, tasks, variants
+from workbench.apps.commands import (
+    analyses,
+    attention,
+    bench,
+    circuits,
+    judge,
+    models,
+    retrieval,
+    reuse,
+    tasks,
+    variants,
+)
 from workbench.apps.terminal import Commands
 
 app = typer.Typer(
@@ -30,6 +41,8 @@ for command in (
     analyses.analyse,
     circuits.circuit,
     circuits.faithfulness,
+    judge.judge,
+    reuse.reuse,
     models.report,
     models.app,
     models.doctor,

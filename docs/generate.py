@@ -69,8 +69,12 @@ def bundled() -> str:
     rows = []
     for m in wb.methods().values():
         options = ", ".join(f"`{o}`" for o in m.options) or "none"
-        rows.append((f"`{m.name}`", m.description, ", ".join(m.levels), ", ".join(m.ablations), options))
-    parts.append(table(("method", "what it does", "levels", "ablations", "options"), rows))
+        places = "yes" if m.positions else "no"
+        rows.append(
+            (f"`{m.name}`", m.description, m.paper, ", ".join(m.levels), ", ".join(m.ablations), places, options)
+        )
+    parts.append(table(("method", "what it does", "source", "levels", "ablations", "by position", "options"), rows))
+    parts.append("Of several levels the last is the default.\n")
     parts.append("## Models\n")
     for name in wb.bundled():
         card = (ROOT / "datasets" / "models" / name / "card.md").read_text().strip()

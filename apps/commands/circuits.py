@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
 
     from workbench.circuits import Circuit
     from workbench.models.protocol import Model
-    from workbench.pairs import Pairs
+    from workbench.pairs import Pairs, Task
 
 _SHOWN = 15
 _METHOD = "eap-ig"
 MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
-LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; the finest the method has by default.")]
+LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; what the method is for by default.")]
 AblationOption = Annotated[
-    str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero or mean.")
+    str, typer.Option("--ablation", help="What replaces an output: counterfactual, zero, mean or optimal.")
+]
+PositionsOption = Annotated[
+    str, typer.Option("--positions", help="Parts over all positions, at each one, or at the spans that the task names.")
 ]
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
 
@@ -41,6 +45,9 @@ def methods(as_json: JsonOption = False) -> None:
                 "description": m.description,
                 "levels": m.levels,
                 "ablations": m.ablations,
+                "positions": m.positions,
+                "contrast": m.contrast,
+                "paper": m.paper,
                 "options": m.options,
             }
             for m in wb.methods().values()
@@ -70,20 +77,34 @@ def circuit(
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
     keep: Annotated[int | None, typer.Option("--top", help="Keep only the N parts with the largest scores.")] = None,
+    positions: PositionsOption = "all",
     task_options: TaskOptions = None,
     method_options: MethodOptions = None,
+    eap_json: Annotated[Path | None, typer.Option("--eap-json", help="Also write the graph of EAP-IG and MIB.")] = None,
+    graph_json: Annotated[
+        Path | None, typer.Option("--graph-json", help="Also write the kept edges as an attribution graph.")
+    ] = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score the nodes or edges of a task's circuit."""
+    """Score the nodes or edges of a task's circuit.
+
+    Methods that compare activations get the task's negatives as corrupted prompts.
+    """
     target = inputs.fresh(out)
     with working(f"{model}: {method} on {task}"):
-        wrapped, pairs = _setting(model, task, examples, seed, task_options)
-        found = _find(wrapped, pairs, method, level, ablation, method_options)
+        import workbench as wb
+
+        asked = ask(model, task, examples, seed, task_options)
+        found = asked.find(method, level, ablation, method_options, positions)
         if keep is not None:
             found = found.top(keep)
         if target is not None:
             found.save(target)
+        if eap_json is not None:
+            wb.write_eap_json(found, eap_json)
+        if graph_json is not None:
+            wb.write_graph_json(found, graph_json, slug=f"{asked.model.name}-{task}".replace("/", "-"))
     frame = found.frame()
     payload = {
         "command": "circuit",
@@ -133,10 +154,10 @@ def faithfulness(
         from workbench.circuits import Circuit
 
         found = None if saved is None else Circuit.load(saved)
-        wrapped, pairs = _setting(model, task, examples, seed, task_options)
+        asked = ask(model, task, examples, seed, task_options)
         if found is None:
-            found = _find(wrapped, pairs, method or _METHOD, level, ablation, method_options)
-        result = wb.faithfulness(wrapped, found, pairs, ablation=ablation)
+            found = asked.find(method or _METHOD, level, ablation, method_options)
+        result = wb.faithfulness(asked.model, found, asked.pairs, ablation=ablation, metric=asked.task.metric)
         if target is not None:
             result.save(target)
     frame = result.frame()
@@ -167,19 +188,48 @@ def faithfulness(
     answer(as_json, payload, show)
 
 
-def _setting(model: str, task: str, examples: int, seed: int, options: list[str] | None) -> tuple[Model, Pairs]:
+@dataclass(frozen=True)
+class Asked:
+    """What a command is about: a model, a task and its pairs."""
+
+    model: Model
+    task: Task
+    pairs: Pairs
+    contrast: Pairs
+    """Pairs of the task's negatives, for methods that compare activations."""
+
+    def find(
+        self,
+        method: str,
+        level: str | None,
+        ablation: str,
+        options: list[str] | None,
+        positions: str = "all",
+    ) -> Circuit:
+        import workbench as wb
+
+        known = wb.methods()
+        pairs = self.contrast if method in known and known[method].contrast else self.pairs
+        return wb.find_circuit(
+            self.model,
+            pairs,
+            method=method,
+            level=level,
+            ablation=ablation,
+            metric=self.task.metric,
+            positions=positions,
+            **inputs.assignments(options, "--option"),
+        )
+
+
+def ask(model: str, task: str, examples: int, seed: int, options: list[str] | None) -> Asked:
+    """Load the model and build the pairs."""
     built = chosen(task, options)
     wrapped = inputs.load(model)
-    return wrapped, built.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples)
-
-
-def _find(
-    model: Model, pairs: Pairs, method: str, level: str | None, ablation: str, options: list[str] | None
-) -> Circuit:
-    import workbench as wb
-
-    keywords = inputs.assignments(options, "--option")
-    return wb.find_circuit(model, pairs, method=method, level=level, ablation=ablation, **keywords)
+    pairs, contrast = (
+        each.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples) for each in (built, built.contrast())
+    )
+    return Asked(wrapped, built, pairs, contrast)
 
 
 def _show_circuit(console: Console, title: str, found: Circuit) -> None:

@@ -18,7 +18,8 @@ class Method:
     ``function(setting, level, *, options...)`` returns the scored ``Circuit``; its keywords are the ``options``.
     ``paper`` is the source. ``levels`` (the last is the default) and ``ablations`` are those it can serve, ``positions``
     whether it can tell positions apart, ``training`` whether it optimises something, so that its cost grows with a
-    number of steps.
+    number of steps. ``contrast`` marks methods that compare activations and need pairs of ``task.contrast()``, whose
+    corrupted prompts do not call for the behaviour.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     ablations: tuple[str, ...] = ABLATIONS
     positions: bool = False
     training: bool = False
+    contrast: bool = False
 
     def __call__(self, setting: Setting, level: str, **options: Any) -> Circuit:
         return self.function(setting, level, **options)

@@ -64,7 +64,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
         ),
         (("variants", "grouped-query-attention", "--head", "9"), "no head '9'; known: 0, 1"),
         (("circuit", "MODEL", "nosuch"), "no task 'nosuch'; known: a"),
-        (("circuit", "MODEL", "ioi", "--method", "nosuch", "-n", "2"), "no circuit method 'nosuch'; known: patching"),
+        (("circuit", "MODEL", "ioi", "--method", "nosuch", "-n", "2"), "no circuit method 'nosuch'; known: acdc"),
         (("circuit", "MODEL", "ioi", "--level", "layer", "-n", "2"), "no circuit level 'layer'"),
         (("circuit", "MODEL", "ioi", "--ablation", "nosuch", "-n", "2"), "no ablation 'nosuch'"),
         (("circuit", "MODEL", "ioi", "--option", "stepz=2", "-n", "2"), "no option of 'eap-ig' 'stepz'; known: steps"),

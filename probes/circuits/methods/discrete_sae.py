@@ -206,6 +206,7 @@ METHODS = (
         ablations=("counterfactual",),
         positions=True,
         training=True,
+        contrast=True,
     ),
     Method(
         "discrete-sae-published",
@@ -215,5 +216,6 @@ METHODS = (
         levels=("edge", "node"),
         ablations=("counterfactual",),
         training=True,
+        contrast=True,
     ),
 )
