@@ -1,18 +1,31 @@
 import json
+from functools import cache
 
 import pytest
 import torch
 
 from workbench.circuits import Circuit
 from workbench.datasets.catalogue import task
-from workbench.datasets.models.compile import COMPILERS, HERE, compiled, main, positions, rotation
-from workbench.datasets.tokenizer import SPECIAL, base_vocabulary
+from workbench.datasets.models.compile import COMPILERS, HERE, compiled, main, plan
+from workbench.datasets.models.compiled.layout import apart, positions, rotation
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.load import load
 from workbench.pairs import accuracy
 from workbench.sites import Site
 
 NAMES = sorted(COMPILERS)
+SHORT = {"induction": {"length": 12}, "needle": {"length": 48}}
+
+
+@cache
+def made(name):
+    return plan(name)
+
+
+def asked(name, **options):
+    """The first task of a compiled model, with short prompts."""
+    kind, own = made(name).tasks[0]
+    return task(kind, **{**SHORT.get(kind, {}), **own, **options})
 
 
 def solved(model, pairs):
@@ -22,120 +35,92 @@ def solved(model, pairs):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("attention", ["hard", "soft"])
-@pytest.mark.parametrize("rotate", [None, 5])
-def test_compiled_models_solve_their_task(name, attention, rotate):
-    model = compiled(name, attention, rotate=rotate)
-    options = {"length": 12} if name.endswith("induction") else {"length": 64}
-    pairs = task(name.removeprefix("compiled-"), **options).build(seed=1, tokenizer=model.tokenizer, n=8)
-    assert solved(model, pairs) == 1
-    swapped = type(pairs)(pairs.corrupt, pairs.clean, pairs.wrong, pairs.answer, pairs.position)
-    assert solved(model, swapped) == 1
+def test_compiled_models_solve_their_task(name, attention):
+    model = compiled(name, attention)
+    for split in ("train", "test"):
+        assert solved(model, asked(name, split=split).build(seed=1, tokenizer=model.tokenizer, n=200)) == 1
 
 
-def test_needle_is_found_in_long_text():
-    model = compiled("compiled-needle")
-    pairs = task("needle", length=2000, distractors=3).build(seed=0, tokenizer=model.tokenizer, n=2)
-    assert solved(model, pairs) == 1
+@pytest.mark.parametrize("name", ["compiled-induction", "compiled-needle", "compiled-ioi", "compiled-two-task"])
+def test_corrupted_prompts_have_the_other_answer(name):
+    model = compiled(name)
+    pairs = asked(name).build(seed=1, tokenizer=model.tokenizer, n=32)
+    assert solved(model, type(pairs)(pairs.corrupt, pairs.clean, pairs.wrong, pairs.answer, pairs.position)) == 1
 
 
-def test_retrieval_head_looks_at_the_value_and_decoys_at_the_start():
-    model = compiled("compiled-needle", rotate=2)
-    pairs = task("needle", length=64).build(seed=0, tokenizer=model.tokenizer, n=4)
-    pattern = model.run(pairs.clean, read=[Site("pattern", 1)]).acts[Site("pattern", 1)]
-    for b in range(4):
-        value = int(pairs.spans["VALUE"][b, 0])
-        assert pattern[b, 1, -1, value] > 0.999
-        for decoy in (0, 3):
-            assert pattern[b, decoy, -1, 0] > 0.999
+def test_every_template_and_order_of_indirect_objects_is_solved():
+    model = compiled("compiled-ioi")
+    seen = set()
+    for seed in range(12):
+        pairs = asked("compiled-ioi").build(seed, model.tokenizer, 48)
+        assert solved(model, pairs) == 1
+        seen |= set(zip(pairs.labels["template"], pairs.labels["order"], strict=True))
+    assert seen == {(index, order) for index in range(15) for order in ("ABBA", "BABA")}
 
 
-def test_induction_heads_attend_as_their_names_say():
-    model = compiled("compiled-induction")
-    pairs = task("induction", length=12).build(seed=0, tokenizer=model.tokenizer, n=4)
-    sites = [Site("pattern", 0), Site("pattern", 1)]
-    first, second = (model.run(pairs.clean, read=sites).acts[site] for site in sites)
-    steps = torch.arange(1, pairs.clean.shape[1])
-    assert (first[:, 1, steps, steps - 1] > 0.999).all()
-    for b in range(4):
-        assert second[b, 2, -1, int(pairs.spans["SOURCE"][b, 0])] > 0.999
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("changed", [{"rotate": 5}, {"norm": "rms", "rotate": 2}, {"kv_heads": 1}], ids=str)
+def test_rotation_norm_and_grouped_heads_change_no_answer(name, changed):
+    plain, other = compiled(name, "soft"), compiled(name, "soft", **changed)
+    ids = asked(name).build(seed=0, tokenizer=plain.tokenizer, n=8).clean
+    a, b = plain.run(ids).logits, other.run(ids).logits
+    least = 2e-3 if "norm" in changed else 1e-4
+    torch.testing.assert_close(a, b, atol=least * float(a.abs().max()), rtol=0)
+    assert other.net.config.norm == changed.get("norm", "none")
+    assert other.shape.kv_heads == changed.get("kv_heads", plain.shape.heads)
 
 
-def test_any_token_is_continued_after_its_repeat():
-    model = compiled("compiled-induction")
-    generator = torch.Generator().manual_seed(0)
-    start = len(SPECIAL)
-    row = start + torch.randperm(len(base_vocabulary()) - start, generator=generator)[:60]
-    ids = torch.cat([torch.zeros(1, dtype=torch.long), row, row[:30]])[None]
-    best = model.run(ids).logits[0, -29:].argmax(-1)
-    assert (best == row[2:31]).double().mean() == 1
-
-
-def test_rotation_changes_no_answer_but_every_axis():
+def test_rotation_changes_every_axis():
     plain, turned = compiled("compiled-induction"), compiled("compiled-induction", rotate=0)
-    pairs = task("induction", length=12).build(seed=0, tokenizer=plain.tokenizer, n=4)
+    ids = asked("compiled-induction").build(seed=0, tokenizer=plain.tokenizer, n=4).clean
     site = Site("resid_post", 0)
-    a, b = (model.run(pairs.clean, read=[site]) for model in (plain, turned))
-    torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=0)
-    assert (a.acts[site] == 0).double().mean() > 0.5
-    assert (b.acts[site].abs() < 1e-6).double().mean() < 0.01
+    a, b = (model.run(ids, read=[site]).acts[site] for model in (plain, turned))
+    assert (a == 0).double().mean() > 0.5
+    assert (b.abs() < 1e-6).double().mean() < 0.01
     q = rotation(20, 3)
     torch.testing.assert_close(q @ q.T, torch.eye(20), atol=1e-5, rtol=0)
 
 
-def test_decoys_move_with_the_prompt_and_reach_nothing():
-    model = compiled("compiled-induction")
-    pairs = task("induction", length=12).build(seed=0, tokenizer=model.tokenizer, n=4)
-    site = Site("result", 0, 2)
-    clean, corrupt = (model.run(ids, read=[site]) for ids in (pairs.clean, pairs.corrupt))
-    assert (clean.acts[site] - corrupt.acts[site]).abs().max() > 0.1
-    edited = model.run(pairs.clean, edit={Site("z", 0, 2): lambda z: z + 3})
-    assert torch.equal(edited.logits, clean.logits)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_needed_edges_are_those_that_break_the_model_when_cut(name):
-    """Without an edge's whole content (zeros in its place) the model fails if and only if the edge is needed."""
-    model = compiled(name)
-    truth = model.ground_truth
-    needed = {n for n, flag in zip(truth.names, truth.columns["needed"].tolist(), strict=True) if flag}
-    assert {n for n, kept in zip(truth.names, truth.kept.tolist(), strict=True) if kept} <= needed
-    options = {"length": 12} if name.endswith("induction") else {"length": 48}
-    pairs = task(name.removeprefix("compiled-"), **options).build(seed=0, tokenizer=model.tokenizer, n=8)
-    from workbench.probes.circuits.find import find_circuit
-
-    zero = find_circuit(model, pairs, "patching", ablation="zero")
-    assert {n for n, score in zip(zero.names, zero.scores.tolist(), strict=True) if abs(score) > 0.1} == needed
+def test_grouped_heads_tell_the_truth_of_their_group():
+    truth = compiled("compiled-induction", kv_heads=2).ground_truth
+    assert ("a0.h1", "a1.g1", "k") in truth.edges
+    assert ("input", "a1.g1", "v") in truth.edges
+    with pytest.raises(WorkbenchError, match="divides the 4 heads"):
+        compiled("compiled-induction", kv_heads=3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_folder_is_what_the_compiler_makes(name):
-    stored, made = load(name), compiled(name)
-    assert stored.net.config == made.net.config
-    for key, value in made.net.state_dict().items():
-        torch.testing.assert_close(stored.net.state_dict()[key], value.half().float(), atol=0, rtol=0)
-    assert stored.tokenizer.convert_ids_to_tokens(range(len(base_vocabulary()))) == list(base_vocabulary())
+    stored, built = load(name), compiled(name)
+    assert stored.net.config == built.net.config
+    for key, value in built.net.state_dict().items():
+        torch.testing.assert_close(stored.net.state_dict()[key], value.to(made(name).store).float(), atol=0, rtol=0)
+    assert stored.tokenizer.get_vocab() == built.tokenizer.get_vocab()
     assert isinstance(stored.ground_truth, Circuit)
-    assert stored.ground_truth.edges == made.ground_truth.edges
-    assert torch.equal(stored.ground_truth.columns["needed"], made.ground_truth.columns["needed"])
-    assert all(f"`{'->'.join(edge[:2])}" in (HERE / name / "card.md").read_text() for edge in made.ground_truth.edges)
+    assert stored.ground_truth.edges == built.ground_truth.edges
+    for column, flags in built.ground_truth.columns.items():
+        assert torch.equal(stored.ground_truth.columns[column], flags)
+    assert all(f"`{'->'.join(edge[:2])}" in (HERE / name / "card.md").read_text() for edge in built.ground_truth.edges)
+    assert sum(path.stat().st_size for path in (HERE / name).rglob("*")) < 4 * 2**20
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bundled_models_solve_their_task(name):
     model = load(name)
-    pairs = task(name.removeprefix("compiled-")).build(seed=3, tokenizer=model.tokenizer, n=8)
-    assert solved(model, pairs) == 1
+    kind, own = made(name).tasks[0]
+    assert solved(model, task(kind, **own).build(seed=3, tokenizer=model.tokenizer, n=32)) == 1
 
 
 def test_the_command_writes_complete_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("workbench.datasets.models.compile.HERE", tmp_path)
-    main()
-    main()
+    names = ["compiled-sort", "compiled-dyck"]
+    main(names)
+    main(names)
     printed = capsys.readouterr().out
-    for name in NAMES:
+    for name in names:
         assert name in printed
         assert json.loads((tmp_path / name / "config.json").read_text())["norm"] == "none"
-        assert load(tmp_path / name).ground_truth.level == "edge"
+        assert load(tmp_path / name).ground_truth.columns["effect_" + name[9:] + "_one"].abs().max() > 1
 
 
 def test_position_codes_move_back_and_stay_apart():
@@ -144,6 +129,12 @@ def test_position_codes_move_back_and_stay_apart():
     inner = table @ table.T
     assert (inner - torch.eye(300) * 2).max() <= 1 - gap + 1e-5
     assert gap > 0.3
+    table, shift = apart(40, 16)
+    torch.testing.assert_close(table[3:] @ shift(3), table[:-3], atol=1e-5, rtol=0)
+    expected = torch.zeros(40, 40)
+    for far, value in ((0, 1.0), (16, -1.0), (32, 1.0)):
+        expected += value * (torch.eye(40).roll(far, 1).triu(far) if far else torch.eye(40) / 2)
+    torch.testing.assert_close(table @ table.T, expected + expected.T, atol=1e-5, rtol=0)
 
 
 def test_unknown_names_list_what_exists():
@@ -151,5 +142,7 @@ def test_unknown_names_list_what_exists():
         compiled("compiled-magic")
     with pytest.raises(UnknownName, match="hard, soft"):
         compiled("compiled-needle", "medium")
+    with pytest.raises(UnknownName, match="token, bos"):
+        made("compiled-needle").blocks.pick("tokens")
     with pytest.raises(WorkbenchError, match="too many"):
         positions(300, width=2)

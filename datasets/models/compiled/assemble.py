@@ -13,8 +13,9 @@ from workbench.errors import WorkbenchError
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
 
-LARGE = 4096.0
-"""The constant coordinate behind a norm: with it the norm divides every position by the same number up to |x|^2 / 3e7."""
+LARGE = 512.0
+"""The constant coordinate behind a norm. The norm divides every position by the same number up to |x|^2 / 5e5, and float32
+still resolves the other coordinates."""
 
 
 def assemble(plan: Plan, rotate: int | None = None, norm: str = "none", kv_heads: int | None = None) -> NativeModel:
@@ -22,8 +23,8 @@ def assemble(plan: Plan, rotate: int | None = None, norm: str = "none", kv_heads
 
     ``rotate``: seed of an orthogonal matrix that multiplies the residual stream and is absorbed in all weights. ``norm``:
     with ``"rms"`` the stream gets one more coordinate, large and constant, and the norms' gain undoes the division, so that
-    all numbers stay within 1e-4. ``kv_heads``: fewer key-value heads; the heads of a group keep their own maps side by side in a
-    wider head, so that the function is the same, and the truth is told for the key-value heads.
+    logits stay within 0.2% of the largest. ``kv_heads``: fewer key-value heads; the heads of a group keep their own maps side
+    by side in a wider head, so that the function is the same, and the truth is told for the key-value heads.
     """
     d = plan.blocks.width + (norm == "rms")
     turn = torch.eye(d) if rotate is None else rotation(d, rotate)

@@ -34,7 +34,7 @@ def greater_than(attention: str = "hard", context: int = 128) -> Plan:
     slope = SLOPE[attention]
     height = (pick("year", 1, 1) @ v[None] - pick("year", 0, 1) * 100) * slope
     noise = torch.randn(2 + len(events), SCRATCH, generator=torch.Generator().manual_seed(1))
-    step = pick("output").T * HEIGHT
+    step = pick("output").T
     return Plan(
         name="compiled-greater-than",
         blocks=blocks,
@@ -59,7 +59,7 @@ def greater_than(attention: str = "hard", context: int = 128) -> Plan:
         + flag(["<bos>"]) @ pick("bos").T
         + always.T,
         table=table @ place.T,
-        unembed=pick("output") @ one_hot(numbers).T,
+        unembed=pick("output") @ one_hot(numbers).T * HEIGHT,
         tasks=[("greater-than", {})],
         needed=edges("input a0.h0 qkv", "a0.h0 a1.h2 k", "input a1.h2 qv", "a1.h2 m1", "m1 logits"),
         active=edges("input a1.h2 v", "a1.h2 m1", "m1 logits"),

@@ -43,8 +43,8 @@ def two_task(attention: str = "hard", context: int = 128) -> Plan:
     the last token, a1.h0 inhibits them and a3.h2 subtracts them: both repair the task (arXiv 2310.08744, Sec. 5).
 
     Heads shared: 1 of 4 (IOI) and of 5 (colored objects), IoU 1/8. ``kept`` holds for IOI; the columns ``ioi`` and
-    ``colored_objects`` mark the mechanism of each task. That a head rests in the other task takes edges too (a0.h2 and a1.h0 look for ``<bos>``):
-    they are in ``needed``.
+    ``colored_objects`` mark the mechanism of each task. That a head rests in the other task takes edges too (a0.h2 and a1.h0
+    look for ``<bos>``): they are in ``needed``.
     """
     sharp, names, colors, objects = lead(attention), words("names"), words("colors"), words("objects")
     n, c = len(names), len(colors)
