@@ -24,9 +24,12 @@ def encode(coder: Coder, x: Tensor) -> Tensor:
     return torch.relu((x - coder.b) @ coder.W_e + coder.b_e)
 
 
-def codes_of(coder: Coder, x: Tensor) -> Tensor:
-    """The strongest feature of every vector, ``[...]``; 0 where no feature is active, as published."""
-    return encode(coder, x).argmax(-1)
+def codes_of(coder: Coder, x: Tensor, silent: float = 0.0) -> Tensor:
+    """The strongest feature of every vector, ``[...]``, or feature 0 where none is active, as published. Vectors whose
+    strongest activation is below ``silent`` * sqrt(width) share one further code, F: they say nothing."""
+    strongest = encode(coder, x).max(-1)
+    codes = strongest.indices
+    return torch.where(strongest.values < silent * x.shape[-1] ** 0.5, coder.b_e.shape[0], codes) if silent else codes
 
 
 @torch.enable_grad()

@@ -6,9 +6,10 @@ on a prompt is its strongest feature; a head's score compares the codes of clean
 and no intervention, so a score says that a head carries the difference, not that anything reads it. Pairs should be
 those of ``task.contrast()``, whose corrupted prompts do not call for the behaviour.
 
-``discrete-sae-published`` is the method as published. ``discrete-sae`` has what we found to matter: inputs of known
-scale, a choice of pooling and of statistic, and scores read against permuted labels. Next to either stand the null and
-two baselines without any autoencoder, the distance between the class means and a held-out logistic probe.
+``discrete-sae-published`` is the method as published. ``discrete-sae`` has what we found to matter: centred inputs of
+known scale, a code for silence, a choice of pooling and of statistic, and scores read against permuted labels. Next to
+either stand the null and two baselines without any autoencoder, the distance between the class means and a held-out
+logistic probe.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def discrete_sae(
     level: str,
     *,
     pooling: str = "spans",
+    centre: bool = True,
     normalise: bool = True,
+    silent: float = 0.25,
     statistic: str = "mass",
     score: str = "excess",
     features: int = 200,
@@ -59,8 +62,10 @@ def discrete_sae(
     """Scores of all heads, averaged over ``trials`` autoencoders; with ``level="edge"``, of all edges between heads.
 
     ``pooling``: ``"mean"`` over positions (as published), ``"last"`` (the answer position), ``"concat"`` (all
-    positions) or ``"spans"`` (the places that the task names). ``normalise`` scales the pooled outputs to mean norm
-    sqrt(width), which decides how much the sparsity weighs. ``statistic``: ``"unique"``, the number of codes that only
+    positions) or ``"spans"`` (the places that the task names). ``centre`` subtracts each head's mean over all prompts,
+    which tells nothing apart. ``normalise`` scales the pooled outputs to mean norm sqrt(width), which decides how much
+    the sparsity weighs. What activates no feature beyond ``silent`` sqrt(width) gets one code of its own, so that heads
+    which write little do not seem to say much. ``statistic``: ``"unique"``, the number of codes that only
     clean prompts use (as published; ``relative`` divides it by the number of codes in use), or ``"mass"``, the total
     variation distance between the codes of clean and corrupted prompts. ``score``: the statistic itself (``"raw"``, as
     published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``, 0 where the
@@ -73,17 +78,21 @@ def discrete_sae(
     together on some clean and on no corrupted prompt, the same for q, k and v.
     """
     _check(setting, pooling, statistic, score, permutations)
+    if not 0 <= silent < 1:
+        raise WorkbenchError(f"silent is a share of the typical norm, from 0 to below 1; got {silent}")
     for name, value in (("features", features), ("epochs", epochs), ("examples", examples), ("trials", trials)):
         if value < 1:
             raise WorkbenchError(f"{name} is at least 1; got {value}")
     placed = len(setting.places) > 1
     vectors = placed_vectors(setting) if placed else head_vectors(setting, pooling)
+    if centre:
+        vectors = vectors - vectors.mean(0)
     if normalise:
         vectors = vectors * (vectors.shape[-1] ** 0.5 / vectors.norm(dim=-1).mean().clamp(min=1e-30))
     coders = _trained(vectors, features, sparsity, epochs, rate, examples, trials, seed)
     if level == "edge":
-        return _edges(setting, vectors, coders)
-    return _nodes(setting, vectors, coders, statistic, score, relative, permutations, seed)
+        return _edges(setting, vectors, coders, silent)
+    return _nodes(setting, vectors, coders, silent, statistic, score, relative, permutations, seed)
 
 
 def discrete_sae_published(setting: Setting, level: str, *, sparsity: float = 0.02, seed: int = 0) -> Circuit:
@@ -99,8 +108,8 @@ def discrete_sae_published(setting: Setting, level: str, *, sparsity: float = 0.
     vectors = head_vectors(setting, "mean")
     coders = _trained(vectors, 200, sparsity, 500, 1e-3, 10, 10, seed)
     if level == "edge":
-        return _edges(setting, vectors, coders)
-    circuit = _nodes(setting, vectors, coders, "unique", "raw", False, 200, seed)
+        return _edges(setting, vectors, coders, 0.0)
+    circuit = _nodes(setting, vectors, coders, 0.0, "unique", "raw", False, 200, seed)
     positive = torch.arange(len(vectors)) < len(setting.pairs)
     counts = torch.stack([pair_counts(pair_codes(codes_of(coder, vectors), positive)) for coder in coders]).mean(0)
     return replace(circuit, columns={**circuit.columns, "pairs": counts})
@@ -122,6 +131,7 @@ def _nodes(
     setting: Setting,
     vectors: Tensor,
     coders: list[Coder],
+    silent: float,
     statistic: str,
     score: str,
     relative: bool,
@@ -133,7 +143,7 @@ def _nodes(
     labels = torch.cat([positive[None], swapped(n, permutations, seed)])
     values = torch.zeros(len(labels), vectors.shape[1], dtype=torch.float64)
     for coder in coders:
-        codes = codes_of(coder, vectors)
+        codes = codes_of(coder, vectors, silent)
         values += code_mass(codes, labels) if statistic == "mass" else unique_codes(codes, labels, relative)
     raw, null = values[0] / len(coders), values[1:] / len(coders)
     found = against(raw, null)
@@ -167,14 +177,14 @@ def _check(setting: Setting, pooling: str, statistic: str, score: str, permutati
         raise WorkbenchError("these pairs name no spans; use pooling='mean', 'last' or 'concat'")
 
 
-def _edges(setting: Setting, vectors: Tensor, coders: list[Coder]) -> Circuit:
+def _edges(setting: Setting, vectors: Tensor, coders: list[Coder], silent: float) -> Circuit:
     """The score of its two heads for every edge of the model's graph that leads from a head to a head."""
     if len(setting.places) > 1:
         raise Refused(
             "edges of discrete-sae are pairs of heads over all positions; use level='node' or positions='all'"
         )
     positive = torch.arange(len(vectors)) < len(setting.pairs)
-    pairs = torch.stack([pair_codes(codes_of(coder, vectors), positive) for coder in coders]).mean(0)
+    pairs = torch.stack([pair_codes(codes_of(coder, vectors, silent), positive) for coder in coders]).mean(0)
     heads = head_names(setting)
     shape = setting.model.shape
     at = {name: i for i, name in enumerate(heads)}

@@ -6,13 +6,13 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.graph import edge_parts
 from workbench.probes.circuits.codes import against, code_mass, pair_codes, pair_counts, swapped, unique_codes
 from workbench.probes.circuits.components import Setting
-from workbench.probes.circuits.discrete_coder import Coder, encode, train
+from workbench.probes.circuits.discrete_coder import Coder, codes_of, encode, train
 from workbench.probes.circuits.find import find_circuit
 from workbench.probes.circuits.head_vectors import head_names, head_vectors, placed_vectors
 from workbench.probes.circuits.judgement.labels import auroc
 from workbench.sites import Site
 
-QUICK = {"features": 16, "epochs": 20, "trials": 1, "examples": 4, "pooling": "mean"}
+QUICK = {"features": 16, "epochs": 20, "trials": 1, "examples": 4, "pooling": "mean", "centre": False, "silent": 0.0}
 
 
 def planted(prompts=40, heads=24, true=6, codes=8, seed=0):
@@ -184,6 +184,20 @@ def test_training_lowers_the_loss_and_keeps_unit_rows():
     assert (encode(coder, x) >= 0).all()
 
 
+def test_small_vectors_share_the_code_of_silence():
+    coder = Coder(4, 6, torch.Generator().manual_seed(0))
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    strongest = encode(coder, x).max(-1)
+    limit = float(strongest.values.median()) / 2
+    codes = codes_of(coder, x, limit)
+    quiet = strongest.values < 2 * limit
+    assert (codes[quiet] == 6).all()
+    assert torch.equal(codes[~quiet], strongest.indices[~quiet])
+    assert torch.equal(codes_of(coder, x), strongest.indices)
+    assert quiet.any()
+    assert not quiet.all()
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "concat"])
 def test_head_vectors_pool_the_residual_outputs(make, make_pairs, pooling):
     model, pairs = make(), make_pairs()
@@ -223,7 +237,15 @@ def contrasted(model, n=32):
 
 def test_on_the_compiled_model_the_induction_head_beats_its_null(hard):
     circuit = find_circuit(
-        hard, contrasted(hard), "discrete-sae", pooling="mean", statistic="unique", trials=1, epochs=200
+        hard,
+        contrasted(hard),
+        "discrete-sae",
+        pooling="mean",
+        centre=False,
+        silent=0.0,
+        statistic="unique",
+        trials=1,
+        epochs=200,
     )
     table = circuit.frame().set_index("node")
     assert table.p["a1.h2"] <= 0.05
@@ -282,7 +304,16 @@ def test_the_published_form_is_the_plain_count(make, make_pairs):
     model, pairs = make(), make_pairs(n=8)
     published = find_circuit(model, pairs, "discrete-sae-published", level="node")
     spelled = find_circuit(
-        model, pairs, "discrete-sae", level="node", pooling="mean", normalise=False, statistic="unique", score="raw"
+        model,
+        pairs,
+        "discrete-sae",
+        level="node",
+        pooling="mean",
+        centre=False,
+        normalise=False,
+        silent=0.0,
+        statistic="unique",
+        score="raw",
     )
     assert torch.equal(published.scores, spelled.scores)
     assert published.columns["pairs"].sum() == 8 * 8 // 2
@@ -298,6 +329,7 @@ def test_the_published_form_is_the_plain_count(make, make_pairs):
         ({"pooling": "mean", "statistic": "js"}, UnknownName, "unique, mass"),
         ({"pooling": "mean", "score": "p"}, UnknownName, "raw, excess, z"),
         ({"pooling": "mean", "permutations": 10}, WorkbenchError, "at least 200"),
+        ({"pooling": "mean", "silent": 1.0}, WorkbenchError, "below 1"),
         ({"pooling": "mean", "trials": 0}, WorkbenchError, "trials is at least 1"),
     ],
 )
