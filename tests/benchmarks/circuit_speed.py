@@ -134,7 +134,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str,
         for name, call in calls.items():
             if name in failed:
                 continue
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             try:
                 call()
             except Exception as error:  # a peer that cannot run here is a remark in its row
@@ -142,6 +142,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str,
                 times.pop(name, None)
                 continue
             times.setdefault(name, []).append(time.perf_counter() - start)
+            print(f"{name}: {times[name][-1]:.2f} s, {time.process_time() - busy:.2f} s of processors", file=sys.stderr)
     return times, failed
 
 
