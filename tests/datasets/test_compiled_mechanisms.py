@@ -111,7 +111,7 @@ def test_a_head_with_a_backup_has_no_effect_alone_and_both_have_all(attention):
 def test_soft_attention_has_gradients_where_hard_attention_has_none():
     pairs = task("ioi").build(seed=0, tokenizer=compiled("compiled-ioi").tokenizer, n=8)
     edge = "a1.h2->a2.h0<q>"
-    for attention, low, high in (("hard", 0, 1e-6), ("soft", 0.02, 10)):
+    for attention, low, high in (("hard", 0, 1e-4), ("soft", 1, 10)):
         found = find_circuit(compiled("compiled-ioi", attention, rotate=1), pairs, method="eap")
         assert low <= found.scores[found.names.index(edge)].abs() <= high
 
@@ -123,9 +123,9 @@ def test_greater_than_raises_exactly_the_later_years(attention):
     logits = model.run(pairs.clean).logits[:, -1]
     for b in range(60):
         later = pairs.answer[b][pairs.answer[b] >= 0]
-        assert logits[b, later].min() > 1
+        assert logits[b, later].min() > 0.4
         assert logits[b].topk(len(later)).indices.sort().values.tolist() == later.sort().values.tolist()
-        assert logits[b, pairs.wrong[b][pairs.wrong[b] >= 0]].abs().max() < 0.5
+        assert logits[b, pairs.wrong[b][pairs.wrong[b] >= 0]].abs().max() < 0.2
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_greater_than_raises_exactly_the_later_years(attention):
         ("reverse", {"length": 16, "letters": 8}),
         ("reverse", {"length": 3}),
         ("sort", {"length": 7}),
-        ("sort", {"length": 2}),
+        ("sort", {"length": 3}),
         ("histogram", {"length": 9, "letters": 8}),
         ("frac-prevs", {"length": 10}),
         ("dyck", {"length": 16}),
