@@ -44,11 +44,12 @@ def edge_pruning(
     ``target`` is the final share of closed parts, at least 0; above 1 it presses harder, as in the published sweep (.94
     to 1.1). With ``node_target`` above 0 at level ``"edge"``, every source has a mask of its own as well, an edge is
     open as far as both are, and the nodes are driven to that sparsity (published: .72, in some runs); the column
-    ``node`` is the probability of the source. As in the authors' code: AdamW (decay .01) on masks and multipliers with
-    ``rate``, warmed up in the first fifteenth and then falling in a straight line to 0, and the target reached after 5/6
-    of the steps. Published: 3000 steps of 32 prompts at rate .8, logits starting at 10 (``start`` .99995) with a spread
-    of .01. Ours start alike at log(start / (1 - start)); with few steps a high start or rate closes masks at random,
-    and closed masks have no gradient.
+    ``source_open`` is the probability of the source. As in the authors' code: AdamW (decay .01) on masks and
+    multipliers with ``rate``, warmed up in the first fifteenth and then falling in a straight line to 0, and the target
+    reached after 5/6 of the steps. Published: 3000 steps of 32 prompts at rate .8, logits starting at 10 (``start``
+    .99995) with a spread of .01. Ours start alike at log(start / (1 - start)); with few steps a high start or rate
+    closes masks at random, and a mask at exactly 0 or 1 has no gradient: what has settled open can outlast a target of
+    1.
     """
     learning.check_counts(steps=steps, prompts=prompts)
     if target < 0 or node_target < 0:
@@ -86,7 +87,7 @@ def edge_pruning(
     if not node_target:
         return learning.openness(level, model.names, found, masks[0])
     of_source = open_probability(masks[1]).detach()[source]
-    return learning.openness(level, model.names, found * of_source, masks[0], node=of_source)
+    return learning.openness(level, model.names, found * of_source, masks[0], source_open=of_source)
 
 
 def _sources(names: tuple[str, ...]) -> tuple[list[str], Tensor]:
