@@ -46,6 +46,12 @@ def test_no_constant_costs_more_than_mean_or_zero(make, make_pairs, options):
     assert (found.scores < 0.9 * torch.minimum(found.columns["zero"], found.columns["mean"])).any()
 
 
+def test_steps_that_overshoot_leave_the_better_of_mean_and_zero(make, make_pairs):
+    found = ablation_effects(make(), make_pairs(), steps=2, rate=50.0)
+    for name in ("zero", "mean"):
+        assert (found.scores <= found.columns[name] + 1e-12).all()
+
+
 def test_effects_are_those_of_a_loop_over_nodes(make, make_pairs):
     model, pairs = make(), make_pairs()
     found = ablation_effects(model, pairs, batch=2, steps=5)
