@@ -215,7 +215,7 @@ def test_works_inside_no_grad(make, make_pairs):
 
 def test_methods_are_listed():
     listed = methods()
-    assert set(listed) == {"patching", "eap", "eap-ig", "discrete-sae"}
+    assert {"patching", "eap", "eap-ig", "acdc", "discrete-sae"} <= set(listed)
     assert listed["eap-ig"].options == {"steps": 5, "rule": "left"}
     assert listed["patching"].levels == ("node", "edge")
     assert all(method.description and method.ablations for method in listed.values())
@@ -224,14 +224,14 @@ def test_methods_are_listed():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "acdc"}, UnknownName, "discrete-sae, eap"),
+        ({"method": "adcc"}, UnknownName, "discrete-sae, discrete-sae-published, eap"),
         ({"level": "heads"}, UnknownName, "node, edge"),
         ({"ablation": "noise"}, UnknownName, "counterfactual, zero, mean"),
         ({"step": 3}, UnknownName, "steps, rule"),
         ({"steps": 0}, WorkbenchError, "at least 1"),
-        ({"rule": "right"}, UnknownName, "left, midpoint"),
+        ({"rule": "simpson"}, UnknownName, "left, midpoint"),
         ({"batch": 0}, WorkbenchError, "at least 1"),
-        ({"method": "discrete-sae", "level": "edge"}, Refused, "has no edge level"),
+        ({"method": "path-patching", "level": "edge"}, Refused, "has no edge level"),
         ({"method": "discrete-sae", "ablation": "zero"}, Refused, "cannot use ablation 'zero'"),
         ({"metric": lambda logits, pairs: logits.sum()}, WorkbenchError, "one number per example"),
         ({"metric": lambda logits, pairs: torch.zeros(len(pairs))}, Refused, "no gradient"),
