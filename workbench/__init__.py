@@ -247,6 +247,7 @@ _NAMES: dict[str, str] = {
     "reset_control": "workbench.probes.circuits.judgement.reset:reset_control",
     "compare_circuits": "workbench.probes.circuits.judgement.compare:compare_circuits",
     "effect_truth": "workbench.probes.circuits.judgement.truth:effect_truth",
+    "compiled": "workbench.datasets.models.compile:compiled",
     "published_circuit": "workbench.datasets.published.circuits:published_circuit",
     "published_circuits": "workbench.datasets.published.circuits:published_circuits",
     "ablation_effects": "workbench.probes.circuits.optimal:ablation_effects",
