@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.datasets.tasks.colored_objects import question, scene
 from workbench.datasets.corpus import count_pieces, filler_sentences, hide
+from workbench.datasets.pairs import Example, in_split
+from workbench.datasets.tasks.colored_objects import question, scene
 from workbench.datasets.tasks.docstring import Docstring
 from workbench.datasets.tasks.greater_than import GreaterThan
 from workbench.datasets.tasks.ioi import IOI
-from workbench.datasets.pairs import Example, in_split
 from workbench.datasets.words import template, words
 
 KINDS = ("ioi", "greater-than", "colored-objects", "docstring", "induction", "needle", "filler", "packed")

@@ -187,9 +187,7 @@ def stacked(acts: Mapping[Site, Tensor], sites: Sequence[Site]) -> Tensor:
 
 
 @torch.no_grad()
-def gather(
-    model: Model, ids: Tensor, sites: Sequence[Site], logits: str | None = "all"
-) -> tuple[Acts, Tensor | None]:
+def gather(model: Model, ids: Tensor, sites: Sequence[Site], logits: str | None = "all") -> tuple[Acts, Tensor | None]:
     """The tensors of ``sites`` on prompts ``ids``, and the logits, which ``logits=None`` spares."""
     run = model.run(ids, read=sites, logits=logits)
     return {site: run.acts[site].detach() for site in sites}, run.logits

@@ -31,8 +31,8 @@ def _known() -> dict[str, Method]:
 
 
 def methods() -> dict[str, Method]:
-    """Every method: name -> record with ``description``, ``paper``, ``levels``, ``ablations``, ``positions`` and
-    ``options``, from the tuples ``METHODS`` of the modules in ``probes/circuits/methods/``."""
+    """Every method: name -> record with ``description``, ``paper``, ``levels``, ``ablations``, ``positions``, ``contrast``
+    and ``options``, from the tuples ``METHODS`` of the modules in ``probes/circuits/methods/``."""
     return dict(_known())
 
 

@@ -77,6 +77,14 @@ def _by_place(outputs: Tensor, pairs: Pairs, places: Places) -> Tensor:
     return torch.einsum("btp,bthd->bhpd", share, outputs)
 
 
+def principal(vectors: Tensor, dimensions: int) -> Tensor:
+    """Vectors ``[N, H, D]`` in their first ``dimensions`` principal directions about the origin, those with the largest
+    mean square."""
+    flat = vectors.flatten(0, 1).double()
+    _, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
+    return (flat @ directions[:, -dimensions:]).to(vectors.dtype).unflatten(0, vectors.shape[:2])
+
+
 def mean_difference(vectors: Tensor, n: int) -> Tensor:
     """Distance between the mean of the first ``n`` prompts (clean) and that of the others, per head."""
     return (vectors[:n].mean(0) - vectors[n:].mean(0)).norm(dim=-1).double()

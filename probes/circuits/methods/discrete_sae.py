@@ -31,6 +31,7 @@ from workbench.probes.circuits.head_vectors import (
     head_vectors,
     mean_difference,
     placed_vectors,
+    principal,
     probe,
 )
 from workbench.probes.circuits.method import Method
@@ -47,6 +48,7 @@ def discrete_sae(
     centre: bool = True,
     normalise: bool = True,
     silent: float = 0.25,
+    dimensions: int = 128,
     statistic: str = "mass",
     score: str = "excess",
     features: int = 200,
@@ -54,7 +56,7 @@ def discrete_sae(
     epochs: int = 500,
     rate: float = 1e-3,
     examples: int = 10,
-    trials: int = 10,
+    trials: int = 4,
     relative: bool = False,
     permutations: int = 200,
     seed: int = 0,
@@ -65,19 +67,22 @@ def discrete_sae(
     positions) or ``"spans"`` (the places that the task names). ``centre`` subtracts each head's mean over all prompts,
     which tells nothing apart. ``normalise`` scales the pooled outputs to mean norm sqrt(width), which decides how much
     the sparsity weighs. What activates no feature beyond ``silent`` sqrt(width) gets one code of its own, so that heads
-    which write little do not seem to say much. ``statistic``: ``"unique"``, the number of codes that only
+    which write little do not seem to say much. ``dimensions`` principal directions of all heads' outputs enter the
+    autoencoder (0: all), which keeps large models to seconds. ``statistic``: ``"unique"``, the number of codes that only
     clean prompts use (as published; ``relative`` divides it by the number of codes in use), or ``"mass"``, the total
     variation distance between the codes of clean and corrupted prompts. ``score``: the statistic itself (``"raw"``, as
     published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``, 0 where the
-    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity``, ``epochs``, ``rate``,
-    ``examples`` (prompts that each autoencoder trains on) and ``trials`` have the published values. Told apart by
-    position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
+    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity``, ``epochs``, ``rate`` and
+    ``examples`` (prompts that each autoencoder trains on) have the published values; the published number of ``trials``
+    is 10. Told apart by position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
 
     Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
     ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show
     together on some clean and on no corrupted prompt, the same for q, k and v.
     """
     _check(setting, pooling, statistic, score, permutations)
+    if dimensions < 0:
+        raise WorkbenchError(f"dimensions is a number of directions, 0 for all; got {dimensions}")
     if not 0 <= silent < 1:
         raise WorkbenchError(f"silent is a share of the typical norm, from 0 to below 1; got {silent}")
     for name, value in (("features", features), ("epochs", epochs), ("examples", examples), ("trials", trials)):
@@ -87,6 +92,8 @@ def discrete_sae(
     vectors = placed_vectors(setting) if placed else head_vectors(setting, pooling)
     if centre:
         vectors = vectors - vectors.mean(0)
+    if 0 < dimensions < vectors.shape[-1]:
+        vectors = principal(vectors, dimensions)
     if normalise:
         vectors = vectors * (vectors.shape[-1] ** 0.5 / vectors.norm(dim=-1).mean().clamp(min=1e-30))
     coders = _trained(vectors, features, sparsity, epochs, rate, examples, trials, seed)

@@ -8,11 +8,20 @@ from workbench.probes.circuits.codes import against, code_mass, pair_codes, pair
 from workbench.probes.circuits.components import Setting
 from workbench.probes.circuits.discrete_coder import Coder, codes_of, encode, train
 from workbench.probes.circuits.find import find_circuit
-from workbench.probes.circuits.head_vectors import head_names, head_vectors, placed_vectors
+from workbench.probes.circuits.head_vectors import head_names, head_vectors, placed_vectors, principal
 from workbench.probes.circuits.judgement.labels import auroc
 from workbench.sites import Site
 
-QUICK = {"features": 16, "epochs": 20, "trials": 1, "examples": 4, "pooling": "mean", "centre": False, "silent": 0.0}
+QUICK = {
+    "features": 16,
+    "epochs": 20,
+    "trials": 1,
+    "examples": 4,
+    "pooling": "mean",
+    "centre": False,
+    "silent": 0.0,
+    "dimensions": 0,
+}
 
 
 def planted(prompts=40, heads=24, true=6, codes=8, seed=0):
@@ -198,6 +207,15 @@ def test_small_vectors_share_the_code_of_silence():
     assert not quiet.all()
 
 
+def test_principal_directions_hold_the_largest_squares():
+    vectors = torch.randn(30, 4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 1, 5, 0.1, 1, 0.1])
+    kept = principal(vectors, 3)
+    squares = torch.linalg.svdvals(vectors.flatten(0, 1).double()).square()
+    assert kept.shape == (30, 4, 3)
+    assert float(kept.double().square().sum()) == pytest.approx(float(squares[:3].sum()), rel=1e-6)
+    torch.testing.assert_close(principal(vectors, 6).norm(dim=-1), vectors.norm(dim=-1))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "concat"])
 def test_head_vectors_pool_the_residual_outputs(make, make_pairs, pooling):
     model, pairs = make(), make_pairs()
@@ -243,6 +261,7 @@ def test_on_the_compiled_model_the_induction_head_beats_its_null(hard):
         pooling="mean",
         centre=False,
         silent=0.0,
+        dimensions=0,
         statistic="unique",
         trials=1,
         epochs=200,
@@ -312,6 +331,8 @@ def test_the_published_form_is_the_plain_count(make, make_pairs):
         centre=False,
         normalise=False,
         silent=0.0,
+        dimensions=0,
+        trials=10,
         statistic="unique",
         score="raw",
     )
@@ -329,6 +350,7 @@ def test_the_published_form_is_the_plain_count(make, make_pairs):
         ({"pooling": "mean", "statistic": "js"}, UnknownName, "unique, mass"),
         ({"pooling": "mean", "score": "p"}, UnknownName, "raw, excess, z"),
         ({"pooling": "mean", "permutations": 10}, WorkbenchError, "at least 200"),
+        ({"pooling": "mean", "dimensions": -1}, WorkbenchError, "0 for all"),
         ({"pooling": "mean", "silent": 1.0}, WorkbenchError, "below 1"),
         ({"pooling": "mean", "trials": 0}, WorkbenchError, "trials is at least 1"),
     ],

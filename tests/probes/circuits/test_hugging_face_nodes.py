@@ -7,8 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from workbench.errors import Refused
 from workbench.models.load import load
 from workbench.pairs import logit_difference
-from workbench.probes.circuits.judgement.faithfulness import faithfulness
 from workbench.probes.circuits.find import find_circuit
+from workbench.probes.circuits.judgement.faithfulness import faithfulness
 
 
 def gpt2():
@@ -101,7 +101,7 @@ def test_all_node_methods_and_faithfulness_run(make_pairs):
         circuit = find_circuit(model, pairs, method, "node")
         table = faithfulness(model, circuit, pairs, (0, 0.5, 1), controls=1).frame()
         assert table.faithfulness.tolist()[::2] == pytest.approx([0, 1], abs=1e-9)
-    sae = find_circuit(model, pairs, "discrete-sae", features=8, epochs=5, trials=1, examples=3)
+    sae = find_circuit(model, pairs, "discrete-sae", features=8, epochs=5, trials=1, examples=3, pooling="mean")
     assert sae.names == tuple(f"a{layer}.h{head}" for layer in range(2) for head in range(4))
     assert all(parameter.grad is None for parameter in module.parameters())
 
