@@ -48,15 +48,15 @@ def discrete_sae(
     centre: bool = True,
     normalise: bool = True,
     silent: float = 0.25,
-    dimensions: int = 128,
+    dimensions: int = 64,
     statistic: str = "mass",
     score: str = "excess",
     features: int = 200,
     sparsity: float = 0.02,
-    epochs: int = 500,
-    rate: float = 1e-3,
+    epochs: int = 150,
+    rate: float = 3e-3,
     examples: int = 10,
-    trials: int = 4,
+    trials: int = 3,
     relative: bool = False,
     permutations: int = 200,
     seed: int = 0,
@@ -72,9 +72,9 @@ def discrete_sae(
     clean prompts use (as published; ``relative`` divides it by the number of codes in use), or ``"mass"``, the total
     variation distance between the codes of clean and corrupted prompts. ``score``: the statistic itself (``"raw"``, as
     published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``, 0 where the
-    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity``, ``epochs``, ``rate`` and
-    ``examples`` (prompts that each autoencoder trains on) have the published values; the published number of ``trials``
-    is 10. Told apart by position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
+    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity`` and ``examples`` (prompts
+    that each autoencoder trains on) have the published values; published are also 500 ``epochs`` at ``rate`` 1e-3 and 10
+    ``trials``. Told apart by position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
 
     Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
     ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show

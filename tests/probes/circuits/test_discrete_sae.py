@@ -265,6 +265,7 @@ def test_on_the_compiled_model_the_induction_head_beats_its_null(hard):
         statistic="unique",
         trials=1,
         epochs=200,
+        rate=1e-3,
     )
     table = circuit.frame().set_index("node")
     assert table.p["a1.h2"] <= 0.05
@@ -309,7 +310,7 @@ def test_edges_have_the_score_of_their_heads(make, make_pairs):
     vectors = vectors * (12**0.5 / vectors.norm(dim=-1).mean())
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(16, generator=generator)[:4]
-    coder = train(vectors[chosen].flatten(0, 1), 16, 0.02, 20, 1e-3, generator)
+    coder = train(vectors[chosen].flatten(0, 1), 16, 0.02, 20, 3e-3, generator)
     codes = encode(coder, vectors).argmax(-1)
     pairs_ = pair_codes(codes, torch.arange(16) < 8)
     table = dict(zip(edges.names, edges.scores.tolist(), strict=True))
@@ -332,6 +333,8 @@ def test_the_published_form_is_the_plain_count(make, make_pairs):
         normalise=False,
         silent=0.0,
         dimensions=0,
+        epochs=500,
+        rate=1e-3,
         trials=10,
         statistic="unique",
         score="raw",
