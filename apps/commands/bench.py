@@ -17,7 +17,7 @@ from workbench.errors import UnknownName, WorkbenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
-NAMES = ("kernels", "capture", "decode", "maps", "retrieval")
+NAMES = ("kernels", "capture", "decode", "maps", "retrieval", "circuits", "codes", "circuit-speed")
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "benchmarks"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -31,7 +31,7 @@ def bench(
 
     Runs a benchmark of the checkout and passes its other options on; `workbench bench kernels -- --help` lists them.
     """
-    scripts = {key: FOLDER / f"{key}.py" for key in NAMES}
+    scripts = {key: FOLDER / f"{key.replace('-', '_')}.py" for key in NAMES}
     if not all(path.is_file() for path in scripts.values()):
         raise WorkbenchError(
             f"the benchmarks are part of the repository, not of an installed package: there is no {FOLDER}; run this in a "

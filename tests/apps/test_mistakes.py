@@ -22,7 +22,7 @@ TEXT = "When Mary and John went to the store, John gave a ring to"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("sinks", "nosuch-model", "--text", TEXT), "no bundled model 'nosuch-model'; known: compiled-induction"),
+        (("sinks", "nosuch-model", "--text", TEXT), "no bundled model 'nosuch-model'; known: compiled-backup"),
         (("sinks", "./missing/folder", "--text", TEXT), "./missing/folder does not exist"),
         (("sinks", "some-owner/some-model", "--text", TEXT), "some-owner/some-model"),
         (("sinks", "MODEL"), "either --text or --file"),
