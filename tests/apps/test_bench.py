@@ -25,7 +25,7 @@ def test_alone_it_lists_what_there_is(workbench):
     assert [row["name"] for row in rows] == list(bench.NAMES)
     assert rows[0]["measures"].startswith("What block maps and statistics cost in one attention call")
     assert "\n" not in rows[0]["measures"]
-    assert "│ capture   │ What capture costs" in workbench("bench").out
+    assert "│ capture       │ What capture costs" in workbench("bench").out
 
 
 def test_options_are_passed_on_and_the_answer_is_one_document():
@@ -47,7 +47,7 @@ def test_options_are_passed_on_and_the_answer_is_one_document():
 
 def test_the_exit_code_and_the_stream_are_the_benchmarks(workbench, monkeypatch, tmp_path, capfd):
     for name in bench.NAMES:
-        (tmp_path / f"{name}.py").write_text(
+        (tmp_path / f"{name.replace('-', '_')}.py").write_text(
             "import sys; print(sys.argv[1:]); print('no', file=sys.stderr); sys.exit(3)"
         )
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
@@ -101,3 +101,28 @@ def test_ways_of_capture_do_what_they_are_called(tmp_path):
     assert list(found["one layer"].maps) == [1]
     assert len(found["store"].maps) == 2
     assert (tmp_path / "0" / "maps.json").is_file()
+
+
+def test_leaderboard_of_circuits_and_its_submission(tmp_path):
+    words = ("--models", "compiled-induction", "--methods", "eap,random", "--pairs", "4", "--threads", "1")
+    done = run("circuits", "--json", *words, "--export-mib", str(tmp_path / "mib"))
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["eap"]["auroc"] > 0.7 > rows["random"]["auroc"]
+    assert (rows["eap"]["forward"], rows["eap"]["backward"]) == (2, 1)
+    assert rows["eap"]["cmd"] < rows["random"]["cmd"]
+    assert (tmp_path / "mib" / "eap" / "induction_compiled-induction" / "importances.json").is_file()
+    done = run("circuits", "--models", "nosuch")
+    assert done.returncode != 0
+    assert "no model 'nosuch'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_codes_beside_baselines():
+    done = run(
+        "codes", "--json", "--models", "siit-ioi", "--pairs", "8", "--draws", "1", "--threads", "1", "--only-models"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["form"]: row["auroc"] for row in json.loads(done.stdout)["rows"]}
+    assert rows["exact mean ablation"] == 1.0
+    assert {"published", "default", "default, shuffled labels", "logistic probe"} <= set(rows)

@@ -88,6 +88,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=250)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only-models", action="store_true", help="leave the compiled models out")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
@@ -99,7 +100,8 @@ def main() -> int:
     seeds = [name for name in wb.bundled() if name.startswith("siit-ioi-")]
     trained = [name for name in args.models.split(",") if name] or seeds
     groups = {"siit-ioi": [(name, "ioi", {}) for name in trained]}
-    groups |= {name: [(name, task, options)] for name, (task, options) in TASKS.items()}
+    if not args.only_models:
+        groups |= {name: [(name, task, options)] for name, (task, options) in TASKS.items()}
     rows = []
     for group, members in groups.items():
         for name, kind, options in members:
