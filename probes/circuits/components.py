@@ -149,7 +149,8 @@ def edge_graph(model: Model) -> Graph:
         names = ", ".join(Site(kind, 0).hook.replace("blocks.0.", "") for kind in missing)
         raise Refused(
             f"edges need an input of its own for every head, and {model.name} does not serve {names}; "
-            "use level='node', or a native model"
+            "use level='node', a native model, or a TransformerLens bridge: "
+            "wb.load(TransformerBridge.boot_transformers(name, hf_model=model))"
         )
     shape = model.shape
     return circuit_graph(shape.layers, shape.heads, shape.kv_heads, mlp=Site("mlp_out", 0) in sites)
