@@ -1,5 +1,7 @@
 """Strict interchange-intervention training: the program, the swaps, the loss and the recipe."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,14 +23,14 @@ from workbench.datasets.models.siit.program import (
     tokens,
     vocabulary,
 )
-from workbench.datasets.models.siit.swap import components, plain, swapped
+from workbench.datasets.models.siit.swap import COMPONENTS, components, mapped, plain, swapped
 from workbench.datasets.models.siit.train import (
-    COMPONENTS,
+    COOLING,
     LATE_LEAK,
+    WARM_UP,
     WEIGHTS,
     Recipe,
     losses,
-    mapped,
     rate,
     start,
     train,
@@ -247,38 +249,55 @@ def test_loss_terms_fall_again_after_a_disturbance(first):
     assert {name for name in before if after[name] < before[name]} == set(WEIGHTS)
 
 
-def small(tmp_path, monkeypatch, **options):
+def small(work, monkeypatch, **options):
+    """A run of 6 steps of which the last 4 have a falling rate: it counts as ready when first measured, after 2."""
     monkeypatch.setattr(recipe_module, "POOL", 200)
-    recipe = Recipe(seed=3, steps=6, batch=4)
-    net, _ = train(recipe, tmp_path, every=1, **options)
-    return net.state_dict()
+    monkeypatch.setattr(recipe_module, "COOLING", 4)
+    monkeypatch.setattr(recipe_module, "measure", lambda net, **_: {})
+    monkeypatch.setattr(recipe_module, "shares", lambda found: {"accuracy": 1.0})
+    return train(Recipe(seed=3, batch=4), work, **options)
 
 
-def test_training_repeats_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    whole, again = (small(tmp_path / name, monkeypatch) for name in ("whole", "again"))
-    part = small(tmp_path / "parts", monkeypatch, stop=3)
-    resumed = small(tmp_path / "parts", monkeypatch)
-    for name, weight in whole.items():
-        assert torch.equal(weight, again[name]), name
-        assert torch.equal(weight, resumed[name]), name
-    assert any(not torch.equal(weight, part[name]) for name, weight in whole.items())
+def same(one, two):
+    return all(torch.equal(weight, two.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_training_repeats_and_resumes_to_the_same_bits(tmp_path, monkeypatch, stop):
+    whole, steps, _ = small(tmp_path / "whole", monkeypatch, every=2)
+    again, _, _ = small(tmp_path / "again", monkeypatch, every=2)
+    part, stopped, _ = small(tmp_path / "parts", monkeypatch, every=2, stop=stop)
+    taken = []
+    monkeypatch.setattr(recipe_module, "losses", lambda *given: taken.append(1) or losses(*given))
+    resumed, after, _ = small(tmp_path / "parts", monkeypatch, every=2)
+    assert len(taken) == steps - stop
+    assert (steps, stopped, after) == (6, stop, 6)
+    assert same(whole, again)
+    assert same(whole, resumed)
+    assert same(whole, part) == (stop == steps)
+
+
+def test_network_that_does_not_learn_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_module, "POOL", 200)
+    with pytest.raises(Refused, match=r"seed 3 has not learned the program in 2 steps: its lowest accuracy is 0\.\d+"):
+        train(Recipe(seed=3, steps=2, batch=4), tmp_path, every=1)
 
 
 def test_untrained_network_is_not_written(tmp_path):
     folder = tmp_path / "siit-ioi"
     with pytest.raises(Refused, match=r"siit-ioi is not written: .* accuracy 0\.\d+.*strict accuracy of m2"):
-        write(start(0).eval(), folder, Recipe(), 0.0)
+        write(start(0).eval(), folder, Recipe(), 0, 0.0)
     assert not folder.exists()
 
 
 def test_learning_rate_and_weight_of_the_leak():
-    recipe = Recipe(steps=1000)
-    assert weights(599, recipe) == weights(0, recipe) == WEIGHTS
-    assert weights(601, recipe) == {**WEIGHTS, "leak": LATE_LEAK}
-    rates = [rate(step, recipe) / recipe.rate for step in range(1000)]
-    assert rates[0] == pytest.approx(0.02)
-    assert rates[60:600] == [1.0] * 540
-    assert rates[-1] == pytest.approx(0.02)
+    assert [rate(step, None) for step in (0, 49, 50, 5000)] == [1 / WARM_UP, 1.0, 1.0, 1.0]
+    falling = [rate(step, 600) for step in range(580, 600 + COOLING)]
+    assert falling[:21] == [1.0] * 21
+    assert all(a > b for a, b in pairwise(falling[20:-8]))
+    assert falling[-1] == pytest.approx(0.02)
+    assert weights(599, 600) == weights(599, None) == WEIGHTS
+    assert weights(600, 600) == {**WEIGHTS, "leak": LATE_LEAK}
 
 
 def test_command_names_folders_by_seed():

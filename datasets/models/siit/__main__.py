@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from workbench.circuits import Circuit
-from workbench.datasets.models.siit.audit import REQUIRED, SHARE, audit, held_out, measure, shortfalls, truth
+from workbench.datasets.models.siit.audit import SHARE, audit, held_out, truth
+from workbench.datasets.models.siit.measure import REQUIRED, measure, shortfalls
 from workbench.datasets.models.siit.program import vocabulary
-from workbench.datasets.models.siit.train import COMPONENTS, LATE_LEAK, SMOOTHING, WEIGHTS, Recipe, train
+from workbench.datasets.models.siit.swap import COMPONENTS
+from workbench.datasets.models.siit.train import COOLING, LATE_LEAK, SMOOTHING, WEIGHTS, Recipe, train
 from workbench.errors import Refused
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeNet
@@ -31,12 +33,12 @@ def name_of(seed: int) -> str:
     return "siit-ioi" if seed == 0 else f"siit-ioi-{seed}"
 
 
-def write(net: NativeNet, folder: Path, recipe: Recipe, seconds: float) -> dict[str, Any]:
+def write(net: NativeNet, folder: Path, recipe: Recipe, steps: int, seconds: float) -> dict[str, Any]:
     """Write weights (float16), tokenizer, ground truth, audit and card; the audit is of the stored weights. Raises ``Refused``,
     leaving no folder, if they miss a requirement."""
     NativeModel(net, vocabulary(), name=folder.name).save(folder, dtype=torch.float16)
     model = NativeModel.load(folder)
-    found = measure(model)
+    found = measure(model.net)
     missed = shortfalls(found)
     if missed:
         shutil.rmtree(folder)
@@ -46,7 +48,13 @@ def write(net: NativeNet, folder: Path, recipe: Recipe, seconds: float) -> dict[
         )
     pairs = held_out(model)
     circuit = truth(model, pairs)
-    found = {**audit(model, pairs, circuit), **found, "recipe": asdict(recipe), "seconds": round(seconds, 1)}
+    found = {
+        **audit(model, pairs, circuit),
+        **found,
+        "recipe": asdict(recipe),
+        "steps": steps,
+        "seconds": round(seconds, 1),
+    }
     shutil.rmtree(folder / "ground_truth", ignore_errors=True)
     circuit.save(folder / "ground_truth")
     (folder / "audit.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -79,8 +87,8 @@ def card(model: NativeModel, circuit: Circuit, found: dict[str, Any]) -> str:
     recipe, c, span = found["recipe"], model.net.config, found["gap"]
     shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
     weights = ", ".join(f"{name} {value}" for name, value in WEIGHTS.items())
-    steps = f"Adam, peak rate {recipe['rate']}, {recipe['steps']} steps of {recipe['batch']} pairs of prompts"
-    command = f"python -m workbench.datasets.models.siit --seed {recipe['seed']} --steps {recipe['steps']}"
+    steps = f"Adam, peak rate {recipe['rate']}, {found['steps']} steps of {recipe['batch']} pairs"
+    command = f"python -m workbench.datasets.models.siit --seed {recipe['seed']}"
     return f"""# {model.name}
 
 A small softmax transformer trained onto a known causal model of indirect object identification (`task("ioi")`) by strict
@@ -93,7 +101,7 @@ With three different names the program answers either of the first two.
 | architecture | {shape}, learned positions up to {c.context} tokens, rms norm |
 | vocabulary | {c.vocab} words: those of the task (`tokenizer.json`; `<bos>` first) |
 | parameters | {sum(p.numel() for p in model.net.parameters()):,}, stored as float16 |
-| recipe | {steps}, seed {recipe["seed"]} (`siit/train.py`) |
+| recipe | {steps} of prompts, rate falling over the last {COOLING}, seed {recipe["seed"]} (`siit/train.py`) |
 | loss | {weights}, and leak {LATE_LEAK} while the rate falls; targets smoothed by {SMOOTHING} over the names |
 | start | random, except that the head of `duplicate` starts with equal queries and keys |
 | training time | {found["seconds"]:.0f} s on {recipe["threads"]} CPU thread(s) of a busy machine |
@@ -139,7 +147,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     default = Recipe()
     parser = argparse.ArgumentParser(prog="python -m workbench.datasets.models.siit", description=__doc__)
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--steps", type=int, default=default.steps, help="at most so many before the rate falls")
     parser.add_argument("--batch", type=int, default=default.batch, help="pairs of prompts per step")
     parser.add_argument("--rate", type=float, default=default.rate, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=default.threads)
@@ -152,8 +160,8 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     recipe = Recipe(args.seed, args.steps, args.batch, args.rate, args.threads)
     name = name_of(recipe.seed)
-    net, seconds = train(recipe, Path(args.work) / name)
-    found = write(net, Path(args.out) / name, recipe, seconds)
+    net, steps, seconds = train(recipe, Path(args.work) / name)
+    found = write(net, Path(args.out) / name, recipe, steps, seconds)
     print(json.dumps({key: found[key] for key in ("accuracy", "iia", "strict", "leak", "kept", "edges", "seconds")}))
 
 

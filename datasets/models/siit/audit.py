@@ -1,22 +1,20 @@
-"""What a trained network must pass, its labels, and what is written beside its weights."""
+"""The labels of a trained network, and what is written beside its weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.circuits import Circuit, edge_parts
 from workbench.datasets.models.siit.effects import edge_effects, gap, graph_of, node_effects
-from workbench.datasets.models.siit.program import VARIABLES, Sources, answers, draw, duplicate
-from workbench.datasets.models.siit.swap import components, plain, swapped
-from workbench.datasets.models.siit.train import COMPONENTS
+from workbench.datasets.models.siit.program import VARIABLES
+from workbench.datasets.models.siit.swap import COMPONENTS
 from workbench.datasets.tasks.ioi import IOI
 from workbench.models.native import NativeModel
 from workbench.pairs import Pairs
 
-REQUIRED = 0.995
 SHARE = 0.05
 """Least effect of a kept edge, as a share of |m(clean) - m(corrupted)|."""
 
@@ -30,58 +28,6 @@ def flow() -> tuple[tuple[str, str], ...]:
 def held_out(model: NativeModel, n: int = 64, seed: int = 11) -> Pairs:
     """Pairs of the task's test split under its default corruption, from which labels and effects are computed."""
     return IOI(split="test").build(seed, model.tokenizer, n)
-
-
-@torch.no_grad()
-def measure(model: NativeModel, n: int = 1000, seed: int = 7) -> dict[str, Any]:
-    """Accuracy, intervention and strict accuracy on ``n`` prompts of the test split.
-
-    ``accuracy``: share of prompts whose largest logit is in the program's answer. ``iia``: the same with a variable's
-    component from a source, against the program's answer under that intervention, over those prompts whose answer it changes.
-    ``strict``: with another component from a source, against the answer to the base; ``kl``: mean KL divergence, in nats, of
-    that run from the run without a swap.
-    """
-    net, tokenizer = model.net, model.tokenizer
-    base = draw(tokenizer, seed=seed, n=n, split="test")
-    source = base[Sources(base)(torch.arange(n), torch.Generator().manual_seed(seed))]
-    before, _ = plain(net, base.ids, base.end)
-    _, wrote = plain(net, source.ids, source.end)
-    names, said, logp = components(net.config), answers(base), before.log_softmax(-1)
-
-    def hits(logits: Tensor, sets: Tensor) -> Tensor:
-        return (logits.argmax(-1, keepdim=True) == sets).any(-1).double()
-
-    right, nobody = hits(before, said), duplicate(base) == 0
-    found: dict[str, Any] = {
-        "accuracy": right[~nobody].mean().item(),
-        "accuracy_nobody": right[nobody].mean().item(),
-        "iia": {},
-        "strict": {},
-        "kl": {},
-    }
-    variable_of = {component: variable for variable, component in COMPONENTS.items()}
-    for index, name in enumerate(names):
-        logits = swapped(net, base.ids, base.end, wrote, torch.full((n,), index))
-        if name in variable_of:
-            variable = VARIABLES.index(variable_of[name])
-            wanted = answers(base, source, torch.full((n,), variable))
-            changed = (wanted != said).any(1)
-            found["iia"][variable_of[name]] = hits(logits, wanted)[changed].mean().item()
-        else:
-            found["strict"][name] = hits(logits, said).mean().item()
-            found["kl"][name] = nn.functional.kl_div(
-                logits.log_softmax(-1), logp, log_target=True, reduction="batchmean"
-            ).item()
-    found["iia"] = {variable: found["iia"][variable] for variable in VARIABLES}
-    return found
-
-
-def shortfalls(found: dict[str, Any]) -> list[str]:
-    """Requirements that ``measure`` found unmet, as readable text; none for a network that may be bundled."""
-    shares = {"accuracy": found["accuracy"], "accuracy with nobody named twice": found["accuracy_nobody"]}
-    shares |= {f"interchange accuracy of {name}": value for name, value in found["iia"].items()}
-    shares |= {f"strict accuracy of {name}": value for name, value in found["strict"].items()}
-    return [f"{name} {value:.4f}" for name, value in shares.items() if not value > REQUIRED]
 
 
 def truth(model: NativeModel, pairs: Pairs) -> Circuit:

@@ -32,7 +32,7 @@ from workbench.datasets.words import template, words
 from workbench.errors import WorkbenchError
 
 VARIABLES = ("duplicate", "inhibition", "mover")
-NOBODY = 0.25
+NOBODY = 0.3
 
 
 @dataclass(frozen=True)

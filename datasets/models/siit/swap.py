@@ -12,15 +12,25 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from workbench.datasets.models.siit.program import VARIABLES
 from workbench.graph import circuit_graph
 from workbench.models.hookpoints import attached
 from workbench.models.native_config import NativeConfig
 from workbench.models.native_net import NativeNet
 
+COMPONENTS = {"duplicate": "a0.h1", "inhibition": "a1.h3", "mover": "a2.h2"}
+"""The component of each variable of the program."""
+
 
 def components(config: NativeConfig) -> tuple[str, ...]:
     """Names of all heads and MLPs, layer by layer, heads first."""
     return circuit_graph(config.layers, config.heads, mlp=bool(config.mlp_width)).writers[1:]
+
+
+def mapped(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Indices into ``names`` of the variables' components, and of all others."""
+    own = [names.index(COMPONENTS[variable]) for variable in VARIABLES]
+    return torch.tensor(own), torch.tensor([i for i in range(len(names)) if i not in own])
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.datasets.models.siit.measure import measure, shares
 from workbench.datasets.models.siit.program import (
-    VARIABLES,
     Prompts,
     Sources,
     answers,
@@ -35,27 +35,28 @@ from workbench.datasets.models.siit.program import (
     targets,
     vocabulary,
 )
-from workbench.datasets.models.siit.swap import components, plain, swapped
+from workbench.datasets.models.siit.swap import COMPONENTS, components, mapped, plain, swapped
 from workbench.datasets.models.train import _checkpoint, _resume
+from workbench.errors import Refused
 from workbench.models.native_config import NativeConfig
 from workbench.models.native_net import NativeNet
 
-COMPONENTS = {"duplicate": "a0.h1", "inhibition": "a1.h3", "mover": "a2.h2"}
-"""The component of each variable."""
 WEIGHTS = {"behaviour": 1.0, "intervention": 1.0, "strict": 0.4, "leak": 1.0}
-LATE_LEAK = 6.0
+LATE_LEAK = 3.0
 """Weight of the leak term while the rate falls: earlier it would keep the network from learning the program at all."""
 SMOOTHING = 0.05
-POOL, WARM_UP, COOLING, CLIP = 20_000, 50, 0.4, 1.0
-"""Prompts to draw from; steps of rising rate; share of steps with a falling one; largest norm of the gradient."""
+POOL, WARM_UP, CLIP = 50_000, 50, 1.0
+"""Prompts to draw from; steps of rising rate; largest norm of the gradient."""
+READY, COOLING = 0.99, 1000
+"""Once every accuracy on fresh prompts exceeds ``READY`` the rate falls for ``COOLING`` steps, and training ends."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may differ between runs."""
+    """What may differ between runs. ``steps``: at most so many before the rate falls."""
 
     seed: int = 0
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 96
     rate: float = 4e-3
     threads: int = 1
@@ -90,12 +91,6 @@ def start(seed: int) -> NativeNet:
     return net
 
 
-def mapped(names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Indices into ``names`` of the variables' components, and of all others."""
-    own = [names.index(COMPONENTS[variable]) for variable in VARIABLES]
-    return torch.tensor(own), torch.tensor([i for i in range(len(names)) if i not in own])
-
-
 def losses(net: NativeNet, base: Prompts, source: Prompts, generator: torch.Generator) -> dict[str, Tensor]:
     """The four terms of the module's docstring on one batch; variables and other components are drawn with ``generator``."""
     own, others = mapped(components(net.config))
@@ -120,50 +115,60 @@ def losses(net: NativeNet, base: Prompts, source: Prompts, generator: torch.Gene
     }
 
 
-def rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then linear over the last ``COOLING`` of the steps to a fiftieth of the peak."""
-    return recipe.rate * min((step + 1) / WARM_UP, 1.0, max(_left(step, recipe), 0.02))
+def rate(step: int, cooling: int | None) -> float:
+    """Share of the peak rate: linear warm-up, constant, and from step ``cooling`` on linear to a fiftieth."""
+    left = 1.0 if cooling is None else 1 - (step - cooling) / COOLING
+    return min((step + 1) / WARM_UP, 1.0, max(left, 0.02))
 
 
-def weights(step: int, recipe: Recipe) -> dict[str, float]:
+def weights(step: int, cooling: int | None) -> dict[str, float]:
     """``WEIGHTS``, with ``LATE_LEAK`` once the rate falls."""
-    return WEIGHTS if _left(step, recipe) > 1 else {**WEIGHTS, "leak": LATE_LEAK}
+    return WEIGHTS if cooling is None or step < cooling else {**WEIGHTS, "leak": LATE_LEAK}
 
 
-def _left(step: int, recipe: Recipe) -> float:
-    """Remaining steps in units of those with a falling rate."""
-    return (recipe.steps - step) / (COOLING * recipe.steps)
-
-
-def train(recipe: Recipe, work: Path, every: int = 100, stop: int | None = None) -> tuple[NativeNet, float]:
-    """The trained network and the seconds it took; one JSON line per ``every`` steps on stderr, and a checkpoint in ``work``
-    from which an interrupted run goes on to the same bits. ``stop`` ends before ``recipe.steps``, as an interruption would."""
+def train(recipe: Recipe, work: Path, every: int = 50, stop: int | None = None) -> tuple[NativeNet, int, float]:
+    """The trained network, the steps and the seconds it took. Every ``every`` steps it is measured and one JSON line goes to
+    stderr, and a checkpoint to ``work``, from which an interrupted run goes on to the same bits. ``stop`` ends early, as an
+    interruption would. Raises ``Refused`` if the network is not ready after ``recipe.steps``."""
     torch.set_num_threads(recipe.threads)
     net = start(recipe.seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=recipe.rate, betas=(0.9, 0.95))
     work.mkdir(parents=True, exist_ok=True)
-    first, spent = _resume(work, net, optimiser)
+    step, spent = _resume(work, net, optimiser)
+    ready = work / "cooling.json"
+    cooling = json.loads(ready.read_text()) if ready.exists() else None
     pool = draw(vocabulary(), seed=recipe.seed, n=POOL)
     sources = Sources(pool)
     began = time.monotonic() - spent
-    last = recipe.steps if stop is None else min(stop, recipe.steps)
-    for step in range(first, last):
+    while step != stop and (cooling is None or step < cooling + COOLING):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         rows = torch.randint(len(pool), (recipe.batch,), generator=generator)
         parts = losses(net, pool[rows], pool[sources(rows, generator)], generator)
         for group in optimiser.param_groups:
-            group["lr"] = rate(step, recipe)
+            group["lr"] = recipe.rate * rate(step, cooling)
+        scale = weights(step, cooling)
         optimiser.zero_grad()
-        scale = weights(step, recipe)
         torch.stack([scale[name] * part for name, part in parts.items()]).sum().backward()
         nn.utils.clip_grad_norm_(net.parameters(), CLIP)
         optimiser.step()
-        if (step + 1) % every == 0 or step + 1 == last:
-            seconds = time.monotonic() - began
-            shown = {name: round(part.item(), 4) for name, part in parts.items()}
-            print(json.dumps({"step": step + 1, "seconds": round(seconds, 1), **shown}), file=sys.stderr, flush=True)
-            _checkpoint(work, net, optimiser, step + 1, seconds)
-    return net.eval(), time.monotonic() - began
+        step += 1
+        if step % every:
+            continue
+        least = min(shares(measure(net, n=400, split="train")).values())
+        if cooling is None and least > READY:
+            cooling = step
+            ready.write_text(json.dumps(cooling))
+        seconds = time.monotonic() - began
+        shown = {name: round(part.item(), 4) for name, part in parts.items()}
+        said = {"step": step, "seconds": round(seconds, 1), **shown, "least": round(least, 4), "cooling": cooling}
+        print(json.dumps(said), file=sys.stderr, flush=True)
+        _checkpoint(work, net, optimiser, step, seconds)
+        if cooling is None and step >= recipe.steps:
+            raise Refused(
+                f"seed {recipe.seed} has not learned the program in {step} steps: its lowest accuracy is {least:.3f}, and "
+                f"{READY} is needed before the rate falls. Train with more --steps or another --seed"
+            )
+    return net.eval(), step, time.monotonic() - began
 
 
 def _place(component: str) -> tuple[int, int]:
