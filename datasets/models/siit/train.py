@@ -47,7 +47,7 @@ LATE_LEAK = 3.0
 SMOOTHING = 0.05
 POOL, WARM_UP, CLIP = 50_000, 50, 1.0
 """Prompts to draw from; steps of rising rate; largest norm of the gradient."""
-READY, COOLING = 0.99, 1000
+READY, COOLING = 0.99, 700
 """Once every accuracy on fresh prompts exceeds ``READY`` the rate falls for ``COOLING`` steps, and training ends."""
 
 
@@ -68,7 +68,7 @@ def config(vocab: int) -> NativeConfig:
         layers=3,
         heads=4,
         width=64,
-        head_width=16,
+        head_width=32,
         vocab=vocab,
         mlp_width=128,
         positions="learned",
