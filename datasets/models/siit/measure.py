@@ -11,7 +11,7 @@ from workbench.datasets.models.siit.program import VARIABLES, Sources, answers, 
 from workbench.datasets.models.siit.swap import COMPONENTS, components, plain, swapped
 from workbench.models.native_net import NativeNet
 
-REQUIRED = 0.995
+REQUIRED = 0.99
 
 
 @torch.no_grad()
