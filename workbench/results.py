@@ -108,6 +108,8 @@ def load_result(path: str | Path) -> SavedResult:
     path = Path(path)
     if not path.is_dir():
         raise WorkbenchError(f"no result folder {path}")
+    if (path / "circuit.json").is_file():
+        raise WorkbenchError(f"{path} holds a circuit, which workbench.Circuit.load reads")
     missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         raise WorkbenchError(f"{path} is not a complete result: {', '.join(missing)} missing")

@@ -76,7 +76,9 @@ def circuit(
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
-    keep: Annotated[int | None, typer.Option("--top", help="Keep only the N parts with the largest scores.")] = None,
+    keep: Annotated[
+        int | None, typer.Option("--top", help="Keep only the N parts with the largest absolute scores.")
+    ] = None,
     positions: PositionsOption = "all",
     task_options: TaskOptions = None,
     method_options: MethodOptions = None,
@@ -99,12 +101,12 @@ def circuit(
         found = asked.find(method, level, ablation, method_options, positions)
         if keep is not None:
             found = found.top(keep)
-        if target is not None:
-            found.save(target)
         if eap_json is not None:
             wb.write_eap_json(found, eap_json)
         if graph_json is not None:
             wb.write_graph_json(found, graph_json, slug=f"{asked.model.name}-{task}".replace("/", "-"))
+        if target is not None:  # last: it cannot be written twice, so a refusal of the others must not leave it behind
+            found.save(target)
     frame = found.frame()
     payload = {
         "command": "circuit",
@@ -178,6 +180,10 @@ def faithfulness(
         rows = [list(row) for row in frame.itertuples(index=False)]
         console.print(table(f"{model}, {task}: faithfulness", dict.fromkeys(frame.columns, "right"), rows))
         console.print(
+            "faithfulness: the largest absolute scores kept, 1 is the whole model, 0 nothing; low, high: its 95% interval; "
+            "signed: the largest signed scores; reversed: the smallest; random: as many random parts, lowest to highest"
+        )
+        console.print(
             f"CPR {result.cpr:.3f} (area under the curve, higher is better), CMD {result.cmd:.3f} (lower is better)"
         )
         if result.note:
@@ -237,15 +243,17 @@ def _show_circuit(console: Console, title: str, found: Circuit) -> None:
     order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
     best = frame.loc[order].head(_SHOWN)
     columns = {n: "right" if frame[n].dtype.kind == "f" else "left" for n in frame.columns}
-    more = f", the {_SHOWN} strongest" if len(frame) > _SHOWN else ""
-    console.print(
-        table(
-            f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, best.values.tolist()
-        )
-    )
+    more = f"; the {_SHOWN} strongest" if len(frame) > _SHOWN else ""
+    rows = [[_score(v) if isinstance(v, float) else v for v in row] for row in best.values.tolist()]
+    console.print(table(f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, rows))
     some = best[best["score"] != 0]
     heads = [name for name in some["node" if found.level == "node" else "source"] if name.startswith("a")]
     if heads:
         console.print(
             f"strongest heads: {', '.join(dict.fromkeys(n.removeprefix('a').replace('.h', '.') for n in heads))}"
         )
+
+
+def _score(value: float) -> float | str:
+    """A score that three decimals would show as nothing in powers of ten: the order of parts depends on it."""
+    return f"{value:.0e}" if 0 < abs(value) < 0.0005 else value

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _METHOD = "eap-ig"
 _SHOWN = 15
+_SAYS = {
+    "performance": "kl: from the whole model, in nats per prompt; correct: share of prompts; agrees: share of prompts with the "
+    "whole model's answer; metric: the task's, mean over prompts",
+    "completeness": "circuit, model: metric of each without the removed parts; gap: between the two, 0 is complete; low, "
+    "high: 95% interval of circuit - model; share: of the metric between the whole model and nothing",
+    "minimality": "effect: what the part changes in the metric with others removed; share: of the metric of the whole model",
+}
 
 
 def judge(
@@ -27,7 +34,9 @@ def judge(
     method: Annotated[
         str | None, typer.Option("--method", help="How to score without --circuit.", show_default=_METHOD)
     ] = None,
-    keep: Annotated[int | None, typer.Option("--top", help="Judge the N parts with the largest scores.")] = None,
+    keep: Annotated[
+        int | None, typer.Option("--top", help="Judge the N parts with the largest absolute scores.")
+    ] = None,
     level: LevelOption = None,
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
@@ -81,12 +90,17 @@ def judge(
     def show(console: Console) -> None:
         title = f"{model}, {task}: {len(found):,} of {len(found.names):,} {found.level}s kept"
         whole = performance.frame()[["set", "kl", "kl_max", "correct", "agrees", "metric"]]
+        gaps = complete.frame()
+        worst = complete.removed[int(complete.gap.argmax())]
         for name, frame in (
             ("performance", whole),
-            ("completeness", complete.frame()),
-            ("minimality", minimal.frame().head(_SHOWN)),
+            ("completeness", gaps.drop(columns="parts")),
+            ("minimality", minimal.frame().drop(columns="removed").head(_SHOWN)),
         ):
             console.print(table(f"{title}, {name}", _columns(frame), frame.values.tolist()))
+            console.print(_SAYS[name])
+            if name == "completeness" and worst:
+                console.print(f"the largest gap is without {', '.join(worst)}")
         console.print(f"CPR {faithful.cpr:.3f} (higher is better), CMD {faithful.cmd:.3f} (lower is better)")
         if right is not None:
             frame = right.frame()

@@ -94,13 +94,15 @@ def show_task(
     def show(console: Console) -> None:
         console.print(about(built), soft_wrap=True)
         here = values(built)
-        rows = [[option, value, here[option]] for option, value in values(type(built)()).items()]
+        rows = [[o, *("drawn" if v is None else v for v in (d, here[o]))] for o, d in values(type(built)()).items()]
         console.print(table("options", ["name", "default", "here"], rows))
         console.print(
             f"corruptions: {', '.join(built.corruptions)}; --contrast, for negatives: {built.contrast().corruption}"
         )
         for item in drawn:
-            rows = [list(row.values()) for row in item["tokens"]]
+            rows = [
+                [v.replace("\n", "\\n") if isinstance(v, str) else v for v in row.values()] for row in item["tokens"]
+            ]
             console.print(table(item["text"], ["position", "clean", "corrupt", "span"], rows))
             console.print(f"answer: {' '.join(item['answer'])}   wrong: {' '.join(item['wrong'])}")
         console.print(f"other examples drawn and dropped for this tokenizer: {pairs.dropped}")

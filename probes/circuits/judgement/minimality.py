@@ -84,7 +84,7 @@ class MinimalityResult(Result):
         ax.set_xticks(range(len(self.names)), list(self.names), rotation=90)
         ax.set(
             ylabel="share of F(M)",
-            title=f"{len(self.needless)} of {len(self.names)} {self.level}s not shown to be needed",
+            title=f"{len(self.names) - len(self.needless)} of {len(self.names)} {self.level}s shown to be needed",
         )
         return ax
 
