@@ -38,7 +38,7 @@ def acdc(setting: Setting, level: str, *, tau: float = 0.01, taus: int = 1, obje
     """
     if objective not in OBJECTIVES:
         raise UnknownName("objective of acdc", objective, OBJECTIVES)
-    if tau < 0 or taus < 1:
+    if not tau >= 0 or taus < 1:
         raise WorkbenchError(
             f"tau is a rise of the loss, 0 or more, and taus a number of thresholds; got {tau}, {taus}"
         )

@@ -95,7 +95,12 @@ def test_places(soft, induction):
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"objective": "x"}, UnknownName), ({"tau": -1.0}, WorkbenchError), ({"taus": 0}, WorkbenchError)],
+    [
+        ({"objective": "x"}, UnknownName),
+        ({"tau": -1.0}, WorkbenchError),
+        ({"tau": float("nan")}, WorkbenchError),
+        ({"taus": 0}, WorkbenchError),
+    ],
 )
 def test_refusals(soft, induction, options, error):
     with pytest.raises(error):
