@@ -246,6 +246,8 @@ def _show_circuit(console: Console, title: str, found: Circuit) -> None:
     more = f"; the {_SHOWN} strongest" if len(frame) > _SHOWN else ""
     rows = [[_score(v) if isinstance(v, float) else v for v in row] for row in best.values.tolist()]
     console.print(table(f"{title}: {len(found):,} of {len(found.names):,} {found.level}s kept{more}", columns, rows))
+    if "unit" in found.provenance:
+        console.print(f"score: {found.provenance['unit']}")
     some = best[best["score"] != 0]
     heads = [name for name in some["node" if found.level == "node" else "source"] if name.startswith("a")]
     if heads:

@@ -82,5 +82,10 @@ def find_circuit(
     check_types(f"method {method!r}", {name: type(value) for name, value in known.items()}, options)
     circuit = chosen(setting, level, **options)
     return replace(
-        circuit, provenance={**setting.provenance(method, level, {**known, **options}), **circuit.provenance}
+        circuit,
+        provenance={
+            **setting.provenance(method, level, {**known, **options}),
+            "unit": chosen.unit,
+            **circuit.provenance,
+        },
     )

@@ -19,7 +19,7 @@ class Method:
     ``paper`` is the source. ``levels`` (the last is the default) and ``ablations`` are those it can serve, ``positions``
     whether it can tell positions apart, ``training`` whether it optimises something, so that its cost grows with a
     number of steps. ``contrast`` marks methods that compare activations and need pairs of ``task.contrast()``, whose
-    corrupted prompts do not call for the behaviour.
+    corrupted prompts do not call for the behaviour. ``unit`` is what its scores count.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Method:
     positions: bool = False
     training: bool = False
     contrast: bool = False
+    unit: str = "units of the metric"
 
     def __call__(self, setting: Setting, level: str, **options: Any) -> Circuit:
         return self.function(setting, level, **options)

@@ -28,7 +28,6 @@ MODELS = {
     "compiled-induction": ("induction", {"length": 12}),
     "compiled-induction:soft": ("induction", {"length": 12}),
     "compiled-needle": ("needle", {"length": 48}),
-    "compiled-needle:soft": ("needle", {"length": 48}),
     "compiled-ioi": ("ioi", {}),
     "compiled-ioi:soft": ("ioi", {}),
     "compiled-greater-than": ("greater-than", {}),
@@ -39,8 +38,6 @@ MODELS = {
 VARIATIONS = {
     "eap (zero)": ("eap", "zero", {}),
     "eap (mean)": ("eap", "mean", {}),
-    "eap (optimal)": ("eap", "optimal", {}),
-    "acdc (21 thresholds)": ("acdc", "counterfactual", {"taus": 21}),
 }
 """Rows beside the methods with their own defaults: method, ablation, options."""
 
@@ -150,7 +147,7 @@ def main() -> int:
     parser.add_argument("--level", choices=("edge", "node"), default="edge")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export-mib", type=Path, help="a new folder for the circuits as MIB submissions")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -2,8 +2,8 @@
 
 A derivation takes a text and gives the set of answers that it calls for, empty if it calls for none. ``UNIFORM`` names the
 labels that are drawn evenly, with their values. ``OUTSIDE`` names corruptions after which the text calls for something that is
-not among the wrong tokens, ``ANSWERED`` the tasks whose contrast still calls for an answer, ``CHOOSING`` those that draw from the words that a tokenizer has, so that none
-need be dropped.
+not among the wrong tokens, ``ANSWERED`` the tasks whose contrast still calls for an answer, ``CHOOSING`` those
+that draw from the words that a tokenizer has, so that none need be dropped.
 """
 
 import re

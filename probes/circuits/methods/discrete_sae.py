@@ -71,10 +71,11 @@ def discrete_sae(
     autoencoder (0: all), which keeps large models to seconds. ``statistic``: ``"unique"``, the number of codes that only
     clean prompts use (as published; ``relative`` divides it by the number of codes in use), or ``"mass"``, the total
     variation distance between the codes of clean and corrupted prompts. ``score``: the statistic itself (``"raw"``, as
-    published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``, 0 where the
-    null does not vary). Labels are permuted within pairs. ``features``, ``sparsity`` and ``examples`` (prompts
-    that each autoencoder trains on) have the published values; published are also 500 ``epochs`` at ``rate`` 1e-3 and 10
-    ``trials``. Told apart by position, each place of a head is a part with codes of its own, and ``pooling`` has no say.
+    published), its excess over the mean under permuted labels, or that in standard deviations (``"z"``); 0
+    where it is not above chance or the null does not vary. Labels are permuted within pairs. ``features``, ``sparsity``
+    and ``examples`` (prompts that each autoencoder trains on) have the published values; published are also 500
+    ``epochs`` at ``rate`` 1e-3 and 10 ``trials``. Told apart by position, each place of a head is a part with codes of
+    its own, and ``pooling`` has no say.
 
     Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
     ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show
@@ -154,7 +155,8 @@ def _nodes(
         values += code_mass(codes, labels) if statistic == "mass" else unique_codes(codes, labels, relative)
     raw, null = values[0] / len(coders), values[1:] / len(coders)
     found = against(raw, null)
-    scores = {"raw": raw, "excess": raw - found.mean, "z": found.z.nan_to_num(0.0)}[score]
+    above = {"raw": raw, "excess": raw - found.mean, "z": found.z.nan_to_num(0.0)}[score]
+    scores = above.clamp(min=0)  # less than chance is no evidence, and no evidence against
     columns = {
         "raw": raw,
         "null_mean": found.mean,
@@ -224,6 +226,7 @@ METHODS = (
         positions=True,
         training=True,
         contrast=True,
+        unit="distance of the distributions of codes, above chance",
     ),
     Method(
         "discrete-sae-published",
@@ -234,5 +237,6 @@ METHODS = (
         ablations=("counterfactual",),
         training=True,
         contrast=True,
+        unit="codes that only clean prompts use",
     ),
 )

@@ -105,5 +105,6 @@ METHODS = (
         "Bhaskar et al. 2024 (arXiv 2406.16778)",
         positions=True,
         training=True,
+        unit="probability of being kept",
     ),
 )

@@ -93,5 +93,6 @@ METHODS = (
         ablations=("mean",),
         positions=True,
         training=True,
+        unit="share of its own output that a part keeps",
     ),
 )

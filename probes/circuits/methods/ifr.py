@@ -185,5 +185,6 @@ METHODS = (
         ifr,
         "Ferrando and Voita 2024 (arXiv 2403.00824)",
         positions=True,
+        unit="share of what is written",
     ),
 )

@@ -360,5 +360,6 @@ METHODS = (
         levels=("node",),
         ablations=("counterfactual",),
         positions=True,
+        unit="share of the difference between clean and corrupted prompts",
     ),
 )

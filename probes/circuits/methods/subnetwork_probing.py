@@ -60,5 +60,6 @@ METHODS = (
         "Cao et al. 2021 (arXiv 2104.03514), as in Conmy et al. 2023 (arXiv 2304.14997)",
         positions=True,
         training=True,
+        unit="probability of being kept",
     ),
 )

@@ -97,5 +97,6 @@ METHODS = (
         "Li and Janson 2024 (arXiv 2409.09951)",
         positions=True,
         training=True,
+        unit="probability of being kept",
     ),
 )
