@@ -44,6 +44,10 @@ class Pairs:
                 raise WorkbenchError(f"pairs.{name} is [B, tokens] with B={n}; got {list(value.shape)}")
         if self.position.shape != (n,):
             raise WorkbenchError(f"pairs.position is [B] with B={n}; got {list(self.position.shape)}")
+        if n and not bool(((self.position >= 0) & (self.position < self.clean.shape[1])).all()):
+            raise WorkbenchError(
+                f"pairs.position is a place in prompts of {self.clean.shape[1]} tokens, from 0; got {self.position.tolist()[:8]}"
+            )
 
     def __len__(self) -> int:
         return len(self.clean)
