@@ -83,10 +83,10 @@ def ways(level: str, chosen: list[str]) -> dict[str, tuple[str, str, str, dict[s
     found: dict[str, tuple[str, str, str, dict[str, Any]]] = {}
     for name, method in wb.methods().items():
         ablation = "counterfactual" if "counterfactual" in method.ablations else method.ablations[0]
-        if level in method.levels:
-            found[name] = (name, level, ablation, {})
-        elif level == "edge":
+        if level == "edge" and method.levels[-1] == "node":
             found[f"{name} (nodes)"] = (name, "node", ablation, {})
+        elif level in method.levels:
+            found[name] = (name, level, ablation, {})
     for name, (method, ablation, options) in VARIATIONS.items():
         if level in wb.methods()[method].levels:
             found[name] = (method, level, ablation, options)

@@ -28,11 +28,10 @@ LOWEST, HIGHEST = 1e-4, 1.0
 
 
 @torch.no_grad()
-def acdc(setting: Setting, level: str, *, tau: float = 1e-4, taus: int = 1, objective: str = "kl") -> Circuit:
+def acdc(setting: Setting, level: str, *, tau: float = 1e-3, taus: int = 1, objective: str = "kl") -> Circuit:
     """Which parts a greedy removal keeps.
 
-    ``objective``: ``"kl"`` (nats) or ``"metric"`` (loss = m(whole) - m(circuit)). ``kept`` is the circuit at ``tau`` (by
-    default the lowest published),
+    ``objective``: ``"kl"`` (nats) or ``"metric"`` (loss = m(whole) - m(circuit)). ``kept`` is the circuit at ``tau``,
     column ``rise`` how much the loss rose when the part was tried. With ``taus=1`` that is the score. With more, the
     removal runs again for that many thresholds from 1e-4 to 1, and the score is the largest of them that keeps a
     part, 0 if none does: the ranking behind the published ROC curves, which use 21.
