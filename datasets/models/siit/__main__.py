@@ -88,7 +88,7 @@ def card(model: NativeModel, circuit: Circuit, found: dict[str, Any]) -> str:
     shape = f"{c.layers} layers, {c.heads} heads of {c.head_width}, width {c.width}, MLP {c.mlp_width}"
     weights = ", ".join(f"{name} {value}" for name, value in WEIGHTS.items())
     steps = f"Adam, peak rate {recipe['rate']}, {found['steps']} steps of {recipe['batch']} pairs"
-    command = f"python -m workbench.datasets.models.siit --seed {recipe['seed']}"
+    command = f"python -m workbench.datasets.models.siit --seed {recipe['seed']} --batch {recipe['batch']}"
     return f"""# {model.name}
 
 A small softmax transformer trained onto a known causal model of indirect object identification (`task("ioi")`) by strict
