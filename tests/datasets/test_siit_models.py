@@ -47,7 +47,7 @@ def audit_of(model):
 def test_stored_weights_follow_the_program(model):
     """On prompts that neither training nor the audit drew."""
     found = measure(model.net, n=1000, seed=123)
-    assert min(shares(found).values()) > 0.99
+    assert min(shares(found).values()) > 0.98
     assert set(found["iia"]) == set(VARIABLES)
     assert set(found["strict"]) == set(OTHERS)
     pairs = wb.task("ioi", split="test").build(99, model.tokenizer, 200)
