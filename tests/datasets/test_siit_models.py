@@ -40,6 +40,11 @@ def test_at_least_three_seeds_are_bundled_and_small():
         assert (MODELS / name / "model.safetensors").stat().st_size < 1e6
 
 
+def test_three_seeds_follow_the_program_in_995_of_1000():
+    least = {name: min(shares(json.loads((MODELS / name / "audit.json").read_text())).values()) for name in NAMES}
+    assert sum(share > 0.995 for share in least.values()) >= 3, least
+
+
 def audit_of(model):
     return json.loads((MODELS / model.name / "audit.json").read_text())
 
