@@ -294,7 +294,7 @@ def test_learning_rate_and_weight_of_the_leak():
     assert [rate(step, None) for step in (0, 49, 50, 5000)] == [1 / WARM_UP, 1.0, 1.0, 1.0]
     falling = [rate(step, 600) for step in range(580, 600 + COOLING)]
     assert falling[:21] == [1.0] * 21
-    assert all(a > b for a, b in pairwise(falling[20:-8]))
+    assert all(a > b for a, b in pairwise(falling[20 : -COOLING // 50]))
     assert falling[-1] == pytest.approx(0.02)
     assert weights(599, 600) == weights(599, None) == WEIGHTS
     assert weights(600, 600) == {**WEIGHTS, "leak": LATE_LEAK}
