@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from workbench.datasets.catalogue import task, tasks
+from workbench.datasets.catalogue import task
 from workbench.datasets.corpus import filler_text
+from workbench.datasets.models.mixture import KINDS
 from workbench.models.native_net import NativeNet
 from workbench.pairs import accuracy
 
+TASKS = tuple(kind for kind in KINDS if kind not in ("filler", "packed"))
+"""The tasks that the bundled language models are trained on."""
 _MIXTURE = (
     "generated text: IOI, greater-than, colored objects, docstring, induction with random period, needles in filler, "
     "filler, and rows of several documents (`mixture.py`); rows up to 192 tokens"
@@ -35,7 +38,7 @@ def evaluate(net: NativeNet, tokenizer: Any, n: int, longest: int, lengths: bool
     Needles at the longest trained length; with ``lengths=True`` also at half of it and beyond it.
     """
     found = {}
-    for name in tasks():
+    for name in TASKS:
         options = {"length": longest} if name == "needle" else {}
         found[name] = _accuracy(net, tokenizer, n, name, **options)
     found["colored-objects, no shot"] = _accuracy(net, tokenizer, n, "colored-objects", shots=0)
@@ -95,11 +98,11 @@ def card(args: argparse.Namespace, net: NativeNet, found: dict[str, float], long
     parts = f"{c.positions} positions, {c.norm} norm, {'tied' if c.tied else 'untied'} embeddings"
     heads = c.layers * c.heads
     before = f"\nBefore the gate the mean is {found['sink before gate']:.3f}." if "gated" in c.mixer else ""
-    unsolved = [name for name in tasks() if found[name] < 0.95]
-    but = f", {' and '.join(unsolved)} aside" if unsolved else ""
+    *solved, last = [name for name in TASKS if found[name] >= 0.95]
+    named = f"{', '.join(solved)} and {last}" if solved else last
     return f"""# {args.model}
 
-A small causal transformer that solves the tasks of this workbench{but}; made to be looked into. Not a language model.
+A small causal transformer that solves the tasks {named} of this workbench; made to be looked into. Not a language model.
 
 | | |
 |-|-|

@@ -15,7 +15,7 @@ from workbench.pairs import Pairs, logit_difference
 
 METHODS = wb.methods()
 QUICK = {
-    "discrete-sae": {"pooling": "mean", "epochs": 20, "trials": 1},
+    "discrete-sae": {"pooling": "mean", "epochs": 20, "trials": 1, "silent": 0.0, "features": 16, "score": "raw"},
     "edge-pruning": {"steps": 6},
     "ibcircuit": {"steps": 6},
     "subnetwork-probing": {"steps": 6},
