@@ -127,7 +127,8 @@ def values(task: Task) -> dict[str, Any]:
     """The options of a task and their values."""
     from dataclasses import fields
 
-    return {field.name: getattr(task, field.name) for field in fields(task) if field.init}  # type: ignore[arg-type]
+    frozen: Any = task  # the protocol cannot say that a task is a dataclass
+    return {field.name: getattr(task, field.name) for field in fields(frozen) if field.init}
 
 
 def example(pairs: Pairs, index: int, tokenizer: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ in the shares, attribution patching their gradient at 1, and every learned mask 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Prepared:
     logits: Tensor
 
 
-class Masked:
+class Masked(ABC):
     """The masked model of a setting over nodes or edges; build it with ``masked``.
 
     ``names`` are the parts in order, each at each place if the setting tells places apart.
@@ -76,8 +77,9 @@ class Masked:
         """The setting's metric of the masked model, ``[B]``."""
         return self.setting.measure(self.logits(batch, keep), batch.pairs)
 
+    @abstractmethod
     def _edits(self, batch: Prepared, keep: Tensor) -> Edits:
-        raise NotImplementedError
+        """What a run with these shares changes."""
 
 
 class MaskedNodes(Masked):

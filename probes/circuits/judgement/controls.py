@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,11 +68,11 @@ def reset_network(model: Model, *, seed: int = 0) -> Model:
     model itself is not touched.
     """
     modules = [name for name, value in vars(model).items() if isinstance(value, nn.Module)]
-    kind = type(model)
+    kind: Any = type(model)
     if len(modules) != 1 or kind.__name__ not in ("NativeModel", "HFModel"):
         raise Refused(f"{model.name} is a {kind.__name__}; a native or Hugging Face model can be reset")
     net = _permuted(getattr(model, modules[0]), seed)
-    return kind(net, model.tokenizer, name=f"{model.name}, reset {seed}", revision=f"reset {seed}")  # type: ignore[call-arg]
+    return kind(net, model.tokenizer, name=f"{model.name}, reset {seed}", revision=f"reset {seed}")
 
 
 @torch.no_grad()
