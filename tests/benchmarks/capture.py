@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -99,6 +98,7 @@ def prepare(way: str, model: Any, ids: Any, folder: Path) -> Callable[[], object
 
 def work(way: str, device: str, layers: int, tokens: int, threads: int, folder: Path) -> None:
     """The process of one way: a line from the parent, a forward pass, a line of JSON back."""
+    import machine
     import torch
 
     torch.set_num_threads(threads)
@@ -113,7 +113,7 @@ def work(way: str, device: str, layers: int, tokens: int, threads: int, folder: 
             torch.cuda.reset_peak_memory_stats()
             before: float = torch.cuda.memory_allocated()
         else:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            before = machine.high_water()
         print(json.dumps({"ready": way}), flush=True)
         for _ in sys.stdin:
             start = time.perf_counter()
@@ -122,7 +122,7 @@ def work(way: str, device: str, layers: int, tokens: int, threads: int, folder: 
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             top = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-            peak = top or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = top or machine.high_water()
             print(json.dumps({"seconds": seconds, "peak_mb": (peak - before) / 2**20}), flush=True)
 
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -161,12 +160,13 @@ def main() -> int:
             parser.error(f"no way {name!r}; known: {', '.join(EVERY)}")
 
     import torch
+    from machine import high_water
 
     torch.set_num_threads(args.threads)
     model, pairs = model_and_pairs(args.pairs)
     known = ways(model, pairs)
     times, failed = measure({name: known[name] for name in asked}, args.rounds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = high_water()
     if args.lens:
         lens_times, lens_failed = measure(lens_ways(args.lens), 1)
         times, failed = {**times, **lens_times}, {**failed, **lens_failed}

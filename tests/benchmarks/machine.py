@@ -10,6 +10,8 @@ import ctypes
 import math
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +133,16 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float | None:
     before = _memory("VmRSS")
     call()
     return _memory("VmHWM") - before
+
+
+def high_water() -> float:
+    """Largest resident memory of this program so far, in bytes.
+
+    On Linux ``ru_maxrss`` is not it: a process that was started by a larger one begins with the larger one's figure.
+    """
+    if Path("/proc/self/status").exists():
+        return _memory("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _memory(name: str) -> float:

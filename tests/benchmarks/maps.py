@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -152,6 +151,7 @@ def line(row: dict[str, Any]) -> str:
 
 def measure(name: str, tokens: int, width: int, block: int, rows: int) -> dict[str, Any]:
     import torch
+    from machine import high_water
 
     label, make = CASES[name]
 
@@ -163,7 +163,7 @@ def measure(name: str, tokens: int, width: int, block: int, rows: int) -> dict[s
 
     small = make(draw(torch.float32), 300, width)
     small.rows(200, 300), small.blocks(64), small.received()  # imports and first calls
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     amap = make(draw(torch.float32), tokens, width)
     found: dict[str, Any] = {"name": name, "map": label}
     answers: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def measure(name: str, tokens: int, width: int, block: int, rows: int) -> dict[s
         started = time.perf_counter()
         answers[what] = ask()
         found[what] = time.perf_counter() - started
-    found["memory"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    found["memory"] = high_water() - before
     exact = make(draw(torch.float64), tokens, width).rows(tokens - rows, tokens)
     found["error"] = float((answers["rows"].double() - exact).abs().max() / exact.abs().max())
     return found

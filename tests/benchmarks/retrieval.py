@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import sys
 import time
 from typing import Any
@@ -74,6 +73,7 @@ def main() -> int:
     args = parser.parse_args()
 
     import torch
+    from machine import high_water
 
     import workbench as wb
 
@@ -81,7 +81,7 @@ def main() -> int:
     model = build(args.layers, args.width, args.tokens, args.device)
     make = prompts(args.device)
     wb.retrieval_heads(model, min(256, args.tokens), 1, prompts=make, max_new_tokens=2)
-    before = _peak()
+    before = high_water()
     start = time.perf_counter()
     result = wb.retrieval_heads(model, args.tokens, args.depths, prompts=make, max_new_tokens=args.steps)
     taken = time.perf_counter() - start
@@ -91,7 +91,7 @@ def main() -> int:
         "steps": args.steps,
         "seconds": taken,
         "seconds_per_prompt": taken / len(result.recall),
-        "peak_gb": _peak() / 1e9,
+        "peak_gb": high_water() / 1e9,
         "before_gb": before / 1e9,
         "maps_gb": 4 * args.layers * HEADS * args.tokens**2 / 1e9,
         "limit_gb": args.limit,
@@ -115,12 +115,6 @@ def main() -> int:
         print(f"peak memory {row['peak_gb']:.2f} GB exceeds {args.limit:g} GB", file=sys.stderr)
         return 1
     return 0
-
-
-def _peak() -> int:
-    """Largest resident set of this process so far, in bytes (Linux counts in kilobytes, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ def test_memory_of_a_sweep_is_linear_in_the_text():
 
 
 @pytest.mark.slow
+def test_memory_is_counted_apart_from_that_of_the_program_that_starts_it():
+    held = bytearray(1_500_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    done = run("--json", "--limit", "1.4")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_a_limit_that_is_exceeded_is_an_error():
     done = run("--limit", "0.01")
     assert done.returncode == 1
