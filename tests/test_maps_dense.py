@@ -3,8 +3,10 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.kernels.mask import Mask
 from workbench.maps import AttentionMap, GatedMap
 from workbench.patterns.diagonal import DiagonalMap
+from workbench.probes.visibility import visibility
 
 
 def rows(*values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,6 +41,30 @@ def test_the_last_query_stands_on_the_last_key_unless_told_otherwise() -> None:
     assert AttentionMap.from_dense(weights).offset == 3
     assert AttentionMap.from_dense(weights).distance().sum() == 0
     assert AttentionMap.from_dense(weights, offset=0).distance().flatten().tolist() == [3.0, 3.0]
+
+
+def test_a_mask_tells_who_may_see_whom_where_zeros_do_not() -> None:
+    weights = torch.eye(4).expand(1, 2, 4, 4).clone()
+    per_head = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    per_head[:, 1, 3, 0] = False
+    assert visibility(AttentionMap.from_dense(weights)).queries().flatten().tolist() == [4, 3, 2, 1]
+    amap = AttentionMap.from_dense(weights, mask=Mask())
+    assert visibility(amap).queries().flatten().tolist() == [4, 4, 4, 4]
+    chosen = AttentionMap.from_dense(weights, mask=Mask(dense=per_head)).heads([1])
+    assert visibility(chosen).queries().flatten().tolist() == [3, 4, 4, 4]
+
+
+def test_the_mask_of_a_dense_map_stands_at_its_offset() -> None:
+    amap = AttentionMap.from_dense(torch.full((1, 1, 2, 4), 0.0), mask=Mask(causal=True))
+    assert visibility(amap).queries().flatten().tolist() == [2, 2, 2, 1]
+
+
+def test_a_mask_that_contradicts_the_weights_raises() -> None:
+    weights = torch.full((1, 1, 3, 3), 1 / 3)
+    with pytest.raises(WorkbenchError, match=r"mask hides 3 places that have weight, the first at .* = \[0, 0, 0, 1\]"):
+        AttentionMap.from_dense(weights, mask=Mask(causal=True))
+    with pytest.raises(WorkbenchError, match=r"does not fit weights of \[1, 1, 3, 3\]: mask\.keys"):
+        AttentionMap.from_dense(weights, mask=Mask(keys=torch.ones(1, 4, dtype=torch.bool)))
 
 
 def test_half_precision_weights_are_summed_in_float32() -> None:

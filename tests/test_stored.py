@@ -134,10 +134,14 @@ def test_explicit_and_dense_maps_are_stored_with_weights_and_lse(tmp_path: Path)
     explicit: Any = ExplicitMap(weights, rand(2, B, H, 5), offset=4, kv_heads=2)
     dense = AttentionMap.from_dense(rand(3, B, H, 5, 9), offset=2, exactness="jacobian", value_space="of this test")
     stored.prepare(tmp_path / "maps")
-    for layer, amap in enumerate((explicit, dense, GatedMap(dense, rand(4, B, H, 5)))):
+    masked = AttentionMap.from_dense(rand(5, B, H, 5, 9), mask=Mask(keys=torch.ones(1, 9, dtype=torch.bool)))
+    for layer, amap in enumerate((explicit, dense, GatedMap(dense, rand(4, B, H, 5)), masked)):
         stored.add(tmp_path / "maps", layer, amap)
     found = wb.open_maps(tmp_path / "maps")
-    assert [type(m).__name__ for m in found.values()] == ["ExplicitMap", "DenseMap", "GatedMap"]
+    assert [type(m).__name__ for m in found.values()] == ["ExplicitMap", "DenseMap", "GatedMap", "DenseMap"]
+    kept: Any = found[3]
+    assert kept.mask.offset == 4
+    assert torch.equal(kept.mask.keys, masked.mask.keys)
     assert torch.equal(found[0].lse, explicit.lse)
     assert torch.equal(found[0].dense(), weights)
     assert (found[1].exactness, found[1].value_space, found[1].offset, found[1].sign) == (

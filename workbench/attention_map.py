@@ -17,6 +17,7 @@ from torch import Tensor
 from workbench import mods
 from workbench.captures import REDUCTIONS, Capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.kernels.mask import Mask
 from workbench.kernels.scores import working_dtype
 from workbench.mods import Mod
 
@@ -78,12 +79,20 @@ class AttentionMap(ABC):
 
     @staticmethod
     def from_dense(
-        weights: Tensor, *, offset: int | None = None, kv_heads: int | None = None, **metadata: str
+        weights: Tensor,
+        *,
+        offset: int | None = None,
+        kv_heads: int | None = None,
+        mask: Mask | None = None,
+        **metadata: str,
     ) -> AttentionMap:
-        """The map with the given weights ``[B, H, Q, K]``; sign and row-sum contract are read off unless given."""
+        """The map with the given weights ``[B, H, Q, K]``; sign and row-sum contract are read off unless given.
+
+        ``mask`` tells who may see whom; without one a map with no weight behind its queries counts as causal.
+        """
         from workbench.maps import DenseMap
 
-        return DenseMap(weights, offset=offset, kv_heads=kv_heads, **metadata)
+        return DenseMap(weights, offset=offset, kv_heads=kv_heads, mask=mask, **metadata)
 
     # ------------------------------------------------------------------ pieces
 

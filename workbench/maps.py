@@ -34,11 +34,17 @@ class DenseMap(AttentionMap):
 
     The offset defaults to K - Q: the last query stands on the last key. Rows count as summing to 1 within 1e-5 (float32,
     float64) or two units in the last place of 1 (bfloat16, float16). A stated sign or row sum that the numbers contradict by
-    more than 2e-2 raises.
+    more than 2e-2 raises. ``mask`` tells who may see whom where zeros do not: analyses with nulls ask for it.
     """
 
     def __init__(
-        self, weights: Tensor, *, offset: int | None = None, kv_heads: int | None = None, **metadata: str
+        self,
+        weights: Tensor,
+        *,
+        offset: int | None = None,
+        kv_heads: int | None = None,
+        mask: Mask | None = None,
+        **metadata: str,
     ) -> None:
         if not isinstance(weights, Tensor):
             raise WorkbenchError(
@@ -51,6 +57,7 @@ class DenseMap(AttentionMap):
         b, h, q, k = weights.shape
         super().__init__((b, h, q, k), kv_heads=kv_heads, offset=max(0, k - q) if offset is None else offset)
         self.weights = weights.detach()
+        self.mask = mask if mask is None else self._seen(mask)
         sums = self.weights.sum(-1, dtype=torch.float64)
         if not bool(torch.isfinite(sums).all()):
             raise WorkbenchError("weights hold NaN or infinity")
@@ -72,7 +79,25 @@ class DenseMap(AttentionMap):
 
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         told = {name: getattr(self, name) for name in METADATA}
-        return DenseMap(self.weights[:, head_index(indices, self.shape[1])], offset=self.offset, **told)
+        index = head_index(indices, self.shape[1])
+        mask = self.mask if self.mask is None else self.mask.select(heads=torch.tensor(index))
+        return DenseMap(self.weights[:, index], offset=self.offset, mask=mask, **told)
+
+    def _seen(self, mask: Mask) -> Mask:
+        """The mask at this map's offset; raises if it does not fit or hides a key that has weight."""
+        mask = mask.at(self.offset)
+        try:
+            mask.check(self.shape)
+        except ValueError as error:
+            raise WorkbenchError(f"this mask does not fit weights of {list(self.shape)}: {error}") from None
+        allowed = mask.tile(slice(0, self.shape[2]), slice(0, self.shape[3]), self.weights.device)
+        if allowed is not None:
+            places = ((self.weights != 0) & ~allowed).nonzero()
+            if len(places):
+                raise WorkbenchError(
+                    f"mask hides {len(places)} places that have weight, the first at [B, H, Q, K] = {places[0].tolist()}"
+                )
+        return mask
 
 
 class GatedMap(AttentionMap):

@@ -198,6 +198,8 @@ def _record(amap: AttentionMap, at: str, tensors: dict[str, Tensor], where: str)
         assert isinstance(amap, DenseMap)
         tensors[f"{at}weights"] = amap.weights
         told |= {"offset": amap.offset, "kv_heads": amap.kv_heads}
+        if amap.mask is not None:
+            told["mask"] = _mask_record(amap.mask, at, tensors)
         if isinstance(amap, ExplicitMap):
             tensors[f"{at}lse"] = amap.lse
     elif isinstance(amap, SummaryMap):
@@ -290,7 +292,7 @@ def _map(told: Mapping[str, Any], at: str, tensors: Mapping[str, Tensor]) -> Att
         amap = ExplicitMap(tensors[f"{at}weights"], tensors[f"{at}lse"], **where)
     elif kind == "DenseMap":
         where = {"offset": told["offset"], "kv_heads": told["kv_heads"]}
-        amap = DenseMap(tensors[f"{at}weights"], **where, **metadata)
+        amap = DenseMap(tensors[f"{at}weights"], **where, mask=mask, **metadata)
     elif kind == "SummaryMap":
         b, h, q_length, k_length = told["shape"]
         amap = SummaryMap.told(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workbench.pairs import Pairs, Task
 
 _SHOWN = 15
-_METHOD = "eap-ig"
+METHOD = "eap-ig"
 MethodOption = Annotated[str, typer.Option("--method", help="How to score; `workbench methods` lists them.")]
 LevelOption = Annotated[str | None, typer.Option("--level", help="node or edge; what the method is for by default.")]
 AblationOption = Annotated[
@@ -30,6 +30,10 @@ AblationOption = Annotated[
 ]
 PositionsOption = Annotated[
     str, typer.Option("--positions", help="Parts over all positions, at each one, or at the spans that the task names.")
+]
+SavedOption = Annotated[Path | None, typer.Option("--circuit", help="A circuit saved with `circuit --out`.")]
+ScoringOption = Annotated[
+    str | None, typer.Option("--method", help="How to score without --circuit.", show_default=METHOD)
 ]
 MethodOptions = Annotated[list[str] | None, typer.Option("--option", help="An option of the method, as name=value.")]
 
@@ -71,7 +75,7 @@ def methods(as_json: JsonOption = False) -> None:
 def circuit(
     model: ModelArgument,
     task: TaskArgument,
-    method: MethodOption = _METHOD,
+    method: MethodOption = METHOD,
     level: LevelOption = None,
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
@@ -131,10 +135,8 @@ def circuit(
 def faithfulness(
     model: ModelArgument,
     task: TaskArgument,
-    saved: Annotated[Path | None, typer.Option("--circuit", help="A circuit saved with `circuit --out`.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="How to score without --circuit.", show_default=_METHOD)
-    ] = None,
+    saved: SavedOption = None,
+    method: ScoringOption = None,
     level: LevelOption = None,
     ablation: AblationOption = "counterfactual",
     examples: ExamplesOption = 64,
@@ -148,17 +150,13 @@ def faithfulness(
 
     How much of the behaviour its best parts carry by themselves.
     """
-    if saved is not None and (method or level or method_options):
-        raise WorkbenchError("--method, --level and --option say how to find a circuit; --circuit gives one")
     target = inputs.fresh(out)
     with working(f"{model}: faithfulness on {task}"):
         import workbench as wb
-        from workbench.circuits import Circuit
 
-        found = None if saved is None else Circuit.load(saved)
+        given = loaded(saved, method, level, method_options)
         asked = ask(model, task, examples, seed, task_options)
-        if found is None:
-            found = asked.find(method or _METHOD, level, ablation, method_options)
+        found = asked.find(method or METHOD, level, ablation, method_options) if given is None else given
         result = wb.faithfulness(asked.model, found, asked.pairs, ablation=ablation, metric=asked.task.metric)
         if target is not None:
             result.save(target)
@@ -167,7 +165,7 @@ def faithfulness(
         "command": "faithfulness",
         "model": model,
         "task": task,
-        "circuit": str(saved) if saved else method or _METHOD,
+        "circuit": str(saved) if saved else method or METHOD,
         "cpr": result.cpr,
         "cmd": result.cmd,
         "note": result.note,
@@ -236,6 +234,15 @@ def ask(model: str, task: str, examples: int, seed: int, options: list[str] | No
         each.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples) for each in (built, built.contrast())
     )
     return Asked(wrapped, built, pairs, contrast)
+
+
+def loaded(saved: Path | None, method: str | None, level: str | None, options: list[str] | None) -> Circuit | None:
+    """The saved circuit, None if one is to be found; refuses to be told how to find one beside a saved one."""
+    from workbench.circuits import Circuit
+
+    if saved is not None and (method or level or options):
+        raise WorkbenchError("--method, --level and --option say how to find a circuit; --circuit gives one")
+    return None if saved is None else Circuit.load(saved)
 
 
 def _show_circuit(console: Console, title: str, found: Circuit) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.apps.commands.circuits import AblationOption, LevelOption, MethodOptions, ask
+from workbench.apps.commands.circuits import (
+    METHOD,
+    AblationOption,
+    LevelOption,
+    MethodOptions,
+    SavedOption,
+    ScoringOption,
+    ask,
+    loaded,
+)
 from workbench.apps.commands.tasks import ExamplesOption, SeedOption, TaskArgument, TaskOptions
 from workbench.apps.inputs import JsonOption, ModelArgument
 from workbench.apps.terminal import answer, table, working
@@ -16,7 +24,6 @@ from workbench.errors import WorkbenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_METHOD = "eap-ig"
 _SHOWN = 15
 _SAYS = {
     "performance": "kl: from the whole model, in nats per prompt; correct: share of prompts; agrees: share of prompts with the "
@@ -30,10 +37,8 @@ _SAYS = {
 def judge(
     model: ModelArgument,
     task: TaskArgument,
-    saved: Annotated[Path | None, typer.Option("--circuit", help="A circuit saved with `circuit --out`.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help="How to score without --circuit.", show_default=_METHOD)
-    ] = None,
+    saved: SavedOption = None,
+    method: ScoringOption = None,
     keep: Annotated[
         int | None, typer.Option("--top", help="Judge the N parts with the largest absolute scores.")
     ] = None,
@@ -50,16 +55,14 @@ def judge(
     Performance with its tail beside random circuits, completeness, minimality, the areas of faithfulness, and the
     truth if the model knows its circuit. A circuit is found and judged on other pairs.
     """
-    if saved is not None and (method or level or method_options):
-        raise WorkbenchError("--method, --level and --option say how to find a circuit; --circuit gives one")
     if saved is None and keep is None:
         raise WorkbenchError("a method scores parts without choosing any: --top N says how many to judge")
     with working(f"{model}: judging a circuit of {task}"):
         import workbench as wb
-        from workbench.circuits import Circuit
 
+        given = loaded(saved, method, level, method_options)
         asked = ask(model, task, examples, seed, task_options)
-        found = asked.find(method or _METHOD, level, ablation, method_options) if saved is None else Circuit.load(saved)
+        found = asked.find(method or METHOD, level, ablation, method_options) if given is None else given
         if keep is not None:
             found = found.top(keep)
         held = asked.model, found, ask(model, task, examples, seed + 1, task_options).pairs

@@ -106,10 +106,11 @@ def natten() -> Iterator[ModuleType]:
 def fla() -> Iterator[ModuleType]:
     """flash-linear-attention; its kernels in Triton's interpreter, where an autotuner has nothing to measure."""
     pytest.importorskip("triton")
-    sys.modules["fla.models"] = None  # type: ignore[assignment]
-    with borrowed("fla", "layers") as found, pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            from triton.runtime.autotuner import Autotuner
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fla.models", None)
+        with borrowed("fla", "layers") as found:
+            if not torch.cuda.is_available():
+                from triton.runtime.autotuner import Autotuner
 
-            patch.setattr(Autotuner, "_bench", lambda *_, **__: [0.0, 0.0, 0.0])
-        yield found
+                patch.setattr(Autotuner, "_bench", lambda *_, **__: [0.0, 0.0, 0.0])
+            yield found

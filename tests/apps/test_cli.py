@@ -284,6 +284,9 @@ def test_circuit_and_its_faithfulness(workbench, tmp_path):
     assert judged["rows"][-1]["faithfulness"] == pytest.approx(1)
     assert judged["cpr"] is not None
     assert judged["note"] == ""
+    empty = tmp_path / "empty"
+    workbench("circuit", *words, "--method", "patching", "--level", "node", "--top", "0", "--out", empty)
+    assert "the circuit keeps nothing" in workbench("judge", *words, "--circuit", empty).mistake()
     shown = workbench("circuit", *words, "--method", "eap-ig", "--option", "steps=2", "--level", "node")
     assert shown.out.splitlines()[-1] in ("strongest heads: 1.2, 0.1", "strongest heads: 0.1, 1.2")
 

@@ -163,12 +163,12 @@ def softmax_maps(
 
 def dense(maps: Maps, dtype: torch.dtype = torch.float64) -> Maps:
     """The same as numbers, told who may see whom, which the nulls need to know."""
-    found = []
-    for amap in maps:
-        made = AttentionMap.from_dense(amap.dense().to(dtype), offset=amap.offset, kv_heads=amap.kv_heads)
-        made.mask = amap.mask  # type: ignore[attr-defined]
-        found.append(made)
-    return found
+    return [
+        AttentionMap.from_dense(
+            m.dense().to(dtype), offset=m.offset, kv_heads=m.kv_heads, mask=getattr(m, "mask", None)
+        )
+        for m in maps
+    ]
 
 
 def gated(maps: Maps) -> Maps:

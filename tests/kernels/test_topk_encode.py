@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from encode_problems import cast, dense, normal, problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,35 +27,8 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return request.param == "cut"
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def problem(n: int, d: int, f: int, seed: int = 0) -> dict[str, Any]:
-    return {
-        "x": normal(seed, n, d),
-        "weight": normal(seed + 1, d, f),
-        "bias": normal(seed + 2, f),
-        "centre": normal(seed + 3, d),
-        "excluded": normal(seed + 4, f) > 0.8,
-    }
-
-
 def without(given: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: None if name in names else value for name, value in given.items()}
-
-
-def cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {n: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in given.items()}
-
-
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, centre: Tensor | None, excluded: Tensor | None) -> Tensor:
-    """Pre-activations in the working type, ``x - centre`` rounded to x's own."""
-    x = x if centre is None else x - centre
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    pre = x.to(dtype) @ weight.to(dtype)
-    pre = pre if bias is None else pre + bias.to(dtype)
-    return pre if excluded is None else pre.masked_fill(excluded, float("-inf"))
 
 
 @pytest.mark.parametrize("n", [1, 63, 100, 257, 1000])
@@ -254,89 +228,6 @@ def test_the_triton_form_is_the_same_bit_for_bit_however_features_are_shared(mon
         assert torch.equal(one.indices, found[0][1].indices)
 
 
-NAMES = ("x", "weight", "bias", "centre")
-
-
-def gradients(code: Callable[..., Tensor], given: dict[str, Any], seed: Tensor) -> list[Tensor]:
-    leaves = [given[name].detach().clone().requires_grad_() for name in NAMES]
-    values = code(*leaves)
-    return list(torch.autograd.grad(values, leaves, seed.to(values.dtype)))
-
-
-def dense_code(k: int, excluded: Tensor | None) -> Callable[..., Tensor]:
-    """Values by torch's own autograd of the dense formula."""
-    return lambda *leaves: torch.relu(dense(*leaves, excluded).topk(k).values)
-
-
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_gradients_by_finite_differences(impl: str) -> None:
-    given = problem(5, 4, 12)
-
-    def code(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor) -> Tensor:
-        return topk_encode(x, weight, bias, centre=centre, k=3, excluded=given["excluded"], impl=impl).values
-
-    leaves = [given[name].requires_grad_() for name in NAMES]
-    assert torch.autograd.gradcheck(code, leaves)
-    assert torch.autograd.gradgradcheck(code, leaves)
-
-
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_gradients_stay_within_the_error_budget(impl: str, dtype: torch.dtype, assert_within_budget: Budget) -> None:
-    n, k = 40, 9
-    given = cast(problem(n, 24, 100), dtype)
-    given["x"], given["bias"] = given["x"] + 0.5, given["bias"] - 14.0  # some places stay empty
-    excluded, seed = given["excluded"], normal(9, n, k)
-    high = gradients(dense_code(k, excluded), cast(given, torch.float64), seed.float().double())
-
-    def code(form: str) -> Callable[..., Tensor]:
-        def run(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor) -> Tensor:
-            got = topk_encode(x, weight, bias, centre=centre, k=k, excluded=excluded, impl=form)
-            wanted = topk_encode(x, weight, bias, centre=centre, k=k, excluded=excluded, impl="reference")
-            assert torch.equal(got.indices, wanted.indices)
-            assert (got.indices < 0).any()
-            return got.values
-
-        return run
-
-    got = gradients(code(impl), given, seed)
-    # The plain computation: dense products of the rounded inputs, rounded to their type at the end.
-    low = [gradients(dense_code(k, excluded), given, seed), gradients(code("reference"), given, seed)]
-    for i, name in enumerate(NAMES):
-        assert got[i].dtype == given[name].dtype
-        assert_within_budget(got[i], [one[i] for one in low], high[i])
-    assert (got[1][:, excluded] == 0).all()
-
-
-@pytest.mark.parametrize("impl", FAST)
-def test_gradients_are_the_same_bit_for_bit_from_run_to_run(impl: str) -> None:
-    given, seed = cast(problem(30, 16, 30), torch.float32), normal(9, 30, 8)
-    leaves = [given[name].requires_grad_() for name in NAMES]
-    found = []
-    threads = torch.get_num_threads()
-    for count in (1, 2, 2):
-        torch.set_num_threads(count)
-        try:
-            values = topk_encode(*leaves[:3], centre=leaves[3], k=8, impl=impl).values
-            found.append(torch.autograd.grad(values, leaves, seed.float()))
-        finally:
-            torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def test_only_what_needs_a_gradient_gets_one() -> None:
-    x, weight, bias = normal(0, 4, 3), normal(1, 3, 9), normal(2, 9)
-    assert not topk_encode(x, weight, bias, k=2).values.requires_grad
-    weight.requires_grad_()
-    got = topk_encode(x, weight, bias, k=2)
-    assert not got.indices.requires_grad
-    got.values.sum().backward()
-    assert weight.grad is not None
-    assert x.grad is None
-    assert bias.grad is None
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_operator_keeps_torchs_contract(impl: str) -> None:
     dtype = torch.float32
@@ -357,17 +248,17 @@ def test_it_compiles_and_exports_whole(impl: str) -> None:
             return got.values, got.indices
 
     def run(code: Any) -> tuple[Tensor, ...]:
-        leaves = [given[name].clone().requires_grad_() for name in NAMES[:3]]
+        leaves = [given[name].clone().requires_grad_() for name in ("x", "weight", "bias")]
         values, indices = code(*leaves)
         return values, indices, *torch.autograd.grad(values.square().sum(), leaves)
 
     wanted = run(Coder())
     torch._dynamo.reset()
     got = run(torch.compile(Coder(), backend="aot_eager", fullgraph=True))
-    exported = torch.export.export(Coder(), tuple(given[name] for name in NAMES[:3])).module()
+    exported = torch.export.export(Coder(), tuple(given[name] for name in ("x", "weight", "bias"))).module()
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    for one, other in zip(exported(*(given[name] for name in NAMES[:3])), wanted, strict=False):
+    for one, other in zip(exported(*(given[name] for name in ("x", "weight", "bias"))), wanted, strict=False):
         torch.testing.assert_close(one, other)
 
 
