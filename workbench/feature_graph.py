@@ -33,6 +33,7 @@ NODE_KINDS = (
     "logit",  # the logit of one token, centred over the vocabulary; feature = token id, layer = number of layers
 )
 _WITHOUT_INDEX = ("error", "attention error", "bias")
+_NODE_COLUMNS = ("kind", "layer", "position", "feature", "activation", "influence", "probability", "label")
 _FORMAT = 1
 _FILES = ("nodes.parquet", "edges.parquet", "graph.json")
 _DRAWN = 300
@@ -55,7 +56,8 @@ class FeatureNodes:
     ``layer`` is -1 for embeddings and the number of layers for logits. ``feature`` is the index in the coder, the token
     id of embeddings and logits, and -1 where there is none. ``activation`` is the value of the feature on the prompt,
     ``influence`` the share of the logits that it carries, ``probability`` the model's for logits; NaN means undefined.
-    ``label`` is free text; for embeddings and logits the text of the token.
+    ``label`` is free text; for embeddings and logits the text of the token. ``columns`` holds further numbers per node (for
+    example its pre-activation).
 
     No two nodes have the same kind, layer, position and feature.
     """
@@ -68,6 +70,7 @@ class FeatureNodes:
     influence: Tensor
     probability: Tensor
     label: tuple[str, ...]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.kind)
@@ -79,6 +82,16 @@ class FeatureNodes:
         for name in ("activation", "influence", "probability"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().cpu().double())
         object.__setattr__(self, "label", tuple(self.label))
+        columns = {name: torch.as_tensor(values).detach().cpu() for name, values in self.columns.items()}
+        object.__setattr__(self, "columns", columns)
+        taken = sorted({*_NODE_COLUMNS, "token"} & set(columns))
+        if taken:
+            raise WorkbenchError(f"a column of nodes cannot be called {taken[0]!r}: nodes have one of their own")
+        for name, values in columns.items():
+            if tuple(values.shape) != (n,):
+                raise WorkbenchError(
+                    f"{name} of the nodes of a graph is [N] with N={n} nodes; got {list(values.shape)}"
+                )
         for name in ("layer", "position", "feature", "activation", "influence", "probability", "label"):
             values = getattr(self, name)
             shape = tuple(values.shape) if isinstance(values, Tensor) else (len(values),)
@@ -111,6 +124,7 @@ class FeatureNodes:
         influence: Sequence[float] | Tensor | None = None,
         probability: Sequence[float] | Tensor | None = None,
         label: Sequence[str] | None = None,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> FeatureNodes:
         """Nodes from columns, ``kind`` by name or index; what is left out is undefined, labels empty."""
         n = len(kind)
@@ -132,6 +146,7 @@ class FeatureNodes:
             real(influence),
             real(probability),
             tuple(label) if label is not None else ("",) * n,
+            columns or {},
         )
 
     def __len__(self) -> int:
@@ -169,6 +184,7 @@ class FeatureNodes:
             self.influence[index],
             self.probability[index],
             tuple(self.label[i] for i in index.tolist()),
+            {name: values[index] for name, values in self.columns.items()},
         )
 
 
@@ -242,7 +258,7 @@ class FeatureGraph(Result):
         return torch.sparse_coo_tensor(where, self.weight, (n, n), check_invariants=True).coalesce()
 
     def frame(self) -> pd.DataFrame:
-        """One row per node: ``kind layer position feature token activation influence probability label``."""
+        """One row per node: ``kind layer position feature token activation influence probability label``, then ``columns``."""
         import pandas as pd
 
         nodes = self.nodes
@@ -258,6 +274,7 @@ class FeatureGraph(Result):
                 "influence": nodes.influence.numpy(),
                 "probability": nodes.probability.numpy(),
                 "label": list(nodes.label),
+                **{name: values.numpy() for name, values in nodes.columns.items()},
             }
         )
 
@@ -322,6 +339,7 @@ class FeatureGraph(Result):
                 influence=column(nodes, "influence"),
                 probability=column(nodes, "probability"),
                 label=list(nodes["label"]),
+                columns={name: column(nodes, name) for name in nodes.columns if name not in _NODE_COLUMNS},
             )
             return cls(
                 read,
