@@ -11,8 +11,8 @@ from torch import Tensor
 
 from workbench.kernels.sparse_decode import accumulation
 
-CHUNK = 2**20
-"""Gathered elements that ``dots`` holds at a time."""
+_SUM = 0
+"""torch's number for ``mode="sum"`` of embedding_bag."""
 
 
 def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,14 +25,17 @@ def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None)
 
 def dots(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     dtype = accumulation(rows, weight)
-    out = rows.new_empty(indices.shape, dtype=dtype)
-    step = max(1, CHUNK // (indices.shape[1] * weight.shape[1]))
-    for lo in range(0, len(rows), step):
-        index = indices[lo : lo + step]
-        gathered = weight[index.clamp(min=0)].to(dtype)
-        found = torch.bmm(gathered, rows[lo : lo + step, :, None].to(dtype)).squeeze(2)
-        out[lo : lo + step] = found.masked_fill_(index < 0, 0.0)
-    return out
+    n, k = indices.shape
+    if not n:
+        return rows.new_zeros(indices.shape, dtype=dtype)
+    starts = torch.arange(0, n * k, k, device=rows.device)
+    bag = torch.arange(n, device=rows.device).repeat_interleave(k)
+    table, places = weight.to(dtype).contiguous(), indices.clamp(min=0).flatten()
+    # The gradient of embedding_bag to its weights is this product, and gathers no [N, k, D].
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.to(dtype).contiguous(), table, places, starts, bag, _SUM, -1
+    )
+    return found.view(n, k).masked_fill_(indices < 0, 0.0)
 
 
 def feature_sums(values: Tensor, indices: Tensor, rows: Tensor, features: int) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,7 @@ def dense(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None =
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 5, 90, 24)], ids=str)
-def test_value_and_gradients_in_float64(impl: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathered, "CHUNK", 1000)
+def test_value_and_gradients_in_float64(impl: str, shape: tuple[int, ...]) -> None:
     values, indices, weight, bias = (t.requires_grad_(t.is_floating_point()) for t in problem(*shape))
     leaves, seed = (values, weight, bias), normal(4, shape[0], shape[3])
     wanted, got = dense(values, indices, weight, bias), sparse_decode(values, indices, weight, bias, impl=impl)
@@ -262,8 +261,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_neither_n_by_f_nor_n_by_k_by_d_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathered, "CHUNK", 2**14)
+def test_neither_n_by_f_nor_n_by_k_by_d_is_allocated() -> None:
     values, indices, weight, bias = problem(500, 16, 300, 64)
     with Allocations() as seen:
         gathered.decode(values, indices, weight, bias)
