@@ -1,0 +1,189 @@
+"""Cross-layer transcoders on arrays, with scikit-learn's conventions: ``fit``, ``transform``, learned attributes end in ``_``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+from workbench.coders.coder import Progress
+from workbench.coders.cross_layer import CrossLayer
+from workbench.coders.cross_layer_kinds import make_cross_layer
+from workbench.errors import WorkbenchError
+
+
+class CrossLayerTranscoder(BaseEstimator):
+    """A cross-layer transcoder of ``kind`` ``topk``, ``batchtopk`` or ``jumprelu``, with ``features`` per layer.
+
+    ``k`` counts features per row and layer (kinds ``topk`` and ``batchtopk``). ``sparsity``, ``tanh_scale``, ``bandwidth`` and
+    ``threshold`` are those of ``JumpReLUCrossLayer``. Training: Adam at ``rate``, warmed up over the first 5% of ``steps``
+    and brought to zero over the last 20%, on random rows. The data is scaled per layer to rows of mean square norm D while
+    training; the coder that results takes and gives raw numbers. A feature counts as dead after ``dead_after`` silent rows.
+
+    Learned: ``coder_`` (a ``CrossLayer``), ``encoders_ [L, D, F]``, ``decoders_`` (``decoders_[l] [F, L - l, D']``), ``losses_``
+    ``[steps]`` (training error of each step over the variance of Y), ``silent_ [L, F]`` rows since a feature was last active.
+    """
+
+    def __init__(
+        self,
+        features: int = 256,
+        kind: str = "topk",
+        k: int = 8,
+        skip: bool = False,
+        steps: int = 1000,
+        batch: int = 512,
+        rate: float = 2e-3,
+        sparsity: float = 0.1,
+        tanh_scale: float = 4.0,
+        bandwidth: float = 2.0,
+        threshold: float = 0.1,
+        dead_after: int = 20_000,
+        seed: int = 0,
+    ) -> None:
+        self.features = features
+        self.kind = kind
+        self.k = k
+        self.skip = skip
+        self.steps = steps
+        self.batch = batch
+        self.rate = rate
+        self.sparsity = sparsity
+        self.tanh_scale = tanh_scale
+        self.bandwidth = bandwidth
+        self.threshold = threshold
+        self.dead_after = dead_after
+        self.seed = seed
+
+    def fit(self, X: Any, Y: Any) -> CrossLayerTranscoder:  # noqa: N803
+        """Learn to make Y ``[N, L, D']``, what MLPs write, of X ``[N, L, D]``, what they read; arrays or tensors."""
+        x, y = stacked("X", X), stacked("Y", Y)
+        if x.shape[:2] != y.shape[:2]:
+            raise WorkbenchError(f"X [N, L, D] and Y [N, L, D'] have the same N and L; got {list(x.shape)} and {list(y.shape)}")
+        for name in ("steps", "batch", "dead_after"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise WorkbenchError(f"{name} is a positive whole number; got {value!r}")
+        n, layers, width = x.shape
+        spread = (y - y.mean(0)).square().mean((0, 2))
+        if bool((spread == 0).any()):
+            flat = (spread == 0).nonzero()[:, 0].tolist()
+            raise WorkbenchError(f"Y does not vary in layers {flat}: there is nothing to learn; leave them out")
+        x_scale = x.square().mean((0, 2)).clamp(min=1e-30).rsqrt()
+        y_scale = spread.rsqrt()
+        coder = make_cross_layer(
+            self.kind, layers, width, self.features, width_out=y.shape[2], skip=self.skip, seed=self.seed, **self._options()
+        ).to(x.dtype)
+        with torch.no_grad():
+            coder.b_dec.copy_(y.mean(0) * y_scale[:, None])
+        generator = torch.Generator().manual_seed(self.seed)
+        optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate)
+        silent = torch.zeros(layers, self.features)
+        losses = []
+        size = min(self.batch, n)
+        with torch.enable_grad():
+            for step in range(self.steps):
+                for group in optimiser.param_groups:
+                    group["lr"] = self.rate * schedule(step, self.steps)
+                rows = torch.randint(n, (size,), generator=generator)
+                now = Progress(step=step, steps=self.steps, silent=silent, dead_after=self.dead_after)
+                terms = coder.objective(x[rows] * x_scale[:, None], y[rows] * y_scale[:, None], now)
+                if not bool(torch.isfinite(terms.loss)):
+                    raise WorkbenchError(f"the loss of step {step} is {float(terms.loss.detach())}: lower rate={self.rate}")
+                optimiser.zero_grad()
+                terms.loss.backward()
+                torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0 * layers)
+                optimiser.step()
+                silent = torch.where(terms.active > 0, 0.0, silent + size)
+                losses.append(terms.parts["error"] / (layers * y.shape[2]))
+        coder.rescaled(x_scale, y_scale)
+        for parameter in coder.parameters():
+            parameter.requires_grad_(False)
+        coder.about["recipe"] = {"rows": n, **self.get_params()}
+        self.coder_: CrossLayer = coder
+        self.losses_ = torch.tensor(losses)
+        self.silent_ = silent
+        return self
+
+    @property
+    def encoders_(self) -> Tensor:
+        """Reading directions, the columns of ``[L, D, F]``."""
+        return self._coder().W_enc.detach()
+
+    @property
+    def decoders_(self) -> list[Tensor]:
+        """``decoders_[l] [F, L - l, D']``: what the features of layer l write into layer l, l + 1, ..."""
+        return [weight.detach() for weight in self._coder().W_dec]
+
+    def transform(self, X: Any) -> Any:  # noqa: N803
+        """Codes ``[N, L, F]`` of X ``[N, L, D]``, an array for an array and a tensor for a tensor."""
+        return self._answer(X, "encode_all")
+
+    def reconstruct(self, X: Any) -> Any:  # noqa: N803
+        """The outputs ``[N, L, D']`` that the coder makes of X, skip term included."""
+        return self._answer(X, "forward")
+
+    def fvu(self, X: Any, Y: Any) -> Tensor:  # noqa: N803
+        """Share of Y's variance that is not explained, per layer ``[L]``."""
+        y = stacked("Y", Y)
+        made = self.reconstruct(stacked("X", X))
+        if made.shape != y.shape:
+            raise WorkbenchError(f"Y is {list(made.shape)} for this X; got {list(y.shape)}")
+        return (made - y).square().sum((0, 2)) / (y - y.mean(0)).square().sum((0, 2))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the coder as ``CrossLayer.save`` does."""
+        return self._coder().save(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CrossLayerTranscoder:
+        """A fitted estimator around the coder in a folder, with the settings it was trained with where they are known."""
+        coder = CrossLayer.load(folder)
+        known = cls().get_params()
+        recipe = coder.about.get("recipe", {})
+        found = cls(**{name: value for name, value in recipe.items() if name in known})
+        found.set_params(kind=coder.kind, features=coder.features)
+        for parameter in coder.parameters():
+            parameter.requires_grad_(False)
+        found.coder_ = coder
+        return found
+
+    def _options(self) -> dict[str, Any]:
+        if self.kind == "jumprelu":
+            names = ("sparsity", "tanh_scale", "bandwidth", "threshold")
+            return {name: getattr(self, name) for name in names}
+        return {"k": self.k}
+
+    def _coder(self) -> CrossLayer:
+        if not hasattr(self, "coder_"):
+            raise WorkbenchError("this CrossLayerTranscoder is not fitted yet; call fit(X, Y) first")
+        return self.coder_
+
+    def _answer(self, X: Any, method: str) -> Any:  # noqa: N803
+        coder = self._coder()
+        x = stacked("X", X)
+        with torch.no_grad():
+            found: Tensor = getattr(coder, method)(x.to(coder.W_enc.dtype))
+        return found if isinstance(X, Tensor) else found.numpy()
+
+
+def stacked(name: str, given: Any) -> Tensor:
+    """Rows of every layer as a tensor ``[N, L, D]`` of floats; refuses other shapes, NaN and empty input."""
+    tensor = torch.as_tensor(np.asarray(given) if not isinstance(given, Tensor) else given).detach()
+    if tensor.ndim != 3 or 0 in tensor.shape:
+        raise WorkbenchError(f"{name} is [N, L, D], rows of every layer, not empty; got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise WorkbenchError(f"{name} holds floats; got {tensor.dtype}")
+    tensor = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise WorkbenchError(f"{name} holds NaN or infinity")
+    return tensor
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak rate: up over the first 5% of the steps, down to zero over the last 20%."""
+    warm, cool = max(1, steps // 20), max(1, steps // 5)
+    return min(1.0, (step + 1) / warm, (steps - step) / cool)
