@@ -31,21 +31,23 @@ NODE_KINDS = (
     "head",  # a whole attention head; feature = its index
     "bias",  # a bias that acts as a source; feature = -1
     "logit",  # the logit of one token, centred over the vocabulary; feature = token id, layer = number of layers
+    "residual feature",  # a feature of the coder that stands in the residual stream behind its layer
+    "residual error",  # what that coder leaves of the stream; feature = -1
 )
-_WITHOUT_INDEX = ("error", "attention error", "bias")
+_WITHOUT_INDEX = ("error", "attention error", "residual error", "bias")
 _NODE_COLUMNS = ("kind", "layer", "position", "feature", "activation", "influence", "probability", "label")
 _FORMAT = 1
 _FILES = ("nodes.parquet", "edges.parquet", "graph.json")
 _DRAWN = 300
+_ERROR = "#c1502e"
 _COLOURS = {
     "embedding": "#5b6770",
     "feature": "#1f6f8b",
-    "error": "#c1502e",
     "attention feature": "#3f8f4f",
-    "attention error": "#c1502e",
     "head": "#8a5ea8",
     "bias": "#9a8a5e",
     "logit": "#222222",
+    "residual feature": "#b8860b",
 }
 
 
@@ -159,13 +161,12 @@ class FeatureNodes:
 
     @property
     def depth(self) -> Tensor:
-        """``[N]``: place in the order of computation: -1 embeddings, 2l attention and 2l + 1 MLP of layer l, then the
-        logits. An edge never leads to a smaller depth."""
-        mlp = (self.kind == kind_code("feature")) | (self.kind == kind_code("error"))
-        depth = 2 * self.layer + mlp.long()
-        depth[self.kind == kind_code("embedding")] = -1
-        depth[self.kind == kind_code("logit")] = torch.iinfo(torch.int64).max
-        depth[self.kind == kind_code("bias")] = -1
+        """``[N]``: place in the order of computation: -1 embeddings, 2l attention and 2l + 1 MLP and stream of layer l, then
+        the logits. An edge never leads to a smaller depth."""
+        depth = 2 * self.layer
+        depth[self.where("feature", "error", "residual feature", "residual error")] += 1
+        depth[self.where("embedding", "bias")] = -1
+        depth[self.where("logit")] = torch.iinfo(torch.int64).max
         return depth
 
     def where(self, *kinds: str) -> Tensor:
@@ -389,7 +390,7 @@ def _draw(graph: FeatureGraph, ax: Axes) -> Axes:
     for kind in NODE_KINDS:
         index = nodes.where(kind)
         if len(index):
-            ax.scatter(x[index], y[index], s=14, color=_COLOURS[kind], label=kind, zorder=2)
+            ax.scatter(x[index], y[index], s=14, color=_COLOURS.get(kind, _ERROR), label=kind, zorder=2)
     ax.set_yticks(range(-1, top + 1), ["embedding", *(f"layer {i}" for i in range(top + 1))])
     if graph.tokens:
         ax.set_xticks(range(len(graph.tokens)), [repr(token)[1:-1] for token in graph.tokens], rotation=45, ha="right")
