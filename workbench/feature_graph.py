@@ -39,7 +39,6 @@ _NODE_COLUMNS = ("kind", "layer", "position", "feature", "activation", "influenc
 _FORMAT = 1
 _FILES = ("nodes.parquet", "edges.parquet", "graph.json")
 _DRAWN = 300
-_ERROR = "#c1502e"
 _COLOURS = {
     "embedding": "#5b6770",
     "feature": "#1f6f8b",
@@ -390,7 +389,7 @@ def _draw(graph: FeatureGraph, ax: Axes) -> Axes:
     for kind in NODE_KINDS:
         index = nodes.where(kind)
         if len(index):
-            ax.scatter(x[index], y[index], s=14, color=_COLOURS.get(kind, _ERROR), label=kind, zorder=2)
+            ax.scatter(x[index], y[index], s=14, color=_COLOURS.get(kind, "#c1502e"), label=kind, zorder=2)
     ax.set_yticks(range(-1, top + 1), ["embedding", *(f"layer {i}" for i in range(top + 1))])
     if graph.tokens:
         ax.set_xticks(range(len(graph.tokens)), [repr(token)[1:-1] for token in graph.tokens], rotation=45, ha="right")
