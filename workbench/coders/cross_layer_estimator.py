@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from workbench.coders.coder import Progress
@@ -95,10 +96,10 @@ class CrossLayerTranscoder(BaseEstimator):
                     raise WorkbenchError(f"the loss of step {step} is {float(terms.loss.detach())}: lower rate={self.rate}")
                 optimiser.zero_grad()
                 terms.loss.backward()
-                torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0 * layers)
+                torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
                 optimiser.step()
                 silent = torch.where(terms.active > 0, 0.0, silent + size)
-                losses.append(terms.parts["error"] / (layers * y.shape[2]))
+                losses.append(float(terms.parts["error"]) / (layers * y.shape[2]))
         coder.rescaled(x_scale, y_scale)
         for parameter in coder.parameters():
             parameter.requires_grad_(False)
@@ -159,7 +160,7 @@ class CrossLayerTranscoder(BaseEstimator):
 
     def _coder(self) -> CrossLayer:
         if not hasattr(self, "coder_"):
-            raise WorkbenchError("this CrossLayerTranscoder is not fitted yet; call fit(X, Y) first")
+            raise NotFittedError("this CrossLayerTranscoder is not fitted yet; call fit(X, Y) first")
         return self.coder_
 
     def _answer(self, X: Any, method: str) -> Any:  # noqa: N803

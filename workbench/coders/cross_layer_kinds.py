@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from workbench.coders.coder import Progress, Terms
 from workbench.coders.cross_layer import CrossLayer
+from workbench.coders.kinds.jumprelu import jump
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.kernels.topk_encode import topk_encode
 
@@ -143,10 +144,9 @@ class JumpReLUCrossLayer(CrossLayer):
         norms = self.decoder_norms()
         price = torch.tanh(self.tanh_scale * norms * code).sum((-1, -2)).mean()
         below = ((self.threshold - pre).relu() * norms.detach()).sum((-1, -2)).mean()
-        ramp = min(1.0, (now.step + 1) / max(1, now.steps))
-        loss = error + self.sparsity * ramp * price + self.pre_act * below
+        loss = error + self.sparsity * now.ramp(1.0) * price + self.pre_act * below
         active = (code.detach() > 0).sum(0).float()
-        parts = {**_parts(error, None, active, len(x)), "price": float(price.detach())}
+        parts = {**_parts(error, None, active, len(x)), "price": price.detach()}
         return Terms(loss, output, active, parts)
 
 
@@ -163,28 +163,12 @@ def make_cross_layer(kind: str, layers: int, width: int, features: int, **option
         raise WorkbenchError(f"a cross-layer transcoder of kind {kind!r}: {str(error).split('.__init__() ')[-1]}") from None
 
 
-class _JumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pre, threshold = ctx.saved_tensors
-        (grad,) = grads
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
-        to_threshold = -(threshold / ctx.bandwidth) * near * grad
-        extra = tuple(range(to_threshold.ndim - threshold.ndim))
-        return grad * (pre > threshold).to(pre.dtype), to_threshold.sum(extra) if extra else to_threshold, None
-
-
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """``pre [..., F]`` where it exceeds ``threshold`` (the trailing axes of pre), else 0. The gradient to the threshold is
+    """``pre [..., L, F]`` (or ``[..., F]``) where it exceeds ``threshold`` ``[L, F]`` (``[F]``), else 0. The gradient to the threshold is
     -(theta / bandwidth) where |pre - theta| < bandwidth / 2, else 0."""
-    found: Tensor = _JumpReLU.apply(pre, threshold, bandwidth)
-    return found
+    axes = threshold.ndim
+    found = jump(pre.flatten(-axes), threshold.flatten(), bandwidth)
+    return found.unflatten(-1, threshold.shape)
 
 
 def squared_error(output: Tensor, y: Tensor) -> Tensor:
@@ -195,7 +179,7 @@ def squared_error(output: Tensor, y: Tensor) -> Tensor:
 def auxiliary_error(coder: CrossLayer, x: Tensor, left: Tensor, now: Progress) -> Tensor | None:
     """Error of the dead features of every layer at explaining ``left`` ``[N, L, D']``, scaled down while few are dead; None if
     none is."""
-    dead = now.silent >= now.dead_after
+    dead = now.dead
     most = max(1, coder.width // 2)
     k = min(most, int(dead.sum(1).max()))
     if not k:
@@ -207,9 +191,9 @@ def auxiliary_error(coder: CrossLayer, x: Tensor, left: Tensor, now: Progress) -
     return min(1.0, float(dead.sum()) / (coder.layers * most)) * squared_error(guess, left)
 
 
-def _parts(error: Tensor, auxiliary: Tensor | None, active: Tensor, rows: int) -> dict[str, float]:
-    parts = {"error": float(error.detach()), "l0": float(active.sum()) / rows}
-    return parts if auxiliary is None else {**parts, "auxiliary": float(auxiliary.detach())}
+def _parts(error: Tensor, auxiliary: Tensor | None, active: Tensor, rows: int) -> dict[str, Tensor]:
+    parts = {"error": error.detach(), "l0": active.sum() / rows}
+    return parts if auxiliary is None else {**parts, "auxiliary": auxiliary.detach()}
 
 
 def _whole_k(k: Any, features: int) -> int:
