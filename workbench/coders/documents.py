@@ -8,6 +8,7 @@ so attention never looks into another document. Only one window is in memory.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,18 +19,21 @@ from torch import Tensor
 from workbench.errors import Refused, WorkbenchError
 from workbench.models.protocol import Model, Tokens
 
+END = object()
 WINDOW = 256
 """Documents of a window, if their size allows."""
 _PER_TOKEN = 4
 """Characters of a token, roughly: for the size of a window."""
 _SAMPLE = "a"
+_TOLD = 16
 
 
 class Documents:
     """Documents from ``data``: a text, a list of texts, token ids ``[T]`` or ``[B, T]``, or any iterable of such items.
 
     Lists (anything with a length) begin again when they end, ``repeat`` permitting; other iterables are read once and never
-    kept. ``read`` counts the documents that were taken, ``digest`` says which: a hash of the documents of the first reading.
+    kept. ``told`` describes the documents from their beginning; ``read`` counts those that were taken, ``digest`` says which
+    they were: a hash of the documents of the first reading.
     """
 
     def __init__(self, data: Any, *, repeat: bool = True) -> None:
@@ -48,8 +52,15 @@ class Documents:
                 f"cannot read texts from a {type(data).__name__}; pass a list of texts, token ids [B, T], or an iterable of them"
             )
         self.size = None if self._list is None else len(self._list)
-        if self.size == 0:
-            raise Refused("there are no texts: the list is empty")
+        self._ahead: list[Any] = []
+        if self._stream is not None:
+            self._ahead = list(itertools.islice(self._stream, 1))
+        if self.size == 0 or (self._stream is not None and not self._ahead):
+            raise Refused(f"there are no texts: the {'list' if self._stream is None else 'iterable'} is empty")
+        first = self._ahead[0] if self._list is None else self._list[0]
+        self.texts = isinstance(first, str)
+        """Whether the first document is a text."""
+        self.told = self._fingerprint()
         self._repeat = repeat and self._list is not None
         self.read, self.digest = 0, ""
 
@@ -58,32 +69,42 @@ class Documents:
         """Whether reading can go on for ever."""
         return self._repeat
 
-    def take(self) -> Any | None:
-        """The next document, None when there are no more."""
+    def take(self) -> Any:
+        """The next document, ``END`` when there are no more."""
         if self._list is not None:
             size = len(self._list)
             if self.read >= size and not self._repeat:
-                return None
+                return END
             found = self._list[self.read % size]
         else:
             assert self._stream is not None
-            found = next(self._stream, None)
-            if found is None:
-                return None
+            found = self._ahead.pop() if self._ahead else next(self._stream, END)
+            if found is END:
+                return END
         if self.size is None or self.read < self.size:
             self.digest = _chained(self.digest, found)
         self.read += 1
         return found
 
+    def _fingerprint(self) -> dict[str, Any]:
+        """What tells these documents from others without reading them all: JSON."""
+        if self._list is None:
+            return {"documents": "streamed", "begin": _chained("", self._ahead[0])}
+        digest = ""
+        for i in range(min(_TOLD, len(self._list))):
+            digest = _chained(digest, self._list[i])
+        return {"documents": len(self._list), "begin": digest, "end": _chained("", self._list[len(self._list) - 1])}
+
     def skip(self, read: int, digest: str) -> None:
         """Go to where ``read`` documents have been taken, and make sure that they are the same as then."""
         if self.read:
             raise Refused(
-                "reading goes on from a cursor only where no document has been taken yet: pass the texts anew, from their beginning"
+                "reading goes on from a cursor only where no document has been taken yet: pass the texts anew, "
+                "from their beginning"
             )
         first = read if self.size is None else min(read, self.size)
         for done in range(first):
-            if self.take() is None:
+            if self.take() is END:
                 raise Refused(f"the texts end after {done} documents; {read} had been read before")
         if self.digest != digest:
             raise Refused(
@@ -147,9 +168,9 @@ class Passes:
         return None if size is None else self._documents.read / size
 
     @property
-    def prepend_bos(self) -> bool:
-        """Whether pieces of texts begin with the tokenizer's first token."""
-        return bool(self._specials()[0]) if self._model.tokenizer is not None else False
+    def prepend_bos(self) -> bool | None:
+        """Whether pieces of texts begin with the tokenizer's first token; None for tokens, which are taken as they are."""
+        return bool(self._specials()[0]) if self._documents.texts else None
 
     def state(self) -> dict[str, Any]:
         if self._at >= len(self._window):
@@ -187,7 +208,7 @@ class Passes:
         size = taken = 0
         while taken < WINDOW and size < 4 * self._budget:
             document = self._documents.take()
-            if document is None:
+            if document is END:
                 break
             taken += 1
             if isinstance(document, str):
@@ -218,8 +239,8 @@ class Passes:
             for name, value in document.items():
                 if not isinstance(value, Tensor):
                     raise WorkbenchError(
-                        f"a document is a mapping whose {name!r} is a {type(value).__name__}; a mapping holds tensors, the inputs of "
-                        "one forward pass. For a table of texts pass its column: (row['text'] for row in table)"
+                        f"a document is a mapping whose {name!r} is a {type(value).__name__}; a mapping holds tensors, the "
+                        "inputs of one forward pass. For a table of texts pass its column: (row['text'] for row in table)"
                     )
         return document
 

@@ -68,7 +68,9 @@ class SiteReader:
         if not self.models:
             raise WorkbenchError("no model given")
         self.sites = named(sites, len(self.models))
-        self._reads = [[(site, key) for site, (at, key) in self.sites.items() if at == i] for i in range(len(self.models))]
+        self._reads = [
+            [(site, key) for site, (at, key) in self.sites.items() if at == i] for i in range(len(self.models))
+        ]
         for i, reads in enumerate(self._reads):
             if not reads:
                 raise WorkbenchError(f"no site of model {i} is asked for; leave the model out")
@@ -87,13 +89,23 @@ class SiteReader:
         """Model, revision, dtype and versions of each model, once a pass has run."""
 
     @property
-    def prepend_bos(self) -> bool:
+    def prepend_bos(self) -> bool | None:
         return self._passes.prepend_bos
 
     @property
     def epochs(self) -> float | None:
         """How often the list of texts has been read; None where the data are not a list."""
         return self._passes.epochs
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is known of the texts without reading them all: JSON."""
+        return self._documents.told
+
+    @property
+    def empty(self) -> int:
+        """Texts without a token, which were left out."""
+        return self._passes.empty
 
     def state(self) -> dict[str, Any]:
         """Where the next pass begins: JSON."""
@@ -140,8 +152,8 @@ def rows_of(value: Tensor, site: Site | str, tokens: Tokens, *, skip_first: bool
     if mask.shape != value.shape[:2]:
         if not bool(mask.all()):
             raise Refused(
-                f"{site} has {value.shape[1]} positions and the padded input {mask.shape[1]}: which of them are padding is unknown; "
-                "pass inputs without padding"
+                f"{site} has {value.shape[1]} positions and the padded input {mask.shape[1]}: which of them are padding is "
+                "unknown; pass inputs without padding"
             )
         mask = torch.ones(value.shape[:2], dtype=torch.bool)
     if skip_first:
@@ -199,9 +211,11 @@ def _same_tokens(models: Sequence[Model]) -> None:
     for other in others:
         if first.shape.vocab != other.shape.vocab:
             raise Refused(
-                f"{first.name} has {first.shape.vocab} tokens and {other.name} has {other.shape.vocab}: models that are read together "
-                "see the same tokens"
+                f"{first.name} has {first.shape.vocab} tokens and {other.name} has {other.shape.vocab}: models that are read "
+                "together see the same tokens"
             )
         pair = (first.tokenizer, other.tokenizer)
-        if all(t is not None for t in pair) and plain_ids(pair[0], list(_COMPARED)) != plain_ids(pair[1], list(_COMPARED)):
+        if all(t is not None for t in pair) and plain_ids(pair[0], list(_COMPARED)) != plain_ids(
+            pair[1], list(_COMPARED)
+        ):
             raise Refused(f"the tokenizers of {first.name} and {other.name} cut the same text differently")
