@@ -22,9 +22,9 @@ from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Model
-from workbench.probes.features.heat import heat_limits, token_heat
+from workbench.probes.features.heat import heat_limits, plain, token_heat
 from workbench.probes.features.layer_weights import layer_weights
-from workbench.probes.features.reading import check_features, places
+from workbench.probes.features.reading import check_features
 from workbench.probes.features.stream import Layer, Point, Stream, agrees, point_of
 from workbench.results import Result, axis, table_html
 from workbench.run import Provenance
@@ -55,8 +55,9 @@ class Component(NamedTuple):
 class FeatureAttribution(Result):
     """``values`` ``[F, P, C, S]``: what component c adds to the pre-activation of each feature at each position from source s.
 
-    Embeddings and MLPs stand at the position itself. ``constants`` name -> ``[F, P]``: ``coder`` (b_enc and what the centre takes
-    off), ``b_O`` and ``norm``. Values and constants sum to ``pre`` ``[F, P]``, the coder's own pre-activation. Positive raises it.
+    Embeddings and MLPs stand at the position itself. ``constants`` name -> ``[F, P]``: ``coder`` (b_enc and what the centre
+    takes off), ``b_O`` and ``norm``. Values and constants sum to ``pre`` ``[F, P]``, the coder's own pre-activation. Positive
+    raises it.
     """
 
     site: str
@@ -131,9 +132,12 @@ class FeatureAttribution(Result):
         low, high = heat_limits(part)
         image = ax.imshow(part[shown], aspect="auto", cmap="RdBu", vmin=low, vmax=high, interpolation="nearest")
         step = max(1, len(self.tokens) // 60)
-        ax.set_xticks(range(0, len(self.tokens), step), [repr(t)[1:-1].replace("$", r"\$") for t in self.tokens[::step]], rotation=60, ha="right")
+        ax.set_xticks(range(0, len(self.tokens), step), plain(self.tokens[::step]), rotation=60, ha="right")
         ax.set_yticks(range(len(shown)), [str(self.components[c]) for c in shown])
-        ax.set(xlabel="source token", title=f"feature {self.features[i]} at {self.positions[j]}: {float(self.pre[i, j]):.3g}")
+        ax.set(
+            xlabel="source token",
+            title=f"feature {self.features[i]} at {self.positions[j]}: {float(self.pre[i, j]):.3g}",
+        )
         ax.figure.colorbar(image, ax=ax, label="added to the pre-activation")
         return ax
 
@@ -190,7 +194,8 @@ def feature_attribution(
         provenance=stream.run.provenance,
     )
     size = result.values.abs().sum((2, 3)).max().clamp(min=1)
-    agrees(result.pre / size, result.total / size, f"{where} of {model.name} is no sum of what is known to write to it", reader.kind)
+    what = f"{where} of {model.name} is no sum of what is known to write to it"
+    agrees(result.pre / size, result.total / size, what, reader.kind)
     return result
 
 
@@ -204,7 +209,9 @@ def site_of(coder: Coder, site: str | Site | None = None) -> Site:
         raise WorkbenchError("the coder does not say where it reads; pass site=, as in site='blocks.1.attn.hook_z'")
     listed = [found] if isinstance(found, str | Site) else list(found)
     if len(listed) != 1 or len(coder.reads) != 1:
-        raise Refused(f"a coder that reads {len(coder.reads)} sites has no single place to attribute to; use one of its parts")
+        raise Refused(
+            f"a coder that reads {len(coder.reads)} sites has no single place to attribute to; use one of its parts"
+        )
     where = Site.parse(listed[0])
     if where.head is not None or where.stack:
         raise Refused(f"{where}: attributions are for whole sites of models of one stack")
@@ -223,9 +230,11 @@ def stream_to(model: Model, text: Any, site: Site) -> Stream:
     end = Point(model.shape.layers, model.shape.layers)
     point = end if site.kind == "final_norm" else point_of(site)
     if point is None:
-        known = "hook_z, hook_attn_out, hook_resid_pre, hook_resid_mid, hook_resid_post, hook_mlp_in, ln1/ln2/ln_final.hook_normalized"
+        known = "hook_z, hook_attn_out, hook_resid_pre/mid/post, hook_mlp_in, ln1/ln2/ln_final.hook_normalized"
         more = "; one component writes there, and it is not linear: use a transcoder that reads ln2.hook_normalized"
-        raise Refused(f"{site} is no sum of heads and components; sites that are: {known}{more if 'mlp' in site.kind else ''}")
+        raise Refused(
+            f"{site} is no sum of heads and components; sites that are: {known}{more if 'mlp' in site.kind else ''}"
+        )
     return Stream(model, text, point, reads=[site])
 
 

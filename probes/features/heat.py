@@ -28,3 +28,8 @@ def heat_limits(values: np.ndarray) -> tuple[float, float]:
     top = float(np.nanmax(np.abs(values))) if values.size else 1.0
     top = top or 1.0
     return -top, top
+
+
+def plain(tokens: Sequence[str]) -> list[str]:
+    """Tokens as labels of an axis: unprintable characters as codes, no mathematics."""
+    return [repr(token)[1:-1].replace("$", r"\$") for token in tokens]

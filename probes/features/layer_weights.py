@@ -91,7 +91,9 @@ def layer_weights(model: Model, layer: int) -> LayerWeights:
         return _native(model, layer)
     if isinstance(model, HFModel):
         return _hugging_face(model, layer)
-    raise Refused(f"weights of attention layers are known for native and Hugging Face models; got a {type(model).__name__}")
+    raise Refused(
+        f"weights of attention layers are known for native and Hugging Face models; got a {type(model).__name__}"
+    )
 
 
 def last_norm(model: Model, like: Tensor) -> Norm:
@@ -109,7 +111,9 @@ def place_of(model: HFModel, layer: int) -> Place:
     """Where a layer of a model of one stack lies."""
     found = places(model.model, attention_layers(model.model))
     if any(place.layer.stack for place in found):
-        raise Refused(f"{model.family} has several stacks of layers; attributions through attention are for models of one")
+        raise Refused(
+            f"{model.family} has several stacks of layers; attributions through attention are for models of one"
+        )
     for place in found:
         if place.layer.key == layer:
             return place
@@ -129,7 +133,9 @@ def _native(model: NativeModel, layer: int) -> LayerWeights:
         weight, bias = getattr(attn, f"W_{name}"), getattr(attn, f"b_{name}")
         if weight is None:
             return None
-        return Projection(weight.detach(), weight.new_zeros(len(weight), weight.shape[2]) if bias is None else bias.detach())
+        return Projection(
+            weight.detach(), weight.new_zeros(len(weight), weight.shape[2]) if bias is None else bias.detach()
+        )
 
     v, o = made("V"), attn.W_O.detach()
     assert v is not None
@@ -147,7 +153,9 @@ def _hugging_face(model: HFModel, layer: int) -> LayerWeights:
     if wiring.end:
         raise Refused(f"{what}: its norms stand behind the sum of the stream, which is then no sum of components")
     if not wiring.mid or "resid_mid" not in place.kinds:
-        raise Refused(f"{what}: the stream between its attention and its MLP is not served, so that they are not told apart")
+        raise Refused(
+            f"{what}: the stream between its attention and its MLP is not served, so that they are not told apart"
+        )
     o = model.weight("W_O", layer).detach()
     width = o.shape[-1]
     out: Any = block.get_submodule(wiring.out)

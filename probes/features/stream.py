@@ -136,6 +136,14 @@ class Layer:
         grouped = reads.unflatten(-2, (self.groups, -1))
         return torch.einsum("...gme,gse->...gms", grouped, self.values).flatten(-3, -2) * row.weight
 
+    def back(self, directions: Tensor) -> tuple[Tensor, float]:
+        """Directions ``[T, D]`` of what the layer writes at every position, as directions of the stream in front of it, through
+        all heads, and the part of the values' biases."""
+        reads = torch.einsum("td,hed->hte", directions * self.out_inverse[:, None], self.o)
+        found = self.map.rmatvec(reads[None])[0].to(self.z.dtype)
+        bias = float((found.sum(1).double() * self.v_bias.double()).sum())
+        return torch.einsum("gte,gde->td", found, self.v) * self.inverse[:, None], bias
+
     def source(self, reads: Tensor, head: int, t: int, s: int) -> tuple[Tensor, float]:
         """The direction ``[D]`` of the stream in front of the layer at source s that one head's ``[E]`` at t reads, and the part
         of biases."""
@@ -147,18 +155,27 @@ class Layer:
 
 class Stream:
     """A text in a model up to a point. ``embed`` ``[T, D]``, ``position`` (where learned positions are added to it) and
-    ``mlps[l]`` ``[T, D]`` are what was added; ``layers[l]`` the attention layers. ``deep=False`` knows head outputs and values
+    ``mlps[l]`` ``[T, D]`` are what was added; ``layers[l]`` the attention layers. ```deep=False`` knows head outputs and values
     of the ``only`` layer alone and no stream, which any model can tell that serves them."""
 
     def __init__(
-        self, model: Model, text: Any, point: Point, *, reads: Sequence[Site] = (), only: int | None = None, logits: str | None = None
+        self,
+        model: Model,
+        text: Any,
+        point: Point,
+        *,
+        reads: Sequence[Site] = (),
+        only: int | None = None,
+        maps: Sequence[int] = (),
     ) -> None:
         self.model, self.point = model, point
         self._deep = only is None
         layers = list(range(point.attentions)) if only is None else [only]
         shown = model.shape.layers
         if any(not 0 <= layer < shown for layer in layers) or point.mlps > shown:
-            raise WorkbenchError(f"{model.name} has layers 0 to {shown - 1}; asked for {max([*layers, point.mlps - 1])}")
+            raise WorkbenchError(
+                f"{model.name} has layers 0 to {shown - 1}; asked for {max([*layers, point.mlps - 1])}"
+            )
         wanted = [*reads, *(Site(kind, layer) for layer in layers for kind in ("v", "z"))]
         served = set(map(str, model.manifest().sites))
         table = None
@@ -172,8 +189,9 @@ class Stream:
             wanted += [Site("resid_post", point.mlps - 1)] if point.mlps else []
             wanted += [Site("embed")] if table is not None else []
         with torch.no_grad():
-            maps = capture(keep=True, layers=layers) if layers else None
-            run = model.run(text, read=list(dict.fromkeys(wanted)), maps=maps, logits=logits)
+            mapped = sorted({*layers, *maps})
+            request = capture(keep=True, layers=mapped) if mapped else None
+            run = model.run(text, read=list(dict.fromkeys(wanted)), maps=request, logits=None)
         self.run = run
         if len(run.tokens.ids) != 1 or not bool(run.tokens.mask.all()):
             raise WorkbenchError("attributions are of one text without padding; got a batch or a padded text")
@@ -204,13 +222,23 @@ class Stream:
             self.layers[layer].connect_input(self.weights[layer], self.before(layer))
             x = x + out
             if (site := Site("resid_mid", layer)) in self.run.acts:
-                agrees(self._act(site), x, f"layer {layer} of {model.name}: the stream behind the attention is no sum", kind)
+                agrees(
+                    self._act(site),
+                    x,
+                    f"layer {layer} of {model.name}: the stream behind the attention is no sum",
+                    kind,
+                )
             if layer in self.mlps:
                 x = x + self.mlps[layer]
             after = Site("resid_pre", layer + 1)
             after = after if after in self.run.acts else Site("resid_post", layer)
             if after in self.run.acts and (layer in self.mlps or layer < point.mlps):
-                agrees(self._act(after), x, f"layer {layer} of {model.name}: the stream behind it is no sum of its parts", kind)
+                agrees(
+                    self._act(after),
+                    x,
+                    f"layer {layer} of {model.name}: the stream behind it is no sum of its parts",
+                    kind,
+                )
 
     def _act(self, site: Site) -> Tensor:
         found = self.run.acts[site][0].detach()
