@@ -257,6 +257,15 @@ _NAMES: dict[str, str] = {
     "repair": "workbench.probes.circuits.reuse.repair:repair",
     "circuit_roles": "workbench.probes.circuits.reuse.roles:circuit_roles",
     "attention_override": "workbench.probes.circuits.reuse.override:attention_override",
+    # coders: training on models
+    "train_sae": "workbench.coders.train:train_sae",
+    "train_transcoder": "workbench.coders.train:train_transcoder",
+    "train_crosscoder": "workbench.coders.train:train_crosscoder",
+    "train_coders": "workbench.coders.train:train_coders",
+    "CoderSpec": "workbench.coders.specs:CoderSpec",
+    "site_rows": "workbench.coders.sites:site_rows",
+    "ActivationStore": "workbench.coders.store:ActivationStore",
+    "store_activations": "workbench.coders.recording:store_activations",
     # results and errors
     "Result": "workbench.results:Result",
     "load_result": "workbench.results:load_result",
