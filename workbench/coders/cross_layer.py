@@ -38,7 +38,7 @@ class CrossLayer(nn.Module, ABC):
     """The base of all kinds: L layers with F features each, X ``[..., L, D]`` to codes ``[..., L, F]`` to Y ``[..., L, D']``.
 
     ``W_enc [L, D, F]``, ``b_enc [L, F]``, ``W_dec[l] [F, L - l, D']`` (its entry j writes into layer l + j), ``b_dec [L, D']``,
-    ``W_skip [L, D, D']`` or None. ``about`` says what it was trained on (``reads`` and ``writes``: L site texts each) and is saved.
+    ``W_skip [L, D, D']`` or None. ``about`` says what it was trained on (``reads`` and ``writes``: L site texts each); it is saved.
     """
 
     kind: ClassVar[str]
@@ -129,10 +129,12 @@ class CrossLayer(nn.Module, ABC):
         return self._sum(parts)
 
     def decode_at(self, target: int, codes: Sequence[Tensor]) -> Tensor:
-        """The output ``[..., D']`` of one layer from the codes ``[..., F]`` of the layers 0 to ``target``, without the skip term."""
+        """The output ``[..., D']`` of one layer from the codes ``[..., F]`` of layers 0 to ``target``, without the skip term."""
         self._check_layer(target)
         if len(codes) != target + 1:
-            raise WorkbenchError(f"layer {target} is written by the layers 0 to {target}; got codes of {len(codes)} layers")
+            raise WorkbenchError(
+                f"layer {target} is written by the layers 0 to {target}; got codes of {len(codes)} layers"
+            )
         parts = [f @ self.decoder(source, target) for source, f in enumerate(codes)]
         return torch.stack(parts).sum(0) + self.b_dec[target]
 
@@ -171,7 +173,9 @@ class CrossLayer(nn.Module, ABC):
         self._check_layer(source)
         self._check_layer(target)
         if target < source:
-            raise WorkbenchError(f"features of layer {source} write into layer {source} and later ones; got layer {target}")
+            raise WorkbenchError(
+                f"features of layer {source} write into layer {source} and later ones; got layer {target}"
+            )
         return self.W_dec[source][:, target - source]
 
     def decoder_norms(self) -> Tensor:
@@ -251,7 +255,7 @@ def read_cfg(folder: Path, architecture: str) -> dict[str, Any]:
         raise WorkbenchError(f"{folder / 'cfg.json'} is damaged: {error}") from None
     if cfg.get("architecture") != architecture:
         raise WorkbenchError(
-            f"{folder} holds the architecture {cfg.get('architecture')!r}, not {architecture!r}; workbench.load_coder reads others"
+            f"{folder} holds the architecture {cfg.get('architecture')!r}, not {architecture!r}; wb.load_coder reads others"
         )
     return cfg
 

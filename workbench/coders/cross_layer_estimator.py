@@ -59,11 +59,13 @@ class CrossLayerTranscoder(BaseEstimator):
         self.dead_after = dead_after
         self.seed = seed
 
-    def fit(self, X: Any, Y: Any) -> CrossLayerTranscoder:  # noqa: N803
+    def fit(self, X: Any, Y: Any) -> CrossLayerTranscoder:
         """Learn to make Y ``[N, L, D']``, what MLPs write, of X ``[N, L, D]``, what they read; arrays or tensors."""
         x, y = stacked("X", X), stacked("Y", Y)
         if x.shape[:2] != y.shape[:2]:
-            raise WorkbenchError(f"X [N, L, D] and Y [N, L, D'] have the same N and L; got {list(x.shape)} and {list(y.shape)}")
+            raise WorkbenchError(
+                f"X [N, L, D] and Y [N, L, D'] have the same N and L; got {list(x.shape)} and {list(y.shape)}"
+            )
         for name in ("steps", "batch", "dead_after"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -76,7 +78,14 @@ class CrossLayerTranscoder(BaseEstimator):
         x_scale = x.square().mean((0, 2)).clamp(min=1e-30).rsqrt()
         y_scale = spread.rsqrt()
         coder = make_cross_layer(
-            self.kind, layers, width, self.features, width_out=y.shape[2], skip=self.skip, seed=self.seed, **self._options()
+            self.kind,
+            layers,
+            width,
+            self.features,
+            width_out=y.shape[2],
+            skip=self.skip,
+            seed=self.seed,
+            **self._options(),
         ).to(x.dtype)
         with torch.no_grad():
             coder.b_dec.copy_(y.mean(0) * y_scale[:, None])
@@ -93,7 +102,9 @@ class CrossLayerTranscoder(BaseEstimator):
                 now = Progress(step=step, steps=self.steps, silent=silent, dead_after=self.dead_after)
                 terms = coder.objective(x[rows] * x_scale[:, None], y[rows] * y_scale[:, None], now)
                 if not bool(torch.isfinite(terms.loss)):
-                    raise WorkbenchError(f"the loss of step {step} is {float(terms.loss.detach())}: lower rate={self.rate}")
+                    raise WorkbenchError(
+                        f"the loss of step {step} is {float(terms.loss.detach())}: lower rate={self.rate}"
+                    )
                 optimiser.zero_grad()
                 terms.loss.backward()
                 torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
@@ -119,15 +130,15 @@ class CrossLayerTranscoder(BaseEstimator):
         """``decoders_[l] [F, L - l, D']``: what the features of layer l write into layer l, l + 1, ..."""
         return [weight.detach() for weight in self._coder().W_dec]
 
-    def transform(self, X: Any) -> Any:  # noqa: N803
+    def transform(self, X: Any) -> Any:
         """Codes ``[N, L, F]`` of X ``[N, L, D]``, an array for an array and a tensor for a tensor."""
         return self._answer(X, "encode_all")
 
-    def reconstruct(self, X: Any) -> Any:  # noqa: N803
+    def reconstruct(self, X: Any) -> Any:
         """The outputs ``[N, L, D']`` that the coder makes of X, skip term included."""
         return self._answer(X, "forward")
 
-    def fvu(self, X: Any, Y: Any) -> Tensor:  # noqa: N803
+    def fvu(self, X: Any, Y: Any) -> Tensor:
         """Share of Y's variance that is not explained, per layer ``[L]``."""
         y = stacked("Y", Y)
         made = self.reconstruct(stacked("X", X))
@@ -163,7 +174,7 @@ class CrossLayerTranscoder(BaseEstimator):
             raise NotFittedError("this CrossLayerTranscoder is not fitted yet; call fit(X, Y) first")
         return self.coder_
 
-    def _answer(self, X: Any, method: str) -> Any:  # noqa: N803
+    def _answer(self, X: Any, method: str) -> Any:
         coder = self._coder()
         x = stacked("X", X)
         with torch.no_grad():

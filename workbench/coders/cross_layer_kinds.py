@@ -64,7 +64,9 @@ class BatchTopKCrossLayer(CrossLayer):
     def __init__(self, layers: int, width: int, features: int, *, k: float, **options: Any) -> None:
         super().__init__(layers, width, features, **options)
         if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= features:
-            raise WorkbenchError(f"k, the features per row and layer on average, is from above 0 to {features}; got {k!r}")
+            raise WorkbenchError(
+                f"k, the features per row and layer on average, is from above 0 to {features}; got {k!r}"
+            )
         self.k = k
         self.register_buffer("threshold", torch.zeros(()))
 
@@ -94,7 +96,7 @@ class BatchTopKCrossLayer(CrossLayer):
 class JumpReLUCrossLayer(CrossLayer):
     """f = p where p > theta, else 0, with a price for large codes (Ameisen et al. 2025, equation 3):
 
-        loss = error + lambda sum_i tanh(c |w_i| f_i) + pre_act sum_i |w_i| ReLU(theta_i - p_i),   |w| of all decoders of a feature
+        loss = error + lambda sum_i tanh(c |w_i| f_i) + pre_act sum_i |w_i| ReLU(theta_i - p_i)      |w| of all its decoders
 
     lambda grows linearly over the whole run. The last term, for features below their threshold, keeps them alive. Gradients to
     theta are those of a rectangle kernel of width ``bandwidth`` (Rajamanoharan et al. 2024, arXiv 2407.14435, equations 11, 12).
@@ -160,12 +162,14 @@ def make_cross_layer(kind: str, layers: int, width: int, features: int, **option
     try:
         return KINDS[kind](layers, width, features, **options)
     except TypeError as error:
-        raise WorkbenchError(f"a cross-layer transcoder of kind {kind!r}: {str(error).split('.__init__() ')[-1]}") from None
+        raise WorkbenchError(
+            f"a cross-layer transcoder of kind {kind!r}: {str(error).split('.__init__() ')[-1]}"
+        ) from None
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """``pre [..., L, F]`` (or ``[..., F]``) where it exceeds ``threshold`` ``[L, F]`` (``[F]``), else 0. The gradient to the threshold is
-    -(theta / bandwidth) where |pre - theta| < bandwidth / 2, else 0."""
+    """``pre [..., L, F]`` (or ``[..., F]``) where it exceeds ``threshold`` ``[L, F]`` (``[F]``), else 0. The gradient to the
+    threshold is -(theta / bandwidth) where |pre - theta| < bandwidth / 2, else 0."""
     axes = threshold.ndim
     found = jump(pre.flatten(-axes), threshold.flatten(), bandwidth)
     return found.unflatten(-1, threshold.shape)

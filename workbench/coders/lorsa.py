@@ -39,7 +39,9 @@ class Lorsa(nn.Module):
     positive feature. ``about`` says what it was made from (model, ``reads``, ``writes``) and is saved.
     """
 
-    def __init__(self, weights: QueryKeyWeights, features: int, k: int, *, width_out: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, weights: QueryKeyWeights, features: int, k: int, *, width_out: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         self.qk = QueryKey(weights)
         groups, width = self.qk.heads, self.qk.width
@@ -200,7 +202,13 @@ class Lorsa(nn.Module):
         """The Lorsa in a folder that ``save`` wrote."""
         folder = Path(folder)
         cfg, state = read_cfg(folder, ARCHITECTURE), read_weights(folder / WEIGHTS)
-        names = {"q": "W_Q", "k": "W_K", "b_q": "b_Q", "b_k": "b_K", **{n: n for n in ("q_norm", "k_norm", "rates", "sink")}}
+        names = {
+            "q": "W_Q",
+            "k": "W_K",
+            "b_q": "b_Q",
+            "b_k": "b_K",
+            **{n: n for n in ("q_norm", "k_norm", "rates", "sink")},
+        }
         given = {name: state.get(f"qk.{key}") for name, key in names.items()}
         absent = [f"qk.{names[name]}" for name in ("q", "k") if given[name] is None]
         if absent:

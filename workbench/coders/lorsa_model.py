@@ -54,7 +54,9 @@ def sites_of(layer: int) -> tuple[str, str]:
 def layer_weights(model: Model, layer: int) -> LayerWeights:
     """The weights of a layer, checked against its own map on random tokens; refuses what does not reproduce it."""
     if not isinstance(model, NativeModel | HFModel):
-        raise Refused(f"a Lorsa starts from a native or Hugging Face model; got a {type(model).__name__}: load the model inside it")
+        raise Refused(
+            f"a Lorsa starts from a native or Hugging Face model; got a {type(model).__name__}: load the model inside it"
+        )
     vocab = model.shape.vocab
     if vocab is None or (isinstance(model, NativeModel) and model.net.config.grid is not None):
         raise Refused(f"{model.name} does not read tokens")
@@ -69,7 +71,9 @@ def layer_weights(model: Model, layer: int) -> LayerWeights:
     raw = found.raw if isinstance(found, GatedMap) else found
     if not isinstance(raw, SoftmaxMap) or raw.scores.bias is not None:
         what = "a bias on its scores" if isinstance(raw, SoftmaxMap) else f"the map {type(raw).__name__}"
-        raise Refused(f"layer {layer} of {model.name} has {what}; a Lorsa has softmax patterns of queries and keys alone")
+        raise Refused(
+            f"layer {layer} of {model.name} has {what}; a Lorsa has softmax patterns of queries and keys alone"
+        )
     base = _native(model, layer) if isinstance(model, NativeModel) else _hugging_face(model, layer)
     scores = raw.scores
     plain = replace(
@@ -116,7 +120,9 @@ def exact(model: Model, layer: int) -> Lorsa:
     """See ``Lorsa.exact``."""
     weights = layer_weights(model, layer)
     if weights.gated:
-        raise Refused(f"layer {layer} of {model.name} has an output gate; rank-1 heads cannot reproduce it, only learn to come near")
+        raise Refused(
+            f"layer {layer} of {model.name} has an output gate; rank-1 heads cannot reproduce it, only learn to come near"
+        )
     heads, width, inner = weights.v.shape
     values = weights.v.double()
     if weights.b_v is not None:

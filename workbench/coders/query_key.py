@@ -65,7 +65,12 @@ class QueryKey(nn.Module):
         self.settings = weights.settings
         self.scale = self.head_width**-0.5 if weights.scale is None else weights.scale
         self.W_Q, self.W_K = _parameter(weights.q), _parameter(weights.k)
-        for name, part in (("b_Q", weights.b_q), ("b_K", weights.b_k), ("q_norm", weights.q_norm), ("k_norm", weights.k_norm)):
+        for name, part in (
+            ("b_Q", weights.b_q),
+            ("b_K", weights.b_k),
+            ("q_norm", weights.q_norm),
+            ("k_norm", weights.k_norm),
+        ):
             self.register_parameter(name, None if part is None else _parameter(part))
         for name, part in (("rates", weights.rates), ("sink", weights.sink)):
             self.register_buffer(name, None if part is None else part.detach().clone())
@@ -74,15 +79,22 @@ class QueryKey(nn.Module):
         """q and k ``[B, H, T, E]`` after rotary positions, of x ``[B, T, D]``."""
         if x.ndim != 3 or x.shape[2] != self.width:
             raise WorkbenchError(f"attention reads sequences [B, T, D = {self.width}]; got {list(x.shape)}")
-        q = self._rotated(_normed(self._projected(x, self.W_Q, self.b_Q), self.q_norm, float(self.settings["eps"] or 0)))
-        k = self._rotated(_normed(self._projected(x, self.W_K, self.b_K), self.k_norm, float(self.settings["eps"] or 0)))
+        q = self._rotated(
+            _normed(self._projected(x, self.W_Q, self.b_Q), self.q_norm, float(self.settings["eps"] or 0))
+        )
+        k = self._rotated(
+            _normed(self._projected(x, self.W_K, self.b_K), self.k_norm, float(self.settings["eps"] or 0))
+        )
         return q, k
 
     def mask(self, padding: Tensor | None) -> Mask:
         """Who sees whom: causality and window of the layer, and ``padding`` ``[B, T]`` bool, False on tokens that are none."""
         window = self.settings["window"]
         return Mask(
-            causal=bool(self.settings["causal"]), window=None if window is None else int(window), keys=padding, queries=padding
+            causal=bool(self.settings["causal"]),
+            window=None if window is None else int(window),
+            keys=padding,
+            queries=padding,
         )
 
     def mix(self, x: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
