@@ -51,7 +51,9 @@ def coder_quality(
         if name not in ABLATIONS:
             raise UnknownName("ablation", name, ABLATIONS)
     if model.shape.vocab is None or not model.shape.causal:
-        raise Refused(f"{model.name} does not predict next tokens; judge the coder on rows with array_quality(coder, X, Y)")
+        raise Refused(
+            f"{model.name} does not predict next tokens; judge the coder on rows with array_quality(coder, X, Y)"
+        )
     where = places(coder, site, target)
     mean, passes = _mean(model, texts, where, batch, ignore), count(texts)
     tally = Tally(coder, passes, mean, seed)

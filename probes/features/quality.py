@@ -155,7 +155,9 @@ def array_quality(coder: Coder, X: Any, Y: Any = None, *, blocks: int = _BLOCKS,
     """
     x = check_rows("X", X, sum(coder.reads))
     if Y is None and not writes_what_it_reads(coder):
-        raise WorkbenchError("this coder writes something else than it reads; pass what it should write as Y [N, D_out]")
+        raise WorkbenchError(
+            "this coder writes something else than it reads; pass what it should write as Y [N, D_out]"
+        )
     y = x if Y is None else check_rows("Y", Y, sum(coder.writes))
     if len(x) != len(y):
         raise WorkbenchError(f"X and Y hold the same rows; got {len(x)} and {len(y)}")

@@ -93,7 +93,9 @@ def batches(model: Model, texts: Texts, size: int) -> Iterator[tuple[int, Tokens
         raise WorkbenchError(f"a batch holds at least one text; got batch={size}")
     if isinstance(texts, Tokens):
         if texts.inputs or not texts.ids.shape[1]:
-            raise Refused("coders are judged on texts, token ids or Tokens without further inputs; use array_quality on rows")
+            raise Refused(
+                "coders are judged on texts, token ids or Tokens without further inputs; use array_quality on rows"
+            )
         for i in range(0, len(texts.ids), size):
             part = slice(i, i + size)
             yield i, Tokens(texts.ids[part], texts.mask[part], texts.labels[part])
@@ -146,7 +148,7 @@ def rows(
 
 
 def replaced(where: Places, real: Tensor, y: Tensor) -> Mapping[Site | str, Edit]:
-    """Edits that put rows ``y`` ``[N, D_out]`` at the judged positions ``real`` ``[B, T]`` of the written sites; all others stay."""
+    """Edits that put rows ``y`` ``[N, D_out]`` at the positions ``real`` ``[B, T]`` of the written sites; all others stay."""
     parts = y.split(list(where.write_widths), dim=-1)
     return {site: _put(real, part) for site, part in zip(where.writes, parts, strict=True)}
 

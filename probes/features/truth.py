@@ -9,8 +9,8 @@ Cosines c[f, m] between decoder rows and known directions, with their sign:
 ``recovered_share`` and ``matched_share`` are the shares above ``above``. The null is a decoder of as many random unit vectors:
 with F features in D dimensions chance alone gives a maximum of about sqrt(2 ln F / D).
 
-Two coders are compared in the same way (stability over seeds: Paulo & Belrose, arXiv 2501.16615); a pair of features is shared if
-decoder and, where both have one, encoder directions agree.
+Two coders are compared in the same way (stability over seeds: Paulo & Belrose, arXiv 2501.16615); a pair of features is
+shared if decoder and, where both have one, encoder directions agree.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _ASSIGNED = 2**27
 
 @dataclass(frozen=True)
 class DecoderCosine(Result):
-    """``recovered`` ``[M]`` and ``nearest`` ``[M]``: cosine and index of the feature nearest to each true direction; ``explained``
-    ``[F]`` the same for features; ``matched`` ``[P]`` the cosines of ``pairs`` ``[P, 2]`` (feature, true direction), P the smaller
-    of F and M. ``null`` has the numbers of random unit vectors, ``above`` the cosine from which a direction counts as found."""
+    """``recovered`` ``[M]`` and ``nearest`` ``[M]``: cosine and index of the feature nearest to each true direction;
+    ``explained`` ``[F]`` the cosine for features; ``matched`` ``[P]`` the cosines of ``pairs`` ``[P, 2]`` (feature, true
+    direction), P the smaller of F and M. ``null`` has the numbers of random unit vectors, ``above`` the cosine from which a
+    direction counts as found."""
 
     recovered: Tensor
     nearest: Tensor
@@ -91,8 +92,9 @@ class DecoderCosine(Result):
 @dataclass(frozen=True)
 class FeatureAgreement(Result):
     """One-to-one pairs of features of two coders: ``pairs`` ``[P, 2]``, ``cosine`` ``[P]`` of their decoder rows, ``encoder``
-    ``[P]`` of their encoder columns (empty where one of them has none). ``best_a`` ``[F_a]`` and ``best_b`` ``[F_b]``: cosine with
-    the nearest feature of the other. ``null`` as for ``DecoderCosine``: the first coder replaced by random unit vectors."""
+    ``[P]`` of their encoder columns (empty where one of them has none). ``best_a`` ``[F_a]`` and ``best_b`` ``[F_b]``: cosine
+    with the nearest feature of the other. ``null`` as for ``DecoderCosine``: the first coder replaced by random unit
+    vectors."""
 
     pairs: Tensor
     cosine: Tensor

@@ -25,7 +25,7 @@ def batch():
 
 def by_hand(model, coder, tokens, read, write, order=None, keep=lambda b, t: True):
     """Every measure by a loop over texts, one at a time, without padding."""
-    inputs, targets, outs, spliced = [], [], [], {"ce": [], "zero": [], "mean": [], "coder": []}
+    inputs, targets, spliced = [], [], {"ce": [], "zero": [], "mean": [], "coder": []}
     kls = {"zero": [], "mean": [], "coder": []}
     texts = [tokens.ids[b, : int(tokens.mask[b].sum())][None] for b in range(len(tokens.ids))]
     judged = [torch.tensor([keep(b, t) for t in range(ids.shape[1])]) for b, ids in enumerate(texts)]
@@ -73,7 +73,9 @@ def by_hand(model, coder, tokens, read, write, order=None, keep=lambda b, t: Tru
         "ce_coder": ce["coder"],
         **{f"ce_{name}": ce[name] for name in ("zero", "mean")},
         **{
-            f"ce_recovered_{name}": (ce[name] - ce["coder"]) / (ce[name] - ce["ce"]) if ce[name] > ce["ce"] else math.nan
+            f"ce_recovered_{name}": (ce[name] - ce["coder"]) / (ce[name] - ce["ce"])
+            if ce[name] > ce["ce"]
+            else math.nan
             for name in ("zero", "mean")
         },
         **{f"kl_{name}": float(torch.stack(values).mean()) for name, values in kls.items()},
