@@ -8,9 +8,9 @@ source adds to the pre-activation of its target:
     weight = activation of the source * (w_dec . J . w_enc)              ``direct_effects.py``
     pre    = sum of incoming weights + omitted + bias + b_enc            columns of ``graph.nodes``
 
-``bias`` is what constants write: b_V and b_O of attention, b_dec of the transcoders, shifts of norms (also inside the target's own
-input), and for logits the bias of W_U. ``omitted`` is what active features add that are not in the graph, and the weakest edges
-of a row where there are too many. All four are kept up by ``pruned`` and ``subgraph``.
+``bias`` is what constants write: b_V and b_O of attention, b_dec of the transcoders, shifts of norms (also of the norm before the
+target), and for logits the bias of W_U. ``omitted`` is what active features add that are not in the graph, and the weakest edges
+of a row where there are too many; ``pruned`` and ``subgraph`` add to it what they take out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from workbench.models.protocol import Model
 from workbench.probes.features.direct_effects import DirectEffects, Targets, feature_targets, logit_targets, split
 from workbench.probes.features.frozen import FrozenModel, frozen_model, tolerance
 from workbench.probes.features.influence import graph_scores
-from workbench.probes.features.replacement import Active, Replacement, active_features, replacement
+from workbench.probes.features.replacement import Replacement, active_features, replacement
 
 MAX_EDGES = 2**26
 """Edges that are held while a graph is made: 0.5 GB in float32."""
@@ -83,8 +83,10 @@ def attribution_graph(
         "model": frozen.model.name,
         "provenance": frozen.provenance.dict(),
         "coders": _described(coders),
-        "targets": [frozen.token(i) for i in logits.tokens],
-        "difference": logits.difference,
+        "ids": frozen.tokens.ids[0].tolist(),
+        "targets": logits.labels,
+        "target_ids": logits.ids,
+        "difference": logits.second is not None,
         "position": at,
         "max_logits": max_logits,
         "mass": mass,
@@ -97,14 +99,19 @@ def attribution_graph(
 
 @dataclass(frozen=True, eq=False)
 class _Logits:
-    """``directions [N, V]`` over the logits, the token and label of each, its probability and its weight."""
+    """``directions [N, V]`` over the logits, the token and label of each, its probability and its weight. ``second`` is the token
+    whose logit is taken off in a difference."""
 
     directions: Tensor
     tokens: list[int]
     labels: list[str]
     probability: Tensor
     weight: Tensor
-    difference: bool = False
+    second: int | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return self.tokens if self.second is None else [*self.tokens, self.second]
 
 
 def _logits(frozen: FrozenModel, targets: Any, at: int, most: int, mass: float) -> _Logits:
@@ -112,7 +119,7 @@ def _logits(frozen: FrozenModel, targets: Any, at: int, most: int, mass: float) 
     vocab = len(probability)
     if not bool(torch.isfinite(probability).all()):
         raise WorkbenchError(f"the logits at position {at} hold NaN or infinity")
-    mean = torch.full((vocab,), 1 / vocab).to(frozen.embedded)
+    mean = torch.full_like(probability, 1 / vocab)
 
     def centred(tokens: Sequence[int]) -> Tensor:
         return torch.nn.functional.one_hot(torch.tensor(tokens), vocab).to(mean) - mean
@@ -139,7 +146,7 @@ def _logits(frozen: FrozenModel, targets: Any, at: int, most: int, mass: float) 
         [f"{frozen.token(first)} - {frozen.token(second)}"],
         torch.full((1,), float("nan")),
         mean.new_ones(1),
-        difference=True,
+        second=second,
     )
 
 

@@ -4,10 +4,10 @@ With attention and norms frozen the pre-activation of a target is linear in what
 
     pre = sum over sources of weight + bias + b_enc,     weight = activation * (w_dec . J . w_enc)
 
-J, from the source's place to the target's, leads through attention (frozen maps), norms (frozen sizes) and skip terms, and through
-no other coder. One pass from the target down to the embeddings gives a whole row, for a batch of targets of one layer; only the
-positions that a target can see take part. ``bias`` is all that constants write: biases of attention, of coders (b_dec), and shifts
-of norms.
+J, from the source's place to the target's, leads through attention (frozen maps), norms (frozen sizes) and skip terms, and
+through no other coder. One pass from the target down to the embeddings gives a whole row, for a batch of targets of one layer;
+only the positions that a target can see take part. ``bias`` is all that constants write: biases of attention, of coders (b_dec),
+and shifts of norms.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class DirectEffects:
     @torch.no_grad()
     def rows(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """Weights ``[N, S]`` of all nodes below the targets' layer, and what biases add ``[N]``."""
-        frozen, coders, layer = self.frozen, self.coders, targets.layer
+        frozen, layer = self.frozen, targets.layer
         n, every = len(targets.positions), torch.arange(len(targets.positions), device=targets.positions.device)
         reach = int(targets.positions.max()) + 1 if frozen.causal else frozen.length
         weights = targets.inward.new_zeros(n, self.order.first[layer])

@@ -4,8 +4,8 @@ With A the absolute weights, each row (the edges into one node) divided by its s
 
     influence = p (A + A^2 + A^3 + ...) = p ((I - A)^-1 - I).
 
-A graph is without cycles, so one walk from the logits down gives the sum exactly, edge by edge; no N x N matrix is made. Thresholds
-and the order of pruning are those of circuit-tracer (``prune_graph``).
+A graph is without cycles, so one walk from the logits down gives the sum exactly, edge by edge; no N x N matrix is made.
+Thresholds and the order of pruning are those of circuit-tracer (``prune_graph``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def influence(graph: FeatureGraph) -> Tensor:
     Shares of all nodes that have no inputs sum to 1 (less what logits without inputs have). Logits count by their probability,
     equally where it is not known; a graph without logits is refused.
     """
-    return _carried(graph, normalised(graph), _logit_weight(graph))
+    return _carried(graph, normalised(graph), logit_weight(graph))
 
 
 def normalised(graph: FeatureGraph) -> Tensor:
@@ -43,16 +43,16 @@ def normalised(graph: FeatureGraph) -> Tensor:
 
 def edge_influence(graph: FeatureGraph) -> Tensor:
     """Share of the logits that each edge carries, ``[M]``: A times what its target carries or, for logits, is."""
-    share, own = normalised(graph), _logit_weight(graph)
+    share, own = normalised(graph), logit_weight(graph)
     return share * (_carried(graph, share, own) + own)[graph.target]
 
 
 def pruned(graph: FeatureGraph, node_share: float = 0.8, edge_share: float = 0.98) -> FeatureGraph:
     """The graph without its weak nodes and edges.
 
-    Kept are the nodes of largest influence that have the share ``node_share`` of all influence, embeddings and logits; then, of the
-    edges among them, the largest that have the share ``edge_share``; then features and errors that lead nowhere and features that
-    nothing leads to are taken out until none is left. ``influence`` of the nodes stays that of the whole graph.
+    Kept are the nodes of largest influence that have the share ``node_share`` of all influence, embeddings and logits; then, of
+    the edges among them, the largest that have the share ``edge_share``; then features and errors that lead nowhere and features
+    that nothing leads to are taken out until none is left. ``influence`` of the nodes stays that of the whole graph.
     """
     for name, value in (("node_share", node_share), ("edge_share", edge_share)):
         if isinstance(value, bool) or not 0 <= value <= 1:
@@ -124,7 +124,7 @@ def completeness_score(graph: FeatureGraph) -> float:
 
     Nodes without inputs have no share and do not count; circuit-tracer counts them as complete, which gives larger numbers.
     """
-    share, own = normalised(graph), _logit_weight(graph)
+    share, own = normalised(graph), logit_weight(graph)
     weight = (_carried(graph, share, own) + own)[graph.target] * share
     error = torch.zeros(len(graph.nodes), dtype=torch.bool)
     error[graph.nodes.where(*_LEFT)] = True
@@ -139,7 +139,8 @@ def graph_scores(graph: FeatureGraph) -> FeatureGraph:
     return replace(graph, nodes=nodes, meta={**graph.meta, **scores})
 
 
-def _logit_weight(graph: FeatureGraph) -> Tensor:
+def logit_weight(graph: FeatureGraph) -> Tensor:
+    """``[N]`` float64: the probability of logits, equal parts where it is not known, with sum 1; 0 for other nodes."""
     logits = graph.logits
     if not len(logits):
         raise WorkbenchError("influence is on logits, and this graph has none")
