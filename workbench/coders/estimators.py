@@ -1,4 +1,4 @@
-"""Coders on arrays, as scikit-learn estimators: ``fit``, ``transform``, ``inverse_transform``, learned attributes end in ``_``."""
+"""Coders on arrays, as scikit-learn estimators: what is learned ends in ``_``."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ class _Dictionary(TransformerMixin, BaseEstimator):
 class SAE(_Dictionary):
     """A sparse autoencoder of rows X ``[N, D]``.
 
-    ``kind`` is one of ``wb.coder_kinds()``, ``features`` F, ``k`` (TopK, BatchTopK, Matryoshka) or ``sparsity`` (the others) the main
-    option of the kind, ``options`` the others. ``steps`` batches of ``batch`` rows are drawn, epoch after epoch. ``start`` and
-    ``normalise``: see ``Learner``.
+    ``kind`` is one of ``wb.coder_kinds()``, ``features`` F, ``k`` (TopK, BatchTopK, Matryoshka) or ``sparsity`` (the others) the
+    main option of the kind, ``options`` the others. ``steps`` batches of ``batch`` rows are drawn, epoch after epoch. ``start``
+    and ``normalise``: see ``Learner``.
 
     Learned: ``coder_`` (the ``Coder``), ``decoder_ [F, D]``, ``encoder_ [D, F]``, ``history_`` (metrics of every step).
     Arrays give arrays, tensors give tensors. Refuses NaN.

@@ -23,8 +23,9 @@ _CLIP = 1.0
 
 
 def default_rate(features: int) -> float:
-    """Adam's rate, which falls with the width of the dictionary: 2e-4 / sqrt(F / 2^14) (Gao et al. 2024), at most 3e-3."""
-    return min(3e-3, 2e-4 * (2**14 / features) ** 0.5)
+    """Adam's rate, which falls with the width of the dictionary as 1 / sqrt(F) (Gao et al. 2024): 5e-4 at 2^14 features, at most
+    3e-3."""
+    return min(3e-3, 5e-4 * (2**14 / features) ** 0.5)
 
 
 class Learner:
@@ -33,7 +34,7 @@ class Learner:
     ``rate``: Adam's peak rate, with a warm-up over the first fiftieth and a linear decay over the last fifth of the steps.
     ``normalise="expected"`` scales x and y (each part of a crosscoder by itself) so that their mean norm is sqrt(D); the scale is
     folded into the weights at the end. ``start``: see ``start.begin``. ``dead_after``: rows after which a silent feature is
-    dead, by default 10 million, in short trainings a twentieth of all rows. Dead features of kinds whose loss does not
+    dead, by default 10 million, in short trainings a fiftieth of all rows. Dead features of kinds whose loss does not
     revive them are drawn anew in the direction of rows that are explained badly (Bricken et al. 2023), ten times in the
     first half of the training. ``rows`` is the expected number of rows of a batch.
     """
@@ -56,7 +57,7 @@ class Learner:
             raise UnknownName("normalisation", normalise, NORMALISE)
         self.coder, self.steps, self.start_from, self.normalise = coder, steps, start, normalise
         self.rate = default_rate(coder.features) if rate is None else rate
-        self.dead_after = dead_after or min(_DEAD_AFTER, max(rows, steps * rows // 20))
+        self.dead_after = dead_after or min(_DEAD_AFTER, max(10 * rows, steps * rows // 50))
         self.generator = torch.Generator().manual_seed(seed)
         device, dtype = coder.b_dec.device, coder.b_dec.dtype
         self.scale_in = torch.ones(coder.d_in, device=device, dtype=dtype)
@@ -65,7 +66,7 @@ class Learner:
         self.at, self.begun = 0, False
         fused = device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate, betas=(0.9, 0.999), fused=fused)
-        self.revive_every = max(1, steps // 20)
+        self.revive_every, self.rows = max(1, steps // 20), rows
 
     def start(self, x: Tensor, y: Tensor | None = None) -> None:
         """Take scale, biases and directions from the first rows; ``step`` does so itself if it was not done."""
@@ -95,7 +96,7 @@ class Learner:
             terms = self.coder.objective(scaled, target, self.now)
             self.optimiser.zero_grad(set_to_none=True)
             terms.loss.backward()
-        loss = float(terms.loss)
+        loss = float(terms.loss.detach())
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise WorkbenchError(
                 f"step {self.at}: the loss is {loss}: the rows hold NaN or infinities, or the rate {self.rate:g} is too large"
@@ -111,7 +112,7 @@ class Learner:
             dead = (self.silent >= self.dead_after).float().mean()
         found = {
             "loss": loss,
-            **{name: float(part) for name, part in terms.parts.items()},
+            **{name: float(part.detach()) for name, part in terms.parts.items()},
             "l0": float(terms.active.sum()) / len(x),
             "fvu": float(error / spread),
             "dead": float(dead),
@@ -183,7 +184,7 @@ class Learner:
     def _revive(self, x: Tensor, target: Tensor, output: Tensor) -> int:
         """Draw dead features anew: a row is picked with its squared error as probability, the feature reads and writes what is
         left of it unexplained, at a fifth of the mean norm of living encoders. Their moments in the optimiser start anew."""
-        dead = (self.silent >= self.dead_after).nonzero().squeeze(1)
+        dead = (self.silent >= max(self.dead_after, self.revive_every * self.rows)).nonzero().squeeze(1)
         if not len(dead):
             return 0
         left = target - output

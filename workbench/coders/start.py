@@ -51,8 +51,8 @@ def begin(coder: Coder, x: Tensor, target: Tensor, start: str, generator: torch.
     """Set biases and directions of an untrained coder from rows ``x [N, D_in]`` and ``target [N, D_out]``.
 
     ``b_dec`` is the geometric median of the target. Directions are random: with ``random`` in all of space, with
-    ``active-subspace`` within that of the data (Wang et al. 2025, arXiv 2508.16929): attention outputs fill a part of space alone, and features
-    that read the rest are never active. An autoencoder's encoder is its decoder transposed; a transcoder's decoder starts small.
+    ``active-subspace`` within that of the data (Wang et al. 2025, arXiv 2508.16929): attention outputs fill a part of space
+    alone, and features that read the rest are never active. An autoencoder's encoder is its decoder transposed.
     """
     if start not in STARTS:
         raise UnknownName("start", start, STARTS)

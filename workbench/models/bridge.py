@@ -28,6 +28,9 @@ from workbench.sites import Site
 EAGER_LIMIT = 2**27
 """Pattern entries of all layers together (L * B * H * Q * K) up to which a run goes through the bridge's own attention."""
 
+_NORMS = ("attn_norm", "mlp_norm")
+"""Sites whose tensor some blocks hold with batch and positions in one axis; there they are hook names and no sites."""
+
 
 class BridgeModel:
     """A ``TransformerBridge`` behind the ``Model`` protocol.
@@ -60,7 +63,7 @@ class BridgeModel:
         self.shape = self._inner.shape
         self._named: tuple[bool, dict[str, HookPoint]] | None = None
         self._inside_layers: frozenset[int] | None = None
-        self._alive: tuple[frozenset[str], frozenset[int]] | None = None
+        self._alive: tuple[frozenset[str], frozenset[int], frozenset[str]] | None = None
 
     def tokens(self, texts: str | Sequence[str]) -> Tokens:
         """As ``bridge.to_tokens`` makes them of each text (with or without a leading BOS, as the bridge is set)."""
@@ -103,7 +106,8 @@ class BridgeModel:
                 candidates = [Site(kind)]
             for site in candidates:
                 of_map = site.kind in MAP_KINDS or (site.kind == "attn_scores" and site.layer not in shown)
-                if (site.layer in layers and site.kind in MAP_KINDS) or (not of_map and site.hook in alive):
+                whole = site.hook in alive and not (site.kind in _NORMS and site.hook in self._probe()[2])
+                if (site.layer in layers and site.kind in MAP_KINDS) or (not of_map and whole):
                     found.append(site)
         return found
 
@@ -312,7 +316,7 @@ class BridgeModel:
         """Layers in which the bridge computes attention itself: what its ``hook_pattern`` passes is what acts."""
         return self._probe()[1]
 
-    def _probe(self) -> tuple[frozenset[str], frozenset[int]]:
+    def _probe(self) -> tuple[frozenset[str], frozenset[int], frozenset[str]]:
         if self._alive is None:
             ids = torch.zeros(1, min(2, self.shape.context or 2), dtype=torch.int64, device=self._inner._device())
             with self._lock:

@@ -47,17 +47,21 @@ def user_hooks(points: Mapping[str, HookPoint]) -> list[str]:
 @torch.no_grad()
 def probe(
     bridge: Any, points: Mapping[str, HookPoint], ids: Tensor, gates: Callable[[], AbstractContextManager[Any]]
-) -> tuple[frozenset[str], frozenset[int]]:
-    """Hook names whose point passes a tensor, with the bridge's settings as they are or all switched on by ``gates``; and the
-    layers in which the bridge computes attention itself, so that what ``hook_pattern`` passes is what acts. Found by two
-    forward passes over ``ids``: scores, pattern and z fire in this order where they depend on each other.
+) -> tuple[frozenset[str], frozenset[int], frozenset[str]]:
+    """Hook names whose point passes a tensor, with the bridge's settings as they are or all switched on by ``gates``; the
+    layers in which the bridge computes attention itself, so that what ``hook_pattern`` passes is what acts; and the names whose
+    tensor has batch and positions in one axis, as inside of OPT's blocks. Found by two forward passes over ``ids``: scores,
+    pattern and z fire in this order where they depend on each other.
     """
     seen: list[int] = []
+    flat: set[int] = set()
     handles = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             seen.append(id(module))
+            if output.ndim == 2 and len(output) == ids.numel():
+                flat.add(id(module))
 
     try:
         handles += [point.register_forward_hook(note) for point in {id(p): p for p in points.values()}.values()]
@@ -75,7 +79,7 @@ def probe(
         order = [first.get(id(points[name]), -1) if name in points else -1 for name in names]
         if -1 < order[0] < order[1] < order[2]:
             shown.append(layer)
-    return alive, frozenset(shown)
+    return alive, frozenset(shown), frozenset(name for name, point in points.items() if id(point) in flat)
 
 
 class Hooks:

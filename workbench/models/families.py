@@ -37,6 +37,9 @@ class Wiring:
     split: str = ""
     rotary: bool = False
     end: str = ""
+    attn_norm: str = ""
+    mlp_norm: str = ""
+    """With ``attn_norm``: the norms of pre-norm blocks whose outputs attention and MLP read."""
     adds_in_place: bool = False
     """The block adds to the MLP's output in place, so that what is read has to be a copy."""
 
@@ -50,10 +53,16 @@ _LLAMA = Wiring(
     pre="mlp.gate_proj",
     post="mlp.down_proj",
     rotary=True,
+    attn_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
     **_SEPARATE,
 )
 _GEMMA = replace(
-    _LLAMA, attn_out="post_attention_layernorm", mid="pre_feedforward_layernorm", mlp_out="post_feedforward_layernorm"
+    _LLAMA,
+    attn_out="post_attention_layernorm",
+    mid="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
 )
 _OPT = Wiring(
     out="self_attn.out_proj",
@@ -97,6 +106,8 @@ _NEOX = Wiring(
     fused="attention.query_key_value",
     split="per head",
     rotary=True,
+    attn_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
 )
 _BLOOM = Wiring(
     out="self_attention.dense",
@@ -107,6 +118,8 @@ _BLOOM = Wiring(
     post="mlp.dense_4h_to_h",
     fused="self_attention.query_key_value",
     split="per head",
+    attn_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
 )
 
 WIRINGS: dict[str, Wiring] = {
@@ -118,7 +131,12 @@ WIRINGS: dict[str, Wiring] = {
     "Gemma2DecoderLayer": _GEMMA,
     "Gemma3DecoderLayer": _GEMMA,
     "Olmo2DecoderLayer": replace(
-        _LLAMA, attn_out="post_attention_layernorm", mid="mlp", mlp_out="post_feedforward_layernorm"
+        _LLAMA,
+        attn_out="post_attention_layernorm",
+        mid="mlp",
+        mlp_out="post_feedforward_layernorm",
+        attn_norm="",
+        mlp_norm="",
     ),
     "GptOssDecoderLayer": replace(_LLAMA, pre="", post=""),
     "DeepseekV3DecoderLayer": replace(_LLAMA, q="", k="", v=""),
@@ -131,6 +149,8 @@ WIRINGS: dict[str, Wiring] = {
         post="mlp.c_proj",
         fused="attn.c_attn",
         split="in a row",
+        attn_norm="ln_1",
+        mlp_norm="ln_2",
     ),
     "GPTNeoXLayer": _NEOX,
     "OPTDecoderLayer": _OPT,
@@ -172,11 +192,13 @@ WIRINGS: dict[str, Wiring] = {
         post="ffn.down_proj",
         fused="attn.Wqkv",
         split="in a row",
+        attn_norm="norm_1",
+        mlp_norm="norm_2",
     ),
 }
 
 _HYBRID = replace(_LLAMA, mid="pre_ff_layernorm", mlp_out="feed_forward", pre="feed_forward.gate_proj",
-                  post="feed_forward.down_proj")  # fmt: skip
+                  post="feed_forward.down_proj", mlp_norm="pre_ff_layernorm")  # fmt: skip
 WIRINGS |= {
     "Qwen3NextDecoderLayer": replace(_LLAMA, q=""),
     "Qwen3_5DecoderLayer": replace(_LLAMA, q=""),

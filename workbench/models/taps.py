@@ -57,7 +57,9 @@ def places(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Place]:
         if wiring is not None:
             paths = {
                 "attn_out": wiring.attn_out,
+                "attn_norm": wiring.attn_norm,
                 "resid_mid": wiring.mid,
+                "mlp_norm": wiring.mlp_norm,
                 "mlp_out": wiring.mlp_out,
                 "mlp_pre": wiring.pre,
                 "mlp_post": wiring.post,
@@ -94,7 +96,8 @@ def _of_recorder(
     """A layer whose recorder says which sites of the mixing there are."""
     modules = {"resid_pre", "resid_post"} if has_stream(block) else set()
     if wiring is not None:
-        paths = {"attn_out": wiring.attn_out, "resid_mid": wiring.mid, "mlp_out": wiring.mlp_out,
+        paths = {"attn_norm": wiring.attn_norm, "attn_out": wiring.attn_out, "resid_mid": wiring.mid,
+                 "mlp_norm": wiring.mlp_norm, "mlp_out": wiring.mlp_out,
                  "mlp_pre": wiring.pre, "mlp_post": wiring.post}  # fmt: skip
         modules |= {kind for kind, path in paths.items() if submodule(block, path) is not None}
         if "attn_out" not in modules:
@@ -204,7 +207,13 @@ class Taps:
         if "resid_pre" in asked:
             self._before(block, self._visit(site("resid_pre")))
         self._before(block, frame.see)
-        for kind, path in (("mlp_pre", wiring.pre), ("attn_out", wiring.attn_out), ("mlp_out", wiring.mlp_out)):
+        for kind, path in (
+            ("attn_norm", wiring.attn_norm),
+            ("mlp_norm", wiring.mlp_norm),
+            ("mlp_pre", wiring.pre),
+            ("attn_out", wiring.attn_out),
+            ("mlp_out", wiring.mlp_out),
+        ):
             if kind in asked:
                 keep = kind == "mlp_out" and wiring.adds_in_place
                 self._after(module(path), frame.shaped(self._visit(site(kind)), clone=keep))

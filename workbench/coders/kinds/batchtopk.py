@@ -3,6 +3,9 @@
 In training f keeps the N k largest positive pre-activations of the batch, so that hard rows may use more features than easy
 ones. At inference a row stands alone: f keeps what is above ``threshold``, the running mean of the smallest activation
 that was kept. The further terms of the loss are those of TopK.
+
+During the first ``by_row`` share of the training every row has k places of its own, as in TopK: as long as features are random,
+rows that happen to be long would take nearly all places, and features that only short rows have would never be learned.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from workbench.coders.kinds.topk import TopK
 class BatchTopK(TopK):
     kind = "batchtopk"
     paper = "arXiv 2412.06410"
-    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99}
+    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99, "by_row": 0.3}
     scaled = ("b_enc", "threshold")
     threshold: Tensor
 
     def _begin(self) -> None:
         super()._begin()
         self.register_buffer("threshold", torch.tensor(0.0))
+        self._offers = min(4 * self.options["k"], self.features)
 
     def sparse(self, x: Tensor) -> Code:
         return Coder.sparse(self, x)
@@ -35,36 +39,37 @@ class BatchTopK(TopK):
         return torch.where(pre > self.threshold, torch.relu(pre), 0.0)
 
     def chosen(self, x: Tensor, now: Progress) -> Code:
+        first = round(self.options["by_row"] * now.steps)
+        if now.step < first:
+            return TopK.sparse(self, x)
         code, smallest = self.of_batch(x)
         if smallest is not None:
             with torch.no_grad():
-                # A plain mean at first, so that the start is forgotten.
-                keep = min(self.options["memory"], now.step / (now.step + 1))
+                seen = now.step - first
+                keep = min(self.options["memory"], seen / (seen + 1))  # a plain mean at first
                 self.threshold.mul_(keep).add_(smallest, alpha=1 - keep)
         return code
 
     def of_batch(self, x: Tensor) -> tuple[Code, Tensor | None]:
-        """The N k largest of a batch, and the smallest of them (None if nothing is positive).
+        """The N k largest of a batch (of equal ones at the border all), and the smallest of them, None if nothing is positive.
 
-        Each row offers its m largest. If the last offer of a row was taken it might have had more, and all offer twice as many.
+        Each row offers its m largest; if the last offer of any row is taken, that row might have had more, and all offer more.
         """
         wanted = len(x) * self.options["k"]
-        m = min(2 * self.options["k"], self.features)
         while True:
+            m = self._offers
             offered = self._largest(x, m)
             values = offered.values.detach()
             positive = int((values > 0).sum())
             if not positive:
                 return offered, None
-            # kept is a value, of which the batch has at most a few copies: ties above N k places are all taken
             cut = values.flatten().kthvalue(values.numel() - min(wanted, positive) + 1).values
             taken = values >= cut
-            if m == self.features or not bool(taken[:, -1].any()):
+            width = int(taken.sum(1).max())
+            if m == self.features or width < m:
                 break
-            m = min(2 * m, self.features)
-        width = max(1, int(taken.sum(1).max()))
+            self._offers = min(2 * m, self.features)
+        self._offers = min(max(2 * self.options["k"], width + width // 4 + 1), self.features)
         taken = taken[:, :width]
-        kept = Code(
-            offered.values[:, :width] * taken, offered.indices[:, :width].masked_fill(~taken, -1), self.features
-        )
-        return kept, cut
+        indices = offered.indices[:, :width].masked_fill(~taken, -1)
+        return Code(offered.values[:, :width] * taken, indices, self.features), cut

@@ -31,6 +31,4 @@ class Discrete(Coder):
         f = self.encode(x)
         output = self.decode(f) + self.skipped(x)
         error, size = (output - target).pow(2).mean(), f.mean()
-        return Terms(
-            error + self.options["sparsity"] * size, output, (f > 0).sum(0), {"error": error, "penalty": size}
-        )
+        return Terms(error + self.options["sparsity"] * size, output, (f > 0).sum(0), {"error": error, "penalty": size})

@@ -77,7 +77,9 @@ class JumpReLUTanh(JumpReLU):
         error = squared(output, target)
         size = torch.tanh(self.options["scale"] * f * norms).sum(-1).mean()
         asleep = (torch.relu(theta - pre) * norms).sum(-1).mean()
-        loss = error + self.options["sparsity"] * now.ramp(self.options["warm"]) * size + self.options["revive"] * asleep
+        loss = (
+            error + self.options["sparsity"] * now.ramp(self.options["warm"]) * size + self.options["revive"] * asleep
+        )
         return Terms(loss, output, (f > 0).sum(0), {"error": error, "penalty": size, "asleep": asleep})
 
 

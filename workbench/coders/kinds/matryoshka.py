@@ -1,7 +1,7 @@
 """Matryoshka autoencoders (Bussmann et al. 2025, arXiv 2503.17547): the first features alone must already explain x.
 
-Codes are those of BatchTopK; the error is the mean over nested dictionaries, of which the m-th has the first ``prefixes[m]`` share of
-the features. General features come first, special ones do not eat them up (absorption).
+Codes are those of BatchTopK; the error is the mean over nested dictionaries, of which the m-th has the first ``prefixes[m]``
+share of the features. General features come first, special ones do not eat them up (absorption).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Matryoshka(BatchTopK):
         super()._begin()
         shares = self.options["prefixes"] = tuple(self.options["prefixes"])
         if not shares or list(shares) != sorted(set(shares)) or shares[0] <= 0 or shares[-1] != 1:
-            raise WorkbenchError(f"prefixes are growing shares of the features up to 1, such as (.25, .5, 1); got {shares}")
+            raise WorkbenchError(
+                f"prefixes are growing shares of the features up to 1, such as (.25, .5, 1); got {shares}"
+            )
 
     @property
     def sizes(self) -> list[int]:

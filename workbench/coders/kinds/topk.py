@@ -2,8 +2,8 @@
 
 loss = |y - x|^2 + aux min(n_dead / aux_k, 1) |e - e_hat|^2 + multi |y_4k - x|^2
 
-AuxK: e = x - y is given, and e_hat is what the ``aux_k`` strongest of the dead features make of it. Multi-TopK (``multi``, 1/8 in the
-paper): y_4k is the output with 4k features, so that more features than k at inference do no harm.
+AuxK: e = x - y is given, and e_hat is what the ``aux_k`` strongest of the dead features make of it. Multi-TopK (``multi``, 1/8
+in the paper): y_4k is the output with 4k features, so that more features than k at inference do no harm.
 """
 
 from __future__ import annotations
