@@ -118,7 +118,7 @@ class RecursiveAttribution(Result):
         )
 
     def leaves(self) -> pd.DataFrame:
-        """The nodes without children, those of the same thing at the same place added up, strongest first. They sum to ``pre``."""
+        """The nodes without children, those of one thing at one place added up, strongest first. They sum to ``pre``."""
         frame = self.frame()
         found = frame[~frame["expanded"]]
         keys = ["kind", "layer", "index", "position", "source", "token"]

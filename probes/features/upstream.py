@@ -47,7 +47,7 @@ class Upstream:
     ) -> None:
         self.coders = written_by(coders)
         reads = [read]
-        for site, (coder, source) in self.coders.items():
+        for site, (_, source) in self.coders.items():
             if _mlps(site) > reach.mlps:
                 raise Refused(f"a coder of {site} writes behind what {read} is made of: nothing of it goes there")
             reads += [source, site]
