@@ -266,6 +266,11 @@ _NAMES: dict[str, str] = {
     "site_rows": "workbench.coders.sites:site_rows",
     "ActivationStore": "workbench.coders.store:ActivationStore",
     "store_activations": "workbench.coders.recording:store_activations",
+    # feature circuits: through attention
+    "feature_attribution": "workbench.probes.features.feature_attribution:feature_attribution",
+    "recursive_attribution": "workbench.probes.features.recursive_attribution:recursive_attribution",
+    "qk_attribution": "workbench.probes.features.qk_attribution:qk_attribution",
+    "head_loadings": "workbench.probes.features.head_loadings:head_loadings",
     # results and errors
     "Result": "workbench.results:Result",
     "load_result": "workbench.results:load_result",
