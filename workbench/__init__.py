@@ -271,6 +271,17 @@ _NAMES: dict[str, str] = {
     "recursive_attribution": "workbench.probes.features.recursive_attribution:recursive_attribution",
     "qk_attribution": "workbench.probes.features.qk_attribution:qk_attribution",
     "head_loadings": "workbench.probes.features.head_loadings:head_loadings",
+    # coders: judgement and pages
+    "coder_quality": "workbench.probes.features.model_quality:coder_quality",
+    "array_quality": "workbench.probes.features.quality:array_quality",
+    "decoder_cosine": "workbench.probes.features.truth:decoder_cosine",
+    "feature_agreement": "workbench.probes.features.truth:feature_agreement",
+    "activations_at": "workbench.probes.features.positions:activations_at",
+    "sparse_probing": "workbench.probes.features.sparse_probing:sparse_probing",
+    "absorption": "workbench.probes.features.absorption:absorption",
+    "spurious_removal": "workbench.probes.features.concepts:spurious_removal",
+    "targeted_perturbation": "workbench.probes.features.concepts:targeted_perturbation",
+    "feature_dashboard": "workbench.probes.features.dashboards:feature_dashboard",
     # results and errors
     "Result": "workbench.results:Result",
     "load_result": "workbench.results:load_result",
