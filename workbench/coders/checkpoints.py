@@ -64,24 +64,35 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def agree(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe of a training that begins in ``folder``, or make sure that it is that of the one that began there."""
+    """Make sure that a training which began in ``folder`` has this recipe."""
     path = folder / RECIPE
-    told = json.loads(json.dumps(recipe, allow_nan=False))
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise WorkbenchError(f"{path} is damaged: {error}") from error
-        differences = [f"{name} was {old!r} and is {new!r}" for name, old, new in _differences(before, told)]
-        if differences:
-            raise Refused(
-                f"{folder} holds a training by another recipe: {'; '.join(differences)}. Choose another folder, "
-                "or ask for what it was"
-            )
+    if not path.is_file():
         return
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WorkbenchError(f"{path} is damaged: {error}") from error
+    differences = [f"{name} was {old!r} and is {new!r}" for name, old, new in _differences(before, _json(recipe))]
+    if differences:
+        raise Refused(
+            f"{folder} holds a training by another recipe: {'; '.join(differences)}. Choose another folder, "
+            "or ask for what it was"
+        )
+
+
+def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Put down by which recipe the training in ``folder`` goes."""
+    path = folder / RECIPE
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(told, indent=1) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(_json(recipe), indent=1) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise WorkbenchError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _json(recipe: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(recipe, allow_nan=False))
 
 
 def _differences(before: Any, now: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -97,7 +108,8 @@ def _differences(before: Any, now: Any, at: str = "") -> Iterator[tuple[str, Any
 
 @contextlib.contextmanager
 def held(folder: Path | None, *, resume: bool) -> Iterator[None]:
-    """Make the folder of a training and hold it against other processes until the block ends, however it ends."""
+    """Make the folder of a training and hold it against other processes until the block ends, however it ends. A folder in which
+    nothing has begun by then is taken away again."""
     if folder is None:
         yield
         return
@@ -117,7 +129,12 @@ def held(folder: Path | None, *, resume: bool) -> Iterator[None]:
         raise WorkbenchError(f"cannot write to {folder}: {error.strerror or error}") from error
     with file:
         _lock(file, folder)
-        yield
+        try:
+            yield
+        finally:
+            if {entry.name for entry in folder.iterdir()} == {_LOCK}:
+                (folder / _LOCK).unlink()
+                folder.rmdir()
 
 
 _LOCK = ".lock"

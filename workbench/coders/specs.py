@@ -63,7 +63,7 @@ class CoderSpec:
         """The spec as JSON."""
         return {
             "reads": list(self.reads), "writes": list(self.writes), "kind": self.kind, "features": self.features,
-            "skip": self.skip, "start": self.start, "options": _plain(self.options),
+            "skip": self.skip, "start": self.start, "options": plain(self.options),
         }  # fmt: skip
 
     @property
@@ -114,7 +114,8 @@ def _low_rank(site: str) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` as JSON has it: tuples are lists."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {str(name): plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 
 from workbench.coders.catalogue import coder_kinds
-from workbench.coders.checkpoints import agree, held
+from workbench.coders.checkpoints import agree, held, write_recipe
 from workbench.coders.coder import Coder
 from workbench.coders.feeds import feed_of
 from workbench.coders.learner import NORMALISE
@@ -29,7 +29,7 @@ from workbench.errors import UnknownName, WorkbenchError
 from workbench.models.protocol import Model
 from workbench.sites import Site
 
-STEPS, BATCH, EVERY = 1000, 1024, 250
+STEPS, BATCH, EVERY = 500, 1024, 100
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -47,6 +47,7 @@ def train_coders(
     prepend_bos: bool | None = None,
     skip_first: bool = False,
     store: ActivationStore | None = None,
+    data: str = "",
     block: int | None = None,
     normalise: str = "expected",
     dead_after: int | None = None,
@@ -62,7 +63,8 @@ def train_coders(
 
     ``texts``: a list of texts, token ids ``[B, T]``, or an iterable, as in ``site_rows``; a list is read again when it ends, an
     iterable that ends too early is refused. Or ``store``: rows from disk. Length: ``steps`` of ``batch`` rows, or that many
-    ``tokens``. ``block``: rows that are shuffled together. ``rate``, ``normalise``, ``dead_after``: see ``Learner``.
+    ``tokens``. ``data`` says in words what the texts are, for ``about``. ``block``: rows that are shuffled together. ``rate``,
+    ``normalise``, ``dead_after``: see ``Learner``.
 
     ``out``: a folder for the recipe, ``metrics.jsonl``, a checkpoint ``every`` so many steps, and at the end the coder in
     ``out/coder`` (several: ``out/coders/<number>-<site>``). With ``resume`` a training that stopped there goes on, one that
@@ -74,7 +76,7 @@ def train_coders(
     if not specs:
         raise WorkbenchError("no coder to train: specs is empty")
     length = _steps(steps, tokens, batch)
-    for name, value in (("batch", batch), ("every", every), ("block", block or BLOCK)):
+    for name, value in (("batch", batch), ("every", every), ("block", BLOCK if block is None else block)):
         _whole(name, value)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise WorkbenchError(f"seed is a whole number from 0 to {2**32 - 1}; got {seed!r}")
@@ -93,7 +95,7 @@ def train_coders(
     )  # fmt: skip
     recipe = {
         "coders": [spec.json() for spec in specs], "steps": length, "batch": batch, "rate": rate, "seed": seed,
-        "normalise": normalise, "dead_after": dead_after, "dtype": dtype, **feed.recipe,
+        "normalise": normalise, "dead_after": dead_after, "dtype": dtype, "texts": data, **feed.recipe,
     }  # fmt: skip
     with held(folder, resume=resume):
         places = places_of(folder, specs)
@@ -104,6 +106,8 @@ def train_coders(
         options = {"rate": rate, "seed": seed, "normalise": normalise, "dead_after": dead_after}
         training = Training(specs, feed, recipe, folder, length, batch, options, _DTYPES[dtype])
         training.begin(loggers)
+        if folder is not None:
+            write_recipe(folder, recipe)
         training.run(every, tick)
         return training.finish(places)
 

@@ -15,7 +15,7 @@ from workbench.coders.coder import Coder
 from workbench.coders.feeds import Feed
 from workbench.coders.learner import Learner
 from workbench.coders.metrics import METRICS, Elsewhere, Logger, MetricsFile
-from workbench.coders.specs import CoderSpec
+from workbench.coders.specs import CoderSpec, plain
 from workbench.coders.start import ROWS
 from workbench.errors import Refused, WorkbenchError
 from workbench.run import versions
@@ -165,7 +165,7 @@ class Training:
         for spec, learner in zip(self.specs, self.learners, strict=True):
             coder = learner.finish()
             coder.about = {
-                "reads": list(spec.reads), "writes": list(spec.writes), "kind": spec.kind, "options": spec.json()["options"],
+                "reads": list(spec.reads), "writes": list(spec.writes), "kind": spec.kind, "options": plain(coder.options),
                 "tokens": self.steps * self.batch, **{n: v for n, v in self.recipe.items() if n != "coders"},
                 **self.about, "start": spec.begins, "rate": learner.rate, "versions": versions(),
             }  # fmt: skip
