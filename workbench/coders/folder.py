@@ -7,7 +7,6 @@ pickled, and no file that is read can run code.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ class Format:
 
 
 def save_coder(coder: Coder, folder: str | Path) -> Path:
-    """Write the new folder ``folder``: ``cfg.json`` and ``sae_weights.safetensors``, and ``workbench.safetensors`` where our kind has
-    more than SAELens's.
+    """Write the new folder ``folder``: ``cfg.json`` and ``sae_weights.safetensors``, and ``workbench.safetensors`` where our
+    kind has more than SAELens's.
 
     Written under a temporary name and renamed. Refuses an existing folder, NaN, and an ``about`` that is no JSON.
     """
@@ -67,21 +66,22 @@ def load_coder(
     """The coder in a folder or file, whoever wrote it; ``coder_formats()`` lists the layouts that are known by their files.
 
     ``format`` names the layout where the files do not tell. ``model``: warn of what does not fit it (``coder_warnings``).
-    ``input_scale``: see ``coder_formats`` on SAELens. ``dtype``: of the weights, else that of the file. ``about["format"]`` says what
-    was read, unless it is our own. Refuses files that are damaged, that do not fit their settings or hold NaN, and settings that
-    would change numbers and are not modelled. A folder of one transcoder per layer holds several coders: ``load_transcoders``.
+    ``input_scale``: the factor that brought activations to norm sqrt(D_in) in a SAELens training that has not folded it into the
+    weights; it is folded here. ``dtype``: of the weights, else that of the file. ``about["format"]`` says what was read, unless
+    it is our own. Refuses files that are damaged, that do not fit their settings or hold NaN, and settings that would change
+    numbers and are not modelled. A folder of one transcoder per layer holds several coders: ``load_transcoders``.
     """
     path = Path(path)
     chosen = _format(path, format)
-    coder = chosen.read(path, input_scale)
     if input_scale is not None and chosen.name != "saelens":
         raise WorkbenchError(f"input_scale belongs to SAELens folders; {path} is {chosen.name}")
+    coder = chosen.read(path, input_scale)
     if dtype is not None:
         coder = coder.to(dtype)
     if model is not None:
         from workbench.coders.use import check_use
 
-        check_use(coder, model)
+        check_use(coder, model, stacklevel=4)
     return coder
 
 
@@ -187,9 +187,3 @@ def load_transcoders(folder: str | Path) -> list[Coder]:
     from workbench.coders.formats.circuit_tracer import read_transcoders
 
     return read_transcoders(Path(folder))
-
-
-def warn(lines: list[str]) -> None:
-    """One warning per line."""
-    for line in lines:
-        warnings.warn(line, stacklevel=3)

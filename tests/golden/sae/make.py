@@ -272,7 +272,8 @@ def circuit_tracer() -> None:
     ends = [(0, 2, 0.5), (1, 2, 1.25), (2, 3, -0.75), (4, 3, 0.125), (3, 5, 2.0), (2, 6, -1.5)]
     links = [{"source": nodes[s].node_id, "target": nodes[t].node_id, "weight": w} for s, t, w in ends]
     record = Model(
-        metadata=Metadata(slug="tiny", scan="gemma-2-2b", transcoder_list=[], prompt_tokens=["a", " b"], prompt="a b", node_threshold=0.8),
+        metadata=Metadata(slug="tiny", scan="gemma-2-2b", transcoder_list=[], prompt="a b",
+                          prompt_tokens=["a", " b"], node_threshold=0.8),
         qParams=QParams(pinnedIds=[], supernodes=[], linkType="both", clickedId="", sg_pos=""),
         nodes=nodes,
         links=links,

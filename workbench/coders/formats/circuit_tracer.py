@@ -1,9 +1,10 @@
 """Transcoders of circuit-tracer (https://github.com/safety-research/circuit-tracer): safetensors files and a ``config.yaml``.
 
-One file per layer (``layer_0.safetensors`` ...): W_enc ``[F, D]``, W_dec ``[F, D]``, biases, maybe W_skip (x W_skip^T), and thresholds of a
-JumpReLU or ``k`` of a TopK that has no ReLU. Cross-layer transcoders: ``W_enc_l.safetensors`` with W_enc_l ``[F, D]``, b_enc_l, b_dec_l and
-maybe threshold_l, and ``W_dec_l.safetensors`` with W_dec_l ``[F, L - l, D]``. ``config.yaml`` names the hooks; those of a layer are
-``blocks.l.<hook>``, where ``mlp.hook_in`` is what the MLP reads, after its norm, and ``mlp.hook_out`` what it writes.
+One file per layer (``layer_0.safetensors`` ...): W_enc ``[F, D]``, W_dec ``[F, D]``, biases, maybe W_skip (x W_skip^T), and
+thresholds of a JumpReLU or ``k`` of a TopK that has no ReLU. Cross-layer transcoders: ``W_enc_l.safetensors`` with W_enc_l
+``[F, D]``, b_enc_l, b_dec_l and maybe threshold_l, and ``W_dec_l.safetensors`` with W_dec_l ``[F, L - l, D]``. ``config.yaml``
+names the hooks; those of a layer are ``blocks.l.<hook>``, where ``mlp.hook_in`` is what the MLP reads, after its norm, and
+``mlp.hook_out`` what it writes.
 
 ``circuit-tracer`` sets the features of the first token to 0 before it attributes; a coder here gives them as they are.
 """

@@ -1,8 +1,8 @@
-"""Gemma Scope (arXiv 2408.05147): ``params.npz`` with W_enc, b_enc, W_dec, b_dec and a threshold per feature, and its second edition,
-``params.safetensors`` with small letters and, in skip transcoders, ``affine_skip_connection``.
+"""Gemma Scope (arXiv 2408.05147): ``params.npz`` with W_enc, b_enc, W_dec, b_dec and a threshold per feature.
 
-JumpReLU coders that do not take b_dec off their input. Which site they belong to stands in the path of the file's repository and not in
-the file; ``about`` has no site then.
+Its second edition has ``params.safetensors`` with small letters and, in skip transcoders, ``affine_skip_connection``. All are
+JumpReLU coders that do not take b_dec off their input. Which site they belong to stands in the path of their repository and not
+in the file; ``about`` has no site.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The folder of SAELens 6, which is also ours: names of its files, which kind is which architecture, what a coder came from.
 
-``cfg.json`` holds the architecture, its sizes and, under ``metadata``, where the coder belongs; SAELens keeps unknown metadata, and
-ours stand there under ``workbench``. ``sae_weights.safetensors`` holds exactly the tensors of the architecture.
+``cfg.json`` holds the architecture, its sizes and, under ``metadata``, where the coder belongs; SAELens keeps unknown metadata,
+and ours stand there under ``workbench``. ``sae_weights.safetensors`` holds exactly the tensors of the architecture.
 ``workbench.safetensors`` holds what our kind has besides; SAELens does not look at it.
 """
 
@@ -30,7 +30,8 @@ ARCHITECTURES = {
     "relu": "standard", "p-anneal": "standard", "discrete": "standard",
     "gated": "gated",
     "topk": "topk",
-    "batchtopk": "jumprelu", "matryoshka": "jumprelu", "jumprelu": "jumprelu", "jumprelu-tanh": "jumprelu", "threshold": "jumprelu",
+    "batchtopk": "jumprelu", "matryoshka": "jumprelu", "jumprelu": "jumprelu", "jumprelu-tanh": "jumprelu",
+    "threshold": "jumprelu",
     "abstopk": "abstopk", "matching-pursuit": "matching_pursuit", "temporal": "temporal",
 }  # fmt: skip
 """The SAELens architecture whose inference is that of our kind."""

@@ -37,7 +37,8 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 _GENERIC = {
     "standard": "relu", "transcoder": "relu", "skip_transcoder": "relu", "gated": "gated", "topk": "topk", "abstopk": "abstopk",
     "jumprelu": "threshold", "jumprelu_transcoder": "threshold", "jumprelu_skip_transcoder": "threshold",
-    "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka", "matching_pursuit": "matching-pursuit", "temporal": "temporal",
+    "batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka", "matching_pursuit": "matching-pursuit",
+    "temporal": "temporal",
 }  # fmt: skip
 """The kind that an architecture is if nothing more is known."""
 

@@ -36,8 +36,9 @@ def write_saelens(coder: Coder, folder: Path) -> None:
     from safetensors.torch import save_file
 
     came = source(coder)
+    own: dict[str, Tensor] = {}
     if came.tensors and digest(coder) == came.digest:
-        cfg, tensors, own = _with_metadata(came.cfg, coder), came.tensors, {}
+        cfg, tensors = _with_metadata(came.cfg, coder), came.tensors
     else:
         cfg = facts(coder)
         tensors, own = weights(_inner(coder), cfg["architecture"])
@@ -115,11 +116,9 @@ def weights(coder: Coder, architecture: str) -> tuple[dict[str, Tensor], dict[st
         state["b_gate"] = state.pop("b_enc")
     elif architecture in ("matching_pursuit", "temporal"):
         del state["b_enc"]
-        if architecture == "matching_pursuit" or coder.options["tied"]:
-            if not torch.equal(state.pop("W_enc"), state["W_dec"].t()):
-                raise Refused(
-                    f"the encoder of a {coder.kind} coder is its decoder; W_enc is no longer W_dec transposed"
-                )
+        tied = architecture == "matching_pursuit" or bool(coder.options["tied"])
+        if tied and not torch.equal(state.pop("W_enc"), state["W_dec"].t()):
+            raise Refused(f"the encoder of a {coder.kind} coder is its decoder; W_enc is no longer W_dec transposed")
     elif architecture.startswith("jumprelu"):
         if coder.kind in ("batchtopk", "matryoshka"):
             state["threshold"] = state["threshold"].to(state["b_enc"].dtype).expand(coder.features)

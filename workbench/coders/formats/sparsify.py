@@ -22,10 +22,7 @@ def read_sparsify(folder: Path) -> Coder:
     """The coder of one hookpoint."""
     cfg = read_json(folder / "cfg.json")
     where = folder / "sae.safetensors"
-    width, k = cfg.get("d_in"), cfg.get("k")
-    for name, value in (("d_in", width), ("k", k)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise WorkbenchError(f"{folder / 'cfg.json'} has {name} = {value!r}, not a whole number from 1")
+    width, k = _whole(cfg, "d_in", folder), _whole(cfg, "k", folder)
     tensors = read_safetensors(where)
     skip, across = bool(cfg.get("skip_connection")), bool(cfg.get("transcode"))
     form: dict[str, tuple[str | int, ...]] = {
@@ -41,6 +38,13 @@ def read_sparsify(folder: Path) -> Coder:
     coder = filled(kinds_in_files()[_kind(cfg, folder)], state, centred=not across, options={"k": k})
     reads, writes = _sites(folder.name, across)
     return told(coder, "sparsify", reads=reads, writes=writes, hookpoint=folder.name)
+
+
+def _whole(cfg: dict[str, Any], name: str, folder: Path) -> int:
+    value = cfg.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise WorkbenchError(f"{folder / 'cfg.json'} has {name} = {value!r}, not a whole number from 1")
+    return value
 
 
 def _kind(cfg: dict[str, Any], folder: Path) -> str:

@@ -66,8 +66,8 @@ class Temporal(Coder):
         earlier = F.pad(z, (0, 0, 1, 0))[..., :-1, :]
         modules = dict(layer.named_children())
         q, k, v = modules["q_target"](z), modules["k_ctx"](earlier), modules["v_ctx"](earlier)
-        split = [t.unflatten(-1, (self.options["heads"], -1)).transpose(-2, -3) for t in (q, k, v)]
-        mixed = F.scaled_dot_product_attention(*split, is_causal=True)
+        q, k, v = (t.unflatten(-1, (self.options["heads"], -1)).transpose(-2, -3) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return modules["c_proj"](mixed.transpose(-2, -3).flatten(-2))
 
     def pre(self, x: Tensor) -> Tensor:
