@@ -257,6 +257,16 @@ _NAMES: dict[str, str] = {
     "repair": "workbench.probes.circuits.reuse.repair:repair",
     "circuit_roles": "workbench.probes.circuits.reuse.roles:circuit_roles",
     "attention_override": "workbench.probes.circuits.reuse.override:attention_override",
+    # coders: files
+    "load_coder": "workbench.coders.folder:load_coder",
+    "save_coder": "workbench.coders.folder:save_coder",
+    "load_transcoders": "workbench.coders.folder:load_transcoders",
+    "coder_formats": "workbench.coders.folder:coder_formats",
+    "coder_warnings": "workbench.coders.use:coder_warnings",
+    "FeatureGraph": "workbench.feature_graph:FeatureGraph",
+    "FeatureNodes": "workbench.feature_graph:FeatureNodes",
+    "write_feature_graph_json": "workbench.probes.features.graph_json:write_feature_graph_json",
+    "read_feature_graph_json": "workbench.probes.features.graph_json:read_feature_graph_json",
     # coders: training on models
     "train_sae": "workbench.coders.train:train_sae",
     "train_transcoder": "workbench.coders.train:train_transcoder",
