@@ -104,6 +104,11 @@ class Lines(Sequence[str]):
             raise WorkbenchError(f"{path} holds no text")
         self._file = path.open("rb")
 
+    def __del__(self) -> None:
+        file = getattr(self, "_file", None)
+        if file is not None:
+            file.close()
+
     def __len__(self) -> int:
         return len(self._starts)
 

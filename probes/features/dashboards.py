@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.coders.use import check_use
 from workbench.errors import Refused, WorkbenchError
 from workbench.models.protocol import Model, Tokens
 from workbench.probes.features.direct_logits import direct_logits, head_shares
@@ -50,6 +51,7 @@ class _Statistics:
     square: Tensor
     largest: Tensor
     tokens: int = 0
+    longest: int = 0
     model: Any = None
 
 
@@ -101,6 +103,7 @@ def feature_dashboard(
         raise WorkbenchError("no feature given: leave features out for those that write most")
     stream = _Stream(coder, model, texts, where, batch, ignore, progress)
     found = _statistics(stream)
+    check_use(coder, model, site, found.longest, stacklevel=4)
     if chosen is None:
         power = found.square * coder.W_dec.detach().double().square().sum(1).cpu()
         order = power.topk(min(_DEFAULT, coder.features)).indices
@@ -167,6 +170,7 @@ def _statistics(stream: _Stream) -> _Statistics:
     for part in stream.read():
         out.model = out.model or part.run.provenance
         out.tokens += len(part.x)
+        out.longest = max(out.longest, int(part.run.tokens.mask.sum(1).max()))
         for x in chunks(like(part.x, stream.coder), f):
             code = stream.coder.encode(x).double().cpu()
             out.active += (code > 0).sum(0)

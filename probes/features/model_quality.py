@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from workbench.coders.use import check_use
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Edit, Model
 from workbench.probes.features.quality import CoderQuality, Tally
@@ -42,7 +43,7 @@ def coder_quality(
     run of its own, every judged position at once; several written sites are all replaced, each computed from the unchanged run.
     ``ablation`` names what the recovered loss is measured against: ``"zero"``, ``"mean"`` or both. ``ignore`` are token ids that
     are neither judged nor replaced. A batch takes one run to find the mean, and one for each of: the model itself, the coder, the
-    shuffled decoder, each ablation.
+    shuffled decoder, each ablation. Warns where the coder says that it belongs to another model, site or length of text.
 
     Refused: models that do not predict next tokens (use ``array_quality`` on rows), unknown ablations, texts of a single token.
     """
@@ -55,8 +56,9 @@ def coder_quality(
             f"{model.name} does not predict next tokens; judge the coder on rows with array_quality(coder, X, Y)"
         )
     where = places(coder, site, target)
-    mean, passes = _mean(model, texts, where, batch, ignore), count(texts)
-    tally = Tally(coder, passes, mean, seed)
+    mean, longest = _mean(model, texts, where, batch, ignore)
+    check_use(coder, model, site, longest, stacklevel=4)
+    tally = Tally(coder, count(texts), mean, seed)
     tally.ablations = wanted
     provenance = None
     for found in rows(model, texts, where, batch=batch, ignore=ignore, logits="all", progress=progress):
@@ -73,13 +75,14 @@ def coder_quality(
     return tally.result([str(s) for s in where.reads], [str(s) for s in where.writes], provenance)
 
 
-def _mean(model: Model, texts: Texts, where: Places, batch: int, ignore: Sequence[int]) -> Tensor:
-    """Mean of the written sites over all judged positions, ``[D_out]`` float64."""
-    total, seen = torch.zeros(sum(where.write_widths), dtype=torch.float64), 0
+def _mean(model: Model, texts: Texts, where: Places, batch: int, ignore: Sequence[int]) -> tuple[Tensor, int]:
+    """Mean of the written sites over all judged positions, ``[D_out]`` float64, and the tokens of the longest text."""
+    total, seen, longest = torch.zeros(sum(where.write_widths), dtype=torch.float64), 0, 0
     for found in rows(model, texts, where, batch=batch, ignore=ignore):
         total += found.target.double().sum(0).cpu()
         seen += len(found.target)
-    return total / seen
+        longest = max(longest, int(found.run.tokens.mask.sum(1).max()))
+    return total / seen, longest
 
 
 def _outcomes(tally: Tally, model: Model, where: Places, found: Rows, changes: Mapping[str, Tensor]) -> None:
