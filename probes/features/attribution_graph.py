@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.coders.cross_layer import CrossLayer
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.feature_graph import FeatureGraph, FeatureNodes
 from workbench.models.protocol import Model
@@ -171,8 +172,8 @@ def _token(frozen: FrozenModel, given: Any) -> int:
 
 
 def _described(coders: Any) -> Any:
-    if isinstance(coders, torch.nn.Module):
-        return {"kind": str(getattr(coders, "kind", "")), "features": int(coders.features), "about": dict(coders.about)}
+    if isinstance(coders, CrossLayer):
+        return {"kind": coders.kind, "features": coders.features, "about": dict(coders.about)}
     return {str(layer): {"kind": c.kind, "features": c.features, "about": dict(c.about)} for layer, c in coders.items()}
 
 

@@ -184,7 +184,8 @@ def frozen_model(model: Model, prompt: Any) -> FrozenModel:
             f"the attention maps of {run.tokens.ids.shape[1]:,} tokens take {size / 2**30:.1f} GiB, the limit is "
             f"{_PATTERN_LIMIT / 2**30:.0f} GiB; give a shorter prompt"
         )
-    attention, mlps = [], []
+    attention: list[FrozenAttention] = []
+    mlps: list[FrozenMLP | None] = []
     for layer in layers:
         x = at("resid_pre", layer)
         attention.append(_attention(model, run, layer, _frozen(before[layer], x), x, at, check))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError
 from workbench.feature_graph import NODE_KINDS, FeatureGraph
 from workbench.models.native import NativeModel
+from workbench.models.native_mixers import MIXERS
 from workbench.models.protocol import Edit, Model
 from workbench.probes.features.frozen import FrozenModel, FrozenNorm, frozen_model
 from workbench.probes.features.replacement import Active, Replacement, active_features, replacement
@@ -186,9 +187,9 @@ class _Forward:
 
     def __init__(self, frozen: FrozenModel, coders: Replacement, active: Active, graph: FeatureGraph) -> None:
         self.frozen, self.coders, self.active, self.graph = frozen, coders, active, graph
-        # A native model takes its patterns back; a fused kernel has none to replace, and gets its output from them.
+        # Native softmax attention takes its patterns back; where none can be replaced, z is made from them and the values.
         sites = []
-        if isinstance(frozen.model, NativeModel):
+        if isinstance(frozen.model, NativeModel) and frozen.model.net.config.mixer in MIXERS:
             gated = frozen.model.net.config.mixer == "gated-softmax"
             kinds = ("pattern", "gate") if gated else ("pattern",)
             sites = [Site(kind, layer) for kind in kinds for layer in range(frozen.layers)]

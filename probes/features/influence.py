@@ -114,9 +114,7 @@ def restricted(
 def replacement_score(graph: FeatureGraph) -> float:
     """Share of the influence of embeddings in that of embeddings and errors: how much of what leads from the tokens to the logits
     passes features and not errors, 1 at best. NaN if neither carries anything."""
-    carried = influence(graph)
-    tokens, errors = (float(carried[graph.nodes.where(*kinds)].sum()) for kinds in (("embedding",), _LEFT))
-    return tokens / (tokens + errors) if tokens + errors > 0 else float("nan")
+    return _replacement(graph, influence(graph))
 
 
 def completeness_score(graph: FeatureGraph) -> float:
@@ -124,19 +122,31 @@ def completeness_score(graph: FeatureGraph) -> float:
 
     Nodes without inputs have no share and do not count; circuit-tracer counts them as complete, which gives larger numbers.
     """
-    share, own = normalised(graph), logit_weight(graph)
-    weight = (_carried(graph, share, own) + own)[graph.target] * share
-    error = torch.zeros(len(graph.nodes), dtype=torch.bool)
-    error[graph.nodes.where(*_LEFT)] = True
-    total = float(weight.sum())
-    return float(weight[~error[graph.source]].sum()) / total if total > 0 else float("nan")
+    return _completeness(graph, edge_influence(graph))
 
 
 def graph_scores(graph: FeatureGraph) -> FeatureGraph:
     """The graph with ``influence`` of its nodes, and both scores in ``meta``."""
-    nodes: FeatureNodes = replace(graph.nodes, influence=influence(graph))
-    scores = {"replacement_score": replacement_score(graph), "completeness_score": completeness_score(graph)}
+    share, own = normalised(graph), logit_weight(graph)
+    carried = _carried(graph, share, own)
+    scores = {
+        "replacement_score": _replacement(graph, carried),
+        "completeness_score": _completeness(graph, share * (carried + own)[graph.target]),
+    }
+    nodes: FeatureNodes = replace(graph.nodes, influence=carried)
     return replace(graph, nodes=nodes, meta={**graph.meta, **scores})
+
+
+def _replacement(graph: FeatureGraph, carried: Tensor) -> float:
+    tokens, errors = (float(carried[graph.nodes.where(*kinds)].sum()) for kinds in (("embedding",), _LEFT))
+    return tokens / (tokens + errors) if tokens + errors > 0 else float("nan")
+
+
+def _completeness(graph: FeatureGraph, weight: Tensor) -> float:
+    error = torch.zeros(len(graph.nodes), dtype=torch.bool)
+    error[graph.nodes.where(*_LEFT)] = True
+    total = float(weight.sum())
+    return float(weight[~error[graph.source]].sum()) / total if total > 0 else float("nan")
 
 
 def logit_weight(graph: FeatureGraph) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,11 +52,9 @@ def find_nodes(
 
 def node_index(graph: FeatureGraph, nodes: Nodes) -> Tensor:
     """Indices ``[n]`` of nodes given by index or by name (``L3 feature 17 @ 5``, as ``graph.name`` writes it)."""
-    given: Iterable[int | str]
-    if isinstance(nodes, int | str):
-        given = [nodes]
-    else:
-        given = nodes.flatten().tolist() if isinstance(nodes, Tensor) else nodes
+    if isinstance(nodes, Tensor):
+        nodes = nodes.flatten().tolist()
+    given = [nodes] if isinstance(nodes, int | str) else nodes
     return torch.tensor([_index(graph, node) for node in given], dtype=torch.int64)
 
 
@@ -199,7 +197,7 @@ def strongest_paths(graph: FeatureGraph, top: int = 10) -> list[Path]:
         count += 1
     found: list[Path] = []
     while heap and len(found) < top:
-        bound, _, so_far, sign, nodes = heapq.heappop(heap)
+        _, _, so_far, sign, nodes = heapq.heappop(heap)
         edges = order[bounds[nodes[0]] : bounds[nodes[0] + 1]]
         if not len(edges):
             if len(nodes) > 1:
@@ -236,7 +234,7 @@ def _best(graph: FeatureGraph, share: Tensor) -> Tensor:
     for edges in order.split(counts.tolist()):
         while True:  # once more as long as edges within a level move something
             before = best.clone()
-            best.index_reduce_(0, graph.target[edges], share[edges] * best[graph.source[edges]], "amax")
+            best.scatter_reduce_(0, graph.target[edges], share[edges] * best[graph.source[edges]], "amax")
             if bool((best == before).all()):
                 break
     return best
