@@ -38,7 +38,7 @@ class CrossLayer(nn.Module, ABC):
     """The base of all kinds: L layers with F features each, X ``[..., L, D]`` to codes ``[..., L, F]`` to Y ``[..., L, D']``.
 
     ``W_enc [L, D, F]``, ``b_enc [L, F]``, ``W_dec[l] [F, L - l, D']`` (its entry j writes into layer l + j), ``b_dec [L, D']``,
-    ``W_skip [L, D, D']`` or None. ``about`` says what it was trained on (``reads`` and ``writes``: L site texts each); it is saved.
+    ``W_skip [L, D, D']`` or None. ``about`` says what it was trained on (``reads`` and ``writes``: L site texts each).
     """
 
     kind: ClassVar[str]
@@ -90,6 +90,9 @@ class CrossLayer(nn.Module, ABC):
     def objective(self, x: Tensor, y: Tensor, now: Progress) -> Terms:
         """Training loss of X ``[N, L, D]`` against Y ``[N, L, D']``: squared errors summed over L and D', mean over N, and what
         the kind adds. ``active`` and ``now.silent`` are ``[L, F]``."""
+
+    def settle(self, x: Tensor) -> None:
+        """Fix, at the end of training, what inference needs to know of the data X ``[N, L, D]``; most kinds need nothing."""
 
     # ------------------------------------------------------------ codes and outputs
 

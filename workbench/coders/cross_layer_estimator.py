@@ -16,6 +16,9 @@ from workbench.coders.cross_layer import CrossLayer
 from workbench.coders.cross_layer_kinds import make_cross_layer
 from workbench.errors import WorkbenchError
 
+ROWS = 16_384
+"""Rows that what inference needs to know is taken from, at most."""
+
 
 class CrossLayerTranscoder(BaseEstimator):
     """A cross-layer transcoder of ``kind`` ``topk``, ``batchtopk`` or ``jumprelu``, with ``features`` per layer.
@@ -86,12 +89,12 @@ class CrossLayerTranscoder(BaseEstimator):
             skip=self.skip,
             seed=self.seed,
             **self._options(),
-        ).to(x.dtype)
+        ).to(x)
         with torch.no_grad():
             coder.b_dec.copy_(y.mean(0) * y_scale[:, None])
         generator = torch.Generator().manual_seed(self.seed)
         optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate)
-        silent = torch.zeros(layers, self.features)
+        silent = torch.zeros(layers, self.features, device=x.device)
         losses = []
         size = min(self.batch, n)
         with torch.enable_grad():
@@ -111,6 +114,7 @@ class CrossLayerTranscoder(BaseEstimator):
                 optimiser.step()
                 silent = torch.where(terms.active > 0, 0.0, silent + size)
                 losses.append(float(terms.parts["error"]) / (layers * y.shape[2]))
+        coder.settle(x[:ROWS] * x_scale[:, None])
         coder.rescaled(x_scale, y_scale)
         for parameter in coder.parameters():
             parameter.requires_grad_(False)
@@ -141,7 +145,7 @@ class CrossLayerTranscoder(BaseEstimator):
     def fvu(self, X: Any, Y: Any) -> Tensor:
         """Share of Y's variance that is not explained, per layer ``[L]``."""
         y = stacked("Y", Y)
-        made = self.reconstruct(stacked("X", X))
+        made = self.reconstruct(stacked("X", X)).to(y)
         if made.shape != y.shape:
             raise WorkbenchError(f"Y is {list(made.shape)} for this X; got {list(y.shape)}")
         return (made - y).square().sum((0, 2)) / (y - y.mean(0)).square().sum((0, 2))
@@ -178,8 +182,8 @@ class CrossLayerTranscoder(BaseEstimator):
         coder = self._coder()
         x = stacked("X", X)
         with torch.no_grad():
-            found: Tensor = getattr(coder, method)(x.to(coder.W_enc.dtype))
-        return found if isinstance(X, Tensor) else found.numpy()
+            found: Tensor = getattr(coder, method)(x.to(coder.W_enc))
+        return found if isinstance(X, Tensor) else found.cpu().numpy()
 
 
 def stacked(name: str, given: Any) -> Tensor:

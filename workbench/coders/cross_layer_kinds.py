@@ -54,7 +54,8 @@ class TopKCrossLayer(CrossLayer):
 class BatchTopKCrossLayer(CrossLayer):
     """The N L k largest positive pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410), layers sharing the budget.
 
-    Inference keeps what exceeds ``threshold``, the running mean of the smallest pre-activation that was kept.
+    Inference keeps what exceeds ``threshold``: while training the running mean of the smallest pre-activation that was kept, and
+    at its end (``settle``) the one that gives k features on average.
     """
 
     kind = "batchtopk"
@@ -79,8 +80,7 @@ class BatchTopKCrossLayer(CrossLayer):
 
     def objective(self, x: Tensor, y: Tensor, now: Progress) -> Terms:
         pre = self.pre_all(x).relu()
-        count = max(1, min(round(self.k * len(x) * self.layers), pre.numel()))
-        least = pre.detach().flatten().topk(count, sorted=True).values[-1]
+        least = self._least(pre.detach())
         code = pre * ((pre >= least) & (pre > 0)).to(pre.dtype)
         with torch.no_grad():
             first = now.step == 0
@@ -91,6 +91,15 @@ class BatchTopKCrossLayer(CrossLayer):
         auxiliary = auxiliary_error(self, x, (y - output).detach(), now)
         loss = error if auxiliary is None else error + AUXILIARY * auxiliary
         return Terms(loss, output, active, _parts(error, auxiliary, active, len(x)))
+
+    @torch.no_grad()
+    def settle(self, x: Tensor) -> None:
+        self.threshold.copy_(torch.nextafter(self._least(self.pre_all(x).relu()), torch.zeros((), dtype=x.dtype)))
+
+    def _least(self, pre: Tensor) -> Tensor:
+        """The smallest of the N L k largest of ``[N, L, F]``."""
+        count = max(1, min(round(self.k * len(pre) * self.layers), pre.numel()))
+        return pre.flatten().kthvalue(pre.numel() - count + 1).values
 
 
 class JumpReLUCrossLayer(CrossLayer):
@@ -145,7 +154,7 @@ class JumpReLUCrossLayer(CrossLayer):
         error = squared_error(output, y)
         norms = self.decoder_norms()
         price = torch.tanh(self.tanh_scale * norms * code).sum((-1, -2)).mean()
-        below = ((self.threshold - pre).relu() * norms.detach()).sum((-1, -2)).mean()
+        below = ((self.threshold - pre).relu() * norms).sum((-1, -2)).mean()
         loss = error + self.sparsity * now.ramp(1.0) * price + self.pre_act * below
         active = (code.detach() > 0).sum(0).float()
         parts = {**_parts(error, None, active, len(x)), "price": price.detach()}

@@ -31,8 +31,8 @@ EXCLUSIVE = 0.9
 
 @dataclass(frozen=True)
 class CrosscoderNorms(Result):
-    """``norms`` and ``shares`` ``[F, P]`` of the P parts; shares are NaN for features that write nothing. ``cosines`` ``[F]``: between
-    the first two parts of the decoder, NaN where their widths differ or one of them is 0. ``parts`` names the parts."""
+    """``norms`` and ``shares`` ``[F, P]`` of the P parts; shares are NaN for features that write nothing. ``cosines`` ``[F]`` are
+    between the first two parts of the decoder, NaN where their widths differ or one of them is 0. ``parts`` names the parts."""
 
     norms: Tensor
     shares: Tensor
@@ -41,8 +41,8 @@ class CrosscoderNorms(Result):
 
     @property
     def kinds(self) -> list[str]:
-        """Per feature: ``shared`` (every part has at least half of an even share), ``only <part>`` (a share of 0.9 or more), ``between``
-        or ``empty``."""
+        """Per feature: ``shared`` (every part has at least half of an even share), ``only <part>`` (a share of 0.9 or more),
+        ``between`` or ``empty``."""
         even = 1 / len(self.parts)
         found = []
         for row in self.shares:
@@ -75,15 +75,10 @@ class CrosscoderNorms(Result):
         for i in chosen:
             values = self.shares[:, i]
             values = values[~values.isnan()]
-            ax.hist(
-                values.tolist(),
-                bins=40,
-                range=(0, 1),
-                histtype="step" if len(self.parts) > 2 else "bar",
-                label=self.parts[i],
-            )
-        ax.set(xlabel=f"share of the decoder's norm in {self.parts[-1]}" if len(self.parts) == 2 else "share of the decoder's norm",
-               ylabel="features", title="Shared and exclusive features")  # fmt: skip
+            style = "step" if len(self.parts) > 2 else "bar"
+            ax.hist(values.tolist(), bins=40, range=(0, 1), histtype=style, label=self.parts[i])
+        where = f" in {self.parts[-1]}" if len(self.parts) == 2 else ""
+        ax.set(xlabel=f"share of the decoder's norm{where}", ylabel="features", title="Shared and exclusive features")
         if len(self.parts) > 2:
             ax.legend()
         return ax
@@ -95,9 +90,9 @@ def relative_norms(
 ) -> CrosscoderNorms:
     """Decoder norms of a crosscoder, part by part.
 
-    ``scales`` ``[P]``: sizes of the parts' activations, by which norms are divided, such as the mean norm of their rows; two models
-    whose activations differ in size have no even shares without it. ``parts`` names the parts, by default the sites that the
-    coder writes. Refuses coders of one part.
+    ``scales`` ``[P]``: sizes of the parts' activations, by which norms are divided, such as the mean norm of their rows; two
+    models whose activations differ in size have no even shares without it. ``parts`` names the parts, by default the sites
+    that the coder writes. Refuses coders of one part.
     """
     widths = coder.writes
     if len(widths) < 2:

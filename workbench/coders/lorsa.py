@@ -34,9 +34,9 @@ AUXILIARY = 1 / 32
 class Lorsa(nn.Module):
     """F rank-1 heads in G query-key groups of F / G each: features ``g F / G`` to ``(g + 1) F / G - 1`` are group g's.
 
-    ``W_V [D, F]`` (reading directions), ``b_V [F]``, ``W_O [F, D']`` (writing directions), ``b_O [D']``; ``qk`` the queries and keys
-    of the groups. Sequences are ``[B, T, D]``; ``padding`` ``[B, T]`` bool is False on tokens that are none. ``k = F`` keeps every
-    positive feature. ``about`` says what it was made from (model, ``reads``, ``writes``) and is saved.
+    ``W_V [D, F]`` (reading directions), ``b_V [F]``, ``W_O [F, D']`` (writing directions), ``b_O [D']``; ``qk`` the queries and
+    keys of the groups. Sequences are ``[B, T, D]``; ``padding`` ``[B, T]`` bool is False on tokens that are none. ``k = F`` keeps
+    every positive feature. ``about`` says what it was made from (model, ``reads``, ``writes``) and is saved.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class Lorsa(nn.Module):
         self.about: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(seed)
         out = torch.randn(features, self.width_out, generator=generator)
-        dtype = weights.q.dtype
-        self.W_V = nn.Parameter((torch.randn(width, features, generator=generator) * width**-0.5).to(dtype))
-        self.b_V = nn.Parameter(torch.zeros(features, dtype=dtype))
-        self.W_O = nn.Parameter((out / out.norm(dim=1, keepdim=True)).to(dtype))
-        self.b_O = nn.Parameter(torch.zeros(self.width_out, dtype=dtype))
+        like = weights.q
+        self.W_V = nn.Parameter((torch.randn(width, features, generator=generator) * width**-0.5).to(like))
+        self.b_V = nn.Parameter(torch.zeros(features).to(like))
+        self.W_O = nn.Parameter((out / out.norm(dim=1, keepdim=True)).to(like))
+        self.b_O = nn.Parameter(torch.zeros(self.width_out).to(like))
 
     @classmethod
     def from_model(cls, model: Any, layer: int, *, features: int, k: int, seed: int = 0) -> Lorsa:
         """A start for training: queries and keys of a layer, and random directions of its heads' value and output matrices.
 
-        Feature i of head h reads W_V[h] r and writes r^T W_O[h] with r a random direction, in pairs r, -r. Serves native models and
-        Hugging Face models with plain projections; refuses layers whose pattern it does not reproduce.
+        Feature i of head h reads W_V[h] r and writes r^T W_O[h] with r a random direction, in pairs r, -r. Serves native models
+        and Hugging Face models with plain projections; refuses layers whose pattern it does not reproduce.
         """
         from workbench.coders.lorsa_model import started
 
@@ -73,8 +73,8 @@ class Lorsa(nn.Module):
 
     @classmethod
     def exact(cls, model: Any, layer: int) -> Lorsa:
-        """The layer itself as 2 H E features that are all kept: the singular vectors of W_V W_O of every head, and their negatives,
-        as a feature is never negative. Refuses layers with an output gate or a norm after W_O."""
+        """The layer itself as 2 H E features that are all kept: the singular vectors of W_V W_O of every head, and their
+        negatives, as a feature is never negative. Refuses layers with an output gate or a norm after W_O."""
         from workbench.coders.lorsa_model import exact
 
         return exact(model, layer)

@@ -33,8 +33,8 @@ _ERROR = 2e-3
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One attention layer: queries and keys, ``v [H, D, E]`` and ``b_v [H, E]`` (those of grouped heads repeated), ``o [H, E, D]``
-    and ``b_o [D]``; biases are None where there are none."""
+    """One attention layer: queries and keys, ``v [H, D, E]`` and ``b_v [H, E]`` (those of grouped heads repeated),
+    ``o [H, E, D]`` and ``b_o [D]``; biases are None where there are none."""
 
     query_key: QueryKeyWeights
     v: Tensor
@@ -89,8 +89,8 @@ def layer_weights(model: Model, layer: int) -> LayerWeights:
         if error < _ERROR:
             return replace(base, query_key=candidate, gated=gated)
     raise Refused(
-        f"the patterns of layer {layer} of {model.name} are not reproduced by its projections and rotary positions (largest error "
-        f"{min(errors.values()):.2g}); it does something to queries and keys that a Lorsa does not have"
+        f"the patterns of layer {layer} of {model.name} are not reproduced by its projections and rotary positions (largest "
+        f"error {min(errors.values()):.2g}); it does something to queries and keys that a Lorsa does not have"
     )
 
 
@@ -163,8 +163,8 @@ def _check_output(model: Model, layer: int, lorsa: Lorsa) -> None:
     error = float((lorsa(x).double() - wanted).norm() / size.clamp(min=1e-30))
     if not error < _ERROR:
         raise Refused(
-            f"rank-1 heads of layer {layer} of {model.name} do not give its output (relative error {error:.2g}): something follows "
-            "its output matrix, such as a norm; Lorsa.from_model starts one to train"
+            f"rank-1 heads of layer {layer} of {model.name} do not give its output (relative error {error:.2g}): something "
+            "follows its output matrix, such as a norm; Lorsa.from_model starts one to train"
         )
 
 
@@ -181,7 +181,9 @@ def _native(model: NativeModel, layer: int) -> LayerWeights:
         return None if part is None else part.detach().repeat_interleave(heads // len(part), 0)
 
     q, k, v = (repeated(parts[name]) for name in "QKV")
-    assert q is not None and k is not None and v is not None
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
     biases = {name: repeated(getattr(attention, f"b_{name}", None)) for name in "QKV"}
     query_key = QueryKeyWeights(q, k, biases["Q"], biases["K"])
     return LayerWeights(query_key, v, biases["V"], parts["O"].detach(), None)
@@ -212,7 +214,9 @@ def _hugging_face(model: HFModel, layer: int) -> LayerWeights:
         for name, pair in parts.items()
     }
     (q, b_q), (k, b_k), (v, b_v) = (repeated[name] for name in "qkv")
-    assert q is not None and k is not None and v is not None
+    assert isinstance(q, Tensor)
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
     q_norm, eps = _norm_scale(module, "q_norm", width, what)
     k_norm, _ = _norm_scale(module, "k_norm", width, what)
     query_key = QueryKeyWeights(q, k, b_q, b_k, q_norm=q_norm, k_norm=k_norm, eps=eps)

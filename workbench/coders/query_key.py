@@ -10,6 +10,7 @@ Only differences of positions matter, so that t counts from the first column wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,16 @@ class QueryKey(nn.Module):
             ("k_norm", weights.k_norm),
         ):
             self.register_parameter(name, None if part is None else _parameter(part))
-        for name, part in (("rates", weights.rates), ("sink", weights.sink)):
-            self.register_buffer(name, None if part is None else part.detach().clone())
+        self.register_buffer("rates", None if weights.rates is None else weights.rates.detach().double().clone())
+        self.register_buffer("sink", None if weights.sink is None else weights.sink.detach().clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Rates stay float64 whatever the weights become: a position times a rounded rate is a wrong angle."""
+        rates = self.rates
+        super()._apply(fn, recurse)
+        if rates is not None:
+            self.rates = rates.to(self.W_Q.device)
+        return self
 
     def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q and k ``[B, H, T, E]`` after rotary positions, of x ``[B, T, D]``."""
@@ -127,7 +136,7 @@ class QueryKey(nn.Module):
         if self.rates is None:
             return x
         half = len(self.rates)
-        angles = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)[:, None] * self.rates.double()
+        angles = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)[:, None] * self.rates
         scale = float(self.settings["rotary_scale"] or 1.0)
         cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
         turned, rest = x[..., : 2 * half], x[..., 2 * half :]
@@ -143,7 +152,8 @@ def checked_padding(x: Tensor, padding: Tensor | None) -> Tensor | None:
         return None
     if padding.dtype != torch.bool or padding.shape != x.shape[:2]:
         raise WorkbenchError(
-            f"padding is bool [B, T] = {list(x.shape[:2])}, False on tokens that are none; got {padding.dtype} {list(padding.shape)}"
+            f"padding is bool [B, T] = {list(x.shape[:2])}, False on tokens that are none; got {padding.dtype} "
+            f"{list(padding.shape)}"
         )
     return None if bool(padding.all()) else padding.to(x.device)
 

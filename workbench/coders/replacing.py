@@ -48,7 +48,8 @@ class _Plain(_Part):
         self.reads, self.writes = _sites(coder, "reads"), _sites(coder, "writes")
         if len(self.reads) > 1 or len(self.writes) > 1:
             raise Refused(
-                f"a crosscoder of {len(self.reads)} sites reads some behind others that it writes; it cannot take their place in one run"
+                f"a crosscoder of {len(self.reads)} sites reads some behind others that it writes; it cannot take their place in "
+                "one run"
             )
 
     def keep(self, site: Site, x: Tensor) -> Tensor:
@@ -78,8 +79,8 @@ class _CrossLayer(_Part):
         self.reads, self.writes = _sites(coder, "reads"), _sites(coder, "writes")
         if len(self.reads) != coder.layers or len(self.writes) != coder.layers:
             raise WorkbenchError(
-                f"a cross-layer transcoder of {coder.layers} layers names as many sites in about['reads'] and about['writes']; got "
-                f"{len(self.reads)} and {len(self.writes)}"
+                f"a cross-layer transcoder of {coder.layers} layers names as many sites in about['reads'] and about['writes']; "
+                f"got {len(self.reads)} and {len(self.writes)}"
             )
 
     def keep(self, site: Site, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +98,8 @@ def replacement_edits(
 ) -> dict[Site | str, Callable[[Tensor], Tensor]]:
     """Edits for ``model.run(edit=...)`` that put the coders' outputs in the place of the model's.
 
-    Coders say in ``about["reads"]`` and ``about["writes"]`` where they belong. ``padding`` ``[B, T]`` bool, False on tokens that are
-    none, is for attention layers; a batch with padding on the left needs it. ``errors`` by written site are added. Edits
+    Coders say in ``about["reads"]`` and ``about["writes"]`` where they belong. ``padding`` ``[B, T]`` bool, False on tokens that
+    are none, is for attention layers; a batch with padding on the left needs it. ``errors`` by written site are added. Edits
     hold what a run went through until the next one; they serve one run at a time. Refuses two coders that write one site.
     """
     parts = _parts(coders, padding)
