@@ -175,15 +175,15 @@ class Passes:
     def state(self) -> dict[str, Any]:
         if self._at >= len(self._window):
             return {"documents": self._documents.read, "digest": self._documents.digest, "pass": 0}
-        return {**self._begin, "pass": self._at}
+        return {**self._begin, "pass": self._at, "window": self._documents.digest}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._documents.skip(int(state["documents"]), str(state["digest"]))
         self._window, self._at = [], 0
         if state["pass"]:
             self._fill()
-            if state["pass"] > len(self._window):
-                raise Refused("the texts are not cut as they were before: the tokenizer or the context is another one")
+            if self._documents.digest != state["window"] or state["pass"] > len(self._window):
+                raise Refused("the texts that had been read are not those that come now; pass the same ones in the same order")
             self._at = int(state["pass"])
 
     def __iter__(self) -> Iterator[Any]:

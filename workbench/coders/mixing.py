@@ -72,13 +72,14 @@ class Mixed:
         self._order = torch.zeros(0, dtype=torch.int64)
         self._number, self._at = -1, 0
         self._begin = source.state()
+        self._end: dict[str, Any] | None = None
 
     @property
     def epochs(self) -> float | None:
         return self._source.epochs
 
     def state(self) -> dict[str, Any]:
-        return {"block": self._number, "begin": self._begin, "at": self._at}
+        return {"block": self._number, "begin": self._begin, "end": self._end, "at": self._at}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Build the block again that ``state`` was in; its passes run again."""
@@ -88,8 +89,8 @@ class Mixed:
         self._order = self._order[:0]
         if self._number >= 0:
             self._number -= 1
-            if not self._fill() or len(self._order) < state["at"]:
-                raise Refused("the data hold fewer rows than when the cursor was taken; pass the same data")
+            if not self._fill() or self._end != state["end"]:
+                raise Refused("the texts that had been read are not those that come now; pass the same ones in the same order")
             self._at = int(state["at"])
 
     def peek(self, rows: int) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ class Mixed:
             return False
         self._number += 1
         self._order = permutation(held, self._seed, self._number)
-        self._at = 0
+        self._at, self._end = 0, self._source.state()
         return True
 
     def _next(self) -> dict[str, Tensor] | None:
