@@ -193,8 +193,10 @@ class EdgePaths:
         found[token] = 1.0
         if not self.graph.meta.get("difference"):
             return found - 1 / vocab
-        second = str(list(self.graph.meta["targets"])[1])
-        tokenizer = frozen.model.tokenizer
+        first, label, tokenizer = frozen.token(token), self.graph.nodes.label[node], frozen.model.tokenizer
+        if not label.startswith(f"{first} - "):
+            raise WorkbenchError(f"{self.graph.name(node)} is a difference of logits, and {label!r} does not name them")
+        second = label[len(first) + 3 :]
         found[int(second) if tokenizer is None else int(tokenizer.convert_tokens_to_ids(second))] -= 1.0
         return found
 

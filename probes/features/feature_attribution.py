@@ -181,7 +181,7 @@ def feature_attribution(
     for t in at:
         found, constant = reader.components(t)
         values.append(found)
-        constants.append({**constant, "coder": own.new_tensor(coder_constant(coder, chosen))})
+        constants.append({**constant, "coder": coder_constant(coder, chosen).to(own)})
     result = FeatureAttribution(
         site=str(where),
         features=tuple(chosen),
@@ -209,9 +209,8 @@ def site_of(coder: Coder, site: str | Site | None = None) -> Site:
         raise WorkbenchError("the coder does not say where it reads; pass site=, as in site='blocks.1.attn.hook_z'")
     listed = [found] if isinstance(found, str | Site) else list(found)
     if len(listed) != 1 or len(coder.reads) != 1:
-        raise Refused(
-            f"a coder that reads {len(coder.reads)} sites has no single place to attribute to; use one of its parts"
-        )
+        count = max(len(listed), len(coder.reads))
+        raise Refused(f"a coder that reads {count} sites has no single place to attribute to; use a coder of one site")
     where = Site.parse(listed[0])
     if where.head is not None or where.stack:
         raise Refused(f"{where}: attributions are for whole sites of models of one stack")

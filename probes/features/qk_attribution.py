@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 
 class Term(NamedTuple):
-    """A part of the stream: a ``feature`` (index) of the coder, its ``error`` or ``decoder bias``; or an ``embedding``,
-    ``position``, ``head`` (layer, index), ``mlp`` (layer) or ``output bias``; ``bias`` is that of the projection and the norm."""
+    """A part of the stream: a ``feature`` (number) of the coder, its ``error`` or ``decoder bias``; or an ``embedding``,
+    ``position``, ``head`` (layer, number), ``mlp`` (layer) or ``output bias``; ``bias`` is that of the projection and the norm."""
 
     kind: str
     layer: int = -1
-    index: int = -1
+    number: int = -1
 
     def __str__(self) -> str:
         if self.kind == "head":
-            return f"head {self.layer}.{self.index}"
-        numbers = [str(n) for n in (self.layer, self.index) if n >= 0]
+            return f"head {self.layer}.{self.number}"
+        numbers = [str(n) for n in (self.layer, self.number) if n >= 0]
         return " ".join([self.kind, *numbers])
 
 
@@ -106,7 +106,7 @@ class QKAttribution(Result):
             columns[f"{side}_term"] = list(map(str, found))
             columns[f"{side}_kind"] = [term.kind for term in found]
             columns[f"{side}_layer"] = [term.layer for term in found]
-            columns[f"{side}_index"] = [term.index for term in found]
+            columns[f"{side}_index"] = [term.number for term in found]
         return pd.DataFrame({**columns, "value": self.values.flatten()[order].tolist()})
 
     def plot(self, ax: Axes | None = None, terms: int = 12) -> Axes:
@@ -217,7 +217,7 @@ def qk_attribution(
 def _coder_site(coder: Coder, layer: int) -> Site:
     site = site_of(coder)
     fits = [("resid_pre", layer), ("resid_post", layer - 1), ("attn_norm", layer)]
-    writes = coder.about.get("writes") or coder.about.get("reads")
+    writes: Any = coder.about.get("writes") or coder.about.get("reads")
     writes = Site.parse(writes if isinstance(writes, str | Site) else writes[0])
     if (site.kind, site.layer) not in fits or writes != site:
         raise Refused(

@@ -140,7 +140,8 @@ class RecursiveAttribution(Result):
 
     def _repr_html_(self) -> str:
         heat = token_heat(self.tokens, self.upstream.sum(0), f"{self.name(0)}: {self.pre:.4g}", self.position)
-        lines, stack = [], [0]
+        lines: list[str] = []
+        stack = [0]
         children: dict[int, list[int]] = {}
         for node, parent in enumerate(self.parent.tolist()):
             children.setdefault(parent, []).append(node)
@@ -260,7 +261,7 @@ def _grow(
         "depth": torch.tensor(depths),
         "kind": tuple(part.kind for part in found),
         "layer": torch.tensor([part.layer for part in found]),
-        "index": torch.tensor([part.index for part in found]),
+        "index": torch.tensor([part.number for part in found]),
         "where": torch.tensor([part.position for part in found]),
         "source": torch.tensor([part.source for part in found]),
         "value": torch.tensor([part.value for part in found], dtype=torch.float64),

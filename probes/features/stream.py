@@ -20,8 +20,9 @@ from torch import Tensor
 from workbench.captures import capture
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.kernels.scores import working_dtype
-from workbench.maps import AttentionMap, GatedMap
+from workbench.maps import AttentionMap
 from workbench.models.protocol import Model
+from workbench.patterns.per_channel import ChannelGatedMap, PerChannelMap
 from workbench.probes.features.layer_weights import LayerWeights, Norm, last_norm, layer_weights
 from workbench.probes.heads.weights import positions as position_table
 from workbench.run import Run
@@ -38,13 +39,6 @@ class Point(NamedTuple):
 
     attentions: int
     mlps: int
-
-
-class Row(NamedTuple):
-    """One row of a layer's map: ``weight`` ``[H, S]``, and ``gate`` ``[H, E]`` on the channels of what it sums, or None."""
-
-    weight: Tensor
-    gate: Tensor | None
 
 
 class Layer:
@@ -64,7 +58,7 @@ class Layer:
         self.heads, self.groups = self.z.shape[1], len(self.values)
         if self.values.shape[1] != len(z):
             raise Refused(f"{self.where} keeps {self.values.shape[1]} values for {len(z)} tokens")
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, Tensor] = {}
 
     def connect_output(self, weights: LayerWeights, out: Tensor) -> None:
         """Learn how the layer writes ``out`` ``[T, D]``; refused if it is not its heads' z through W_O."""
@@ -106,35 +100,52 @@ class Layer:
         """A direction ``[..., D]`` of what the layer writes at t, as one of its head outputs: ``[..., H, E]``."""
         return torch.einsum("...d,hed->...he", direction, self.o) * self.out_inverse[t]
 
-    def row(self, t: int) -> Row:
-        """Row t of the map, checked against the model's own head outputs at t."""
+    def row(self, t: int) -> Tensor:
+        """Row t of the map, ``[H, S]``, or ``[H, S, E]`` where channels have weights of their own; checked against the model's
+        own head outputs at t."""
         if t not in self._rows:
             if len(self._rows) >= _ROWS:
                 self._rows.clear()
-            amap, gate = self.map, None
-            if amap.channelwise:
-                gates = getattr(amap, "channel_gate", None)
-                if not isinstance(amap, GatedMap) or gates is None:
-                    raise Refused(
-                        f"{self.where} has a map for every channel ({type(amap).__name__}): no single weight of a source"
-                    )
-                amap, gate = amap.raw, gates[0, :, t].to(self.z.dtype)
-            row = Row(amap.rows(t, t + 1)[0, :, 0].to(self.z.dtype), gate)
-            if row.weight.shape[1] != self.values.shape[1]:
-                raise Refused(f"{self.where}: its map has {row.weight.shape[1]} keys for {self.values.shape[1]} values")
-            grouped = row.weight.unflatten(0, (self.groups, -1))
-            own = torch.einsum("gms,gse->gme", grouped, self.values).flatten(0, 1)
-            own = own if gate is None else own * gate
+            row = self._made(t).to(self.z.dtype)
+            if row.shape[1] != self.values.shape[1]:
+                raise Refused(f"{self.where}: its map has {row.shape[1]} keys for {self.values.shape[1]} values")
+            own = self._summed(row, self.values)
             agrees(self.z[t], own, f"{self.where}: head outputs are not the map times the values", self.kind)
             self._rows[t] = row
         return self._rows[t]
 
+    def _made(self, t: int) -> Tensor:
+        amap = self.map
+        if not amap.channelwise:
+            return amap.rows(t, t + 1)[0, :, 0]
+        if isinstance(amap, ChannelGatedMap):
+            return amap.raw.rows(t, t + 1)[0, :, 0, :, None] * amap.channel_gate[0, :, t, None]
+        if isinstance(amap, PerChannelMap):
+            return amap.inner.rows(t, t + 1)[0, :, 0].unflatten(0, (self.heads, -1)).transpose(1, 2)
+        raise Refused(f"{self.where} has a {type(amap).__name__} for every channel: no weights of single sources")
+
+    def _summed(self, row: Tensor, values: Tensor) -> Tensor:
+        """Values ``[G, S, E]`` by a row: ``[H, E]``."""
+        if row.ndim == 2:
+            return torch.einsum("gms,gse->gme", row.unflatten(0, (self.groups, -1)), values).flatten(0, 1)
+        return (row * values.repeat_interleave(self.heads // self.groups, 0)).sum(1)
+
     def moved(self, reads: Tensor, t: int) -> Tensor:
         """What directions ``[..., H, E]`` of the head outputs at t read from every source: ``[..., H, S]``."""
         row = self.row(t)
-        reads = reads if row.gate is None else reads * row.gate
-        grouped = reads.unflatten(-2, (self.groups, -1))
-        return torch.einsum("...gme,gse->...gms", grouped, self.values).flatten(-3, -2) * row.weight
+        if row.ndim == 2:
+            grouped = reads.unflatten(-2, (self.groups, -1))
+            return torch.einsum("...gme,gse->...gms", grouped, self.values).flatten(-3, -2) * row
+        return torch.einsum(
+            "...he,hse->...hs", reads, row * self.values.repeat_interleave(self.heads // self.groups, 0)
+        )
+
+    def values_read(self, reads: Tensor, t: int) -> Tensor:
+        """Directions ``[H, E]`` of the head outputs at t as directions of the values, ``[G, S, E]``."""
+        row = self.row(t)
+        if row.ndim == 2:
+            return torch.einsum("gms,gme->gse", *(x.unflatten(0, (self.groups, -1)) for x in (row, reads)))
+        return (row * reads[:, None]).unflatten(0, (self.groups, -1)).sum(1)
 
     def back(self, directions: Tensor) -> tuple[Tensor, float]:
         """Directions ``[T, D]`` of what the layer writes at every position, as directions of the stream in front of it, through
@@ -147,8 +158,7 @@ class Layer:
     def source(self, reads: Tensor, head: int, t: int, s: int) -> tuple[Tensor, float]:
         """The direction ``[D]`` of the stream in front of the layer at source s that one head's ``[E]`` at t reads, and the part
         of biases."""
-        row = self.row(t)
-        reads = (reads if row.gate is None else reads * row.gate[head]) * row.weight[head, s]
+        reads = reads * self.row(t)[head, s]
         group = head // (self.heads // self.groups)
         return (self.v[group] @ reads) * self.inverse[s], float(self.v_bias[group].double() @ reads.double())
 

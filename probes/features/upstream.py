@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """One summand: what it is, where it writes, the source that a head reads, its value, and what opens it: of heads the
+    """One summand: what it is, its layer and ``number`` (head, feature), where it writes, the source that a head reads, its value, and what opens it: of heads the
     direction ``[E]`` of its output that is read."""
 
     kind: str
     layer: int
-    index: int
+    number: int
     position: int
     source: int
     value: float
@@ -58,7 +58,7 @@ class Upstream:
         """The parts of a head's output: what it read at its source."""
         assert part.opens is not None
         layer = self.stream.layers[part.layer]
-        direction, bias = layer.source(part.opens, part.index, part.position, part.source)
+        direction, bias = layer.source(part.opens, part.number, part.position, part.source)
         found = self.parts(direction, Point(part.layer, part.layer), part.source)
         return [*found, Part("bias", part.layer, -1, part.source, -1, bias)]
 
@@ -103,9 +103,7 @@ class Upstream:
 
     def merged_heads(self, layer: Layer, reads: Tensor, t: int) -> Merged:
         """The same for directions ``[H, E]`` of one layer's head outputs at t."""
-        row = layer.row(t)
-        reads = reads if row.gate is None else reads * row.gate
-        grouped = torch.einsum("gms,gme->gse", *(x.unflatten(0, (layer.groups, -1)) for x in (row.weight, reads)))
+        grouped = layer.values_read(reads, t)
         bias = float((grouped.sum(1).double() * layer.v_bias.double()).sum())
         start = torch.einsum("gse,gde->sd", grouped, layer.v) * layer.inverse[:, None]
         return self._merged(start, Point(layer.index, layer.index), bias)
