@@ -38,16 +38,6 @@ _WITHOUT_INDEX = ("error", "attention error", "residual error", "bias")
 _NODE_COLUMNS = ("kind", "layer", "position", "feature", "activation", "influence", "probability", "label")
 _FORMAT = 1
 _FILES = ("nodes.parquet", "edges.parquet", "graph.json")
-_DRAWN = 300
-_COLOURS = {
-    "embedding": "#5b6770",
-    "feature": "#1f6f8b",
-    "attention feature": "#3f8f4f",
-    "head": "#8a5ea8",
-    "bias": "#9a8a5e",
-    "logit": "#222222",
-    "residual feature": "#b8860b",
-}
 
 
 @dataclass(frozen=True)
@@ -288,7 +278,14 @@ class FeatureGraph(Result):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Positions from left to right, layers from bottom to top; the strongest edges (at most 300)."""
-        return _draw(self, axis(ax, 8, 6))
+        from workbench.feature_graph_plot import draw
+
+        return draw(self, axis(ax, 8, 5))
+
+    def _repr_html_(self) -> str:
+        from workbench.feature_graph_plot import picture_html
+
+        return picture_html(self)
 
     def save(self, path: str | Path) -> Path:
         """Write ``nodes.parquet``, ``edges.parquet`` and ``graph.json`` into the new folder ``path``."""
@@ -366,35 +363,3 @@ def kind_code(kind: str) -> int:
     if kind not in NODE_KINDS:
         raise UnknownName("kind of node", kind, NODE_KINDS)
     return NODE_KINDS.index(kind)
-
-
-def _draw(graph: FeatureGraph, ax: Axes) -> Axes:
-    nodes = graph.nodes
-    top = int(nodes.layer.max()) if len(nodes) else 0
-    # Nodes of one column stand side by side, so that none hides another.
-    columns, inverse = torch.unique(torch.stack([nodes.position, nodes.layer], dim=1), dim=0, return_inverse=True)
-    rank, seen = torch.zeros(len(nodes), dtype=torch.float64), [0] * len(columns)
-    for i, group in enumerate(inverse.tolist()):
-        rank[i], seen[group] = seen[group], seen[group] + 1
-    size = torch.tensor(seen, dtype=torch.float64)[inverse] if len(nodes) else rank
-    x = nodes.position + 0.7 * (rank + 0.5) / size.clamp(min=1) - 0.35
-    y = nodes.layer.double()
-    order = graph.weight.abs().argsort(descending=True, stable=True)[:_DRAWN].tolist()
-    strongest = max((abs(float(graph.weight[i])) for i in order), default=0.0) or 1.0
-    for i in order:
-        source, target, weight = int(graph.source[i]), int(graph.target[i]), float(graph.weight[i])
-        colour = "#1f6f8b" if weight >= 0 else "#c1502e"
-        width = 0.3 + 2 * abs(weight) / strongest
-        ax.plot([x[source], x[target]], [y[source], y[target]], color=colour, linewidth=width, alpha=0.4, zorder=1)
-    for kind in NODE_KINDS:
-        index = nodes.where(kind)
-        if len(index):
-            ax.scatter(x[index], y[index], s=14, color=_COLOURS.get(kind, "#c1502e"), label=kind, zorder=2)
-    ax.set_yticks(range(-1, top + 1), ["embedding", *(f"layer {i}" for i in range(top + 1))])
-    if graph.tokens:
-        ax.set_xticks(range(len(graph.tokens)), [repr(token)[1:-1] for token in graph.tokens], rotation=45, ha="right")
-    left = f", strongest {_DRAWN} drawn" if len(graph.source) > _DRAWN else ""
-    ax.set_title(f"{len(nodes):,} nodes, {len(graph.source):,} edges{left}")
-    if len(nodes):
-        ax.legend(fontsize="small")
-    return ax

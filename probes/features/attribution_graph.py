@@ -24,7 +24,7 @@ from torch import Tensor
 
 from workbench.coders.cross_layer import CrossLayer
 from workbench.errors import Refused, UnknownName, WorkbenchError
-from workbench.feature_graph import FeatureGraph, FeatureNodes
+from workbench.feature_graph import FeatureGraph, FeatureNodes, kind_code
 from workbench.models.protocol import Model
 from workbench.probes.features.direct_effects import DirectEffects, Targets, feature_targets, logit_targets, split
 from workbench.probes.features.frozen import FrozenModel, frozen_model, tolerance
@@ -314,24 +314,25 @@ class _Growing:
         frozen, active, length = self.effects.frozen, self.effects.active, self.effects.frozen.length
         tokens, every = frozen.tokens.ids[0].cpu(), torch.arange(length)
         none = torch.full((length,), -1)
-        kinds, layers, positions, features = [torch.zeros(length, dtype=torch.int64)], [none], [every], [tokens]
+        kinds = [torch.full((length,), kind_code("embedding"))]
+        layers, positions, features = [none], [every], [tokens]
         blank = torch.full((length,), float("nan"), dtype=torch.float64)
         values = [blank]
         for layer, error in enumerate(active.errors):
             if error is not None:
-                kinds.append(torch.full((length,), 2))
+                kinds.append(torch.full((length,), kind_code("error")))
                 layers.append(torch.full((length,), layer))
                 positions.append(every)
                 features.append(none)
                 values.append(blank)
             of = active.of(layer)
-            kinds.append(torch.ones(of.stop - of.start, dtype=torch.int64))
+            kinds.append(torch.full((of.stop - of.start,), kind_code("feature")))
             layers.append(active.layer[of])
             positions.append(active.position[of])
             features.append(active.feature[of])
             values.append(active.value[of].double())
         n = len(logits.tokens)
-        kinds.append(torch.full((n,), 7))
+        kinds.append(torch.full((n,), kind_code("logit")))
         layers.append(torch.full((n,), frozen.layers))
         positions.append(torch.full((n,), at))
         features.append(torch.tensor(logits.tokens))
