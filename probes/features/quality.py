@@ -96,13 +96,15 @@ class CoderQuality(Result):
         return self.value(f"ce_recovered_{ablation}")
 
     def intervals(self, draws: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """95% percentile intervals ``low, high`` ``[M]`` over texts; NaN for a single text."""
+        """95% percentile intervals ``low, high`` ``[M]`` over texts; NaN for a single text, and for a share that is undefined, or
+        undefined in more than one in forty of the draws."""
         if self.sums.shape[1] < 2:
             lonely = torch.full((len(self.measures),), float("nan"), dtype=torch.float64)
             return lonely, lonely
         means = resampled_means(self.sums.transpose(0, 1), draws=draws, seed=seed)
         found = _ratio(means)
-        low, high = (torch.nanquantile(found, q, dim=0) for q in (0.025, 0.975))
+        shaky = _ratio(self.sums.sum(1)).isnan() | (found.isnan().double().mean(0) > 0.025)
+        low, high = (torch.nanquantile(found, q, dim=0).masked_fill(shaky, float("nan")) for q in (0.025, 0.975))
         return low, high
 
     def histogram(self, bins: int = 50) -> tuple[Tensor, Tensor]:
