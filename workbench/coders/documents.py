@@ -65,9 +65,9 @@ class Documents:
         self.read, self.digest = 0, ""
 
     @property
-    def repeats(self) -> bool:
-        """Whether reading can go on for ever."""
-        return self._repeat
+    def at_beginning(self) -> bool:
+        """Whether the next document is the first of a list."""
+        return self.size is not None and self.read % self.size == 0
 
     def take(self) -> Any:
         """The next document, ``END`` when there are no more."""
@@ -183,7 +183,9 @@ class Passes:
         if state["pass"]:
             self._fill()
             if self._documents.digest != state["window"] or state["pass"] > len(self._window):
-                raise Refused("the texts that had been read are not those that come now; pass the same ones in the same order")
+                raise Refused(
+                    "the texts that had been read are not those that come now; pass the same ones in the same order"
+                )
             self._at = int(state["pass"])
 
     def __iter__(self) -> Iterator[Any]:
@@ -207,6 +209,8 @@ class Passes:
         ready: list[Any] = []
         size = taken = 0
         while taken < WINDOW and size < 4 * self._budget:
+            if taken and self._documents.at_beginning:
+                break  # the next reading of a list begins with a window of its own
             document = self._documents.take()
             if document is END:
                 break

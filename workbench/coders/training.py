@@ -98,10 +98,9 @@ class Training:
             try:
                 rows = next(self.feed.batches)
             except StopIteration:
-                self.save()
                 raise Refused(
                     f"the texts ended after {self.at} of {self.steps} steps ({self.at * self.batch} rows); give more, give a "
-                    f"list, which is read again, or train steps={self.at}"
+                    f"list, which is read again, or begin anew with steps={self.at}"
                 ) from None
             self._check(rows)
             found = [self._step(i, rows) for i in range(len(self.specs))]
