@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WorkbenchError(f"{path.parent} is no complete coder: {path.name} is missing")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error that may follow says it
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise Refused(
@@ -89,7 +92,8 @@ def check_tensors(
     if missing or strange:
         said = [f"has no {', '.join(missing)}"] * bool(missing) + [f"has {', '.join(strange)} too"] * bool(strange)
         raise WorkbenchError(f"{where} {' and '.join(said)}; this kind of coder has {', '.join(forms)}")
-    for name, tensor in tensors.items():
+    for name in (name for name in forms if name in tensors):
+        tensor = tensors[name]
         if not tensor.is_floating_point() and forms[name]:
             raise WorkbenchError(f"{where}: {name} is {tensor.dtype}, not a tensor of fractions")
         form = forms[name]

@@ -32,6 +32,7 @@ def upgraded(cfg: dict[str, Any], where: Path) -> dict[str, Any]:
     old.setdefault("architecture", "standard")
     old.setdefault("apply_b_dec_to_input", True)
     old.setdefault("dtype", "float32")
+    old.setdefault("device", "cpu")
     old.setdefault("prepend_bos", True)
     if "reshape_activations" not in old:
         old["reshape_activations"] = "hook_z" if "hook_z" in str(old.get("hook_name") or "") else "none"
