@@ -257,6 +257,13 @@ _NAMES: dict[str, str] = {
     "repair": "workbench.probes.circuits.reuse.repair:repair",
     "circuit_roles": "workbench.probes.circuits.reuse.roles:circuit_roles",
     "attention_override": "workbench.probes.circuits.reuse.override:attention_override",
+    # feature circuits
+    "splice": "workbench.probes.features.splice:splice",
+    "feature_effects": "workbench.probes.features.feature_effects:feature_effects",
+    "FeatureEffects": "workbench.probes.features.feature_effects:FeatureEffects",
+    "feature_circuit": "workbench.probes.features.feature_circuit:feature_circuit",
+    "FeatureCircuit": "workbench.probes.features.feature_circuit:FeatureCircuit",
+    "feature_faithfulness": "workbench.probes.features.feature_faithfulness:feature_faithfulness",
     # coders: files
     "load_coder": "workbench.coders.folder:load_coder",
     "save_coder": "workbench.coders.folder:save_coder",
