@@ -166,7 +166,8 @@ class _Stream:
 
 def _statistics(stream: _Stream) -> _Statistics:
     f = stream.coder.features
-    out = _Statistics(torch.zeros(f, dtype=torch.int64), *(torch.zeros(f, dtype=torch.float64) for _ in range(3)))
+    total, square, largest = (torch.zeros(f, dtype=torch.float64) for _ in range(3))
+    out = _Statistics(torch.zeros(f, dtype=torch.int64), total, square, largest)
     for part in stream.read():
         out.model = out.model or part.run.provenance
         out.tokens += len(part.x)

@@ -117,8 +117,8 @@ def _table(title: str, rows: object) -> str:
 
 def _bars(counts: Tensor, largest: float) -> str:
     """A histogram of square roots of counts, so that rare strong activations can be seen."""
-    heights = counts.double().sqrt()
-    heights = (56 * heights / heights.max().clamp(min=1e-12)).tolist()
+    roots = counts.double().sqrt()
+    heights = (56 * roots / roots.max().clamp(min=1e-12)).tolist()
     width = 200 / max(len(heights), 1)
     bars = "".join(
         f'<rect x="{i * width:.1f}" y="{60 - h:.1f}" width="{max(width - 1, 1):.1f}" height="{h:.1f}" fill="rgb({_ON})">'

@@ -125,16 +125,13 @@ class CoderQuality(Result):
         import pandas as pd
 
         low, high = self.intervals()
-        table = pd.DataFrame(
-            {
-                "measure": self.measures,
-                "value": list(self.values.values()),
-                "low": low.tolist(),
-                "high": high.tolist(),
-                "null": self.null.tolist(),
-            }
+        nan = float("nan")
+        rows = list(
+            zip(self.measures, self.values.values(), low.tolist(), high.tolist(), self.null.tolist(), strict=True)
         )
-        table.loc[len(table)] = ["dead", self.dead, float("nan"), float("nan"), float("nan")]
+        table = pd.DataFrame(
+            [*rows, ("dead", self.dead, nan, nan, nan)], columns=["measure", "value", "low", "high", "null"]
+        )
         return table.assign(tokens=self.tokens)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -202,6 +202,24 @@ def test_what_a_coder_reads_is_found_where_it_says():
     assert coder_quality(crossing, model, batch()).reads == (RESID, "blocks.1.hook_resid_post")
 
 
+def test_a_coder_away_from_its_place_is_warned_of_or_refused():
+    model, coder = tiny(), random_coder(8, 14)
+    coder.about = {"model": "other", "reads": RESID, "writes": RESID, "context": 6}
+    with pytest.warns(UserWarning) as seen:
+        coder_quality(coder, model, batch(), "blocks.1.hook_resid_post")
+    said = " ".join(str(one.message) for one in seen)
+    for part in ("trained on other", f"trained to read {RESID}", "contexts of 6 tokens and is used on 9"):
+        assert part in said
+    assert all(one.filename == __file__ for one in seen)
+    transcoder = random_coder(8, 14, d_out=8, centred=False)
+    transcoder.about = {"reads": NORMED, "writes": OUT}
+    assert coder_quality(transcoder, model, batch(), NORMED).writes == (OUT,)
+    with pytest.raises(WorkbenchError, match="pass target= as well"):
+        coder_quality(transcoder, model, batch(), RESID)
+    with pytest.raises(WorkbenchError, match="reads 1 sites; got 2"):
+        coder_quality(coder, model, batch(), [RESID, RESID])
+
+
 def test_results_are_tables_figures_and_files(tmp_path):
     import workbench as wb
 
