@@ -205,7 +205,7 @@ def test_what_a_coder_reads_is_found_where_it_says():
 def test_a_coder_away_from_its_place_is_warned_of_or_refused():
     model, coder = tiny(), random_coder(8, 14)
     coder.about = {"model": "other", "reads": RESID, "writes": RESID, "context": 6}
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="coder") as seen:
         coder_quality(coder, model, batch(), "blocks.1.hook_resid_post")
     said = " ".join(str(one.message) for one in seen)
     for part in ("trained on other", f"trained to read {RESID}", "contexts of 6 tokens and is used on 9"):
