@@ -10,7 +10,7 @@ import typer
 
 from workbench.apps import inputs
 from workbench.apps.inputs import LARGEST_SEED, JsonOption, ModelArgument
-from workbench.apps.terminal import answer, cell, working
+from workbench.apps.terminal import answer, cell, percent, working
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
@@ -82,9 +82,11 @@ def train(
     for name, value in (("k", k), ("rate", rate), ("steps", steps), ("tokens", tokens), ("context", context)):
         if value is not None and name in given:
             raise WorkbenchError(f"--{name} and --option {name} say the same twice")
-    for name in ("out", "tick", "store", "log", "resume"):
+    for name in ("out", "tick", "store", "resume", "data", "kind", "features", "batch", "seed"):
         if name in given:
             raise WorkbenchError(f"--option sets options of the kind and of the training; {name} is none of them here")
+    if "log" in given:  # the summary is read from the file of metrics
+        given["log"] = ("jsonl", *([given["log"]] if given["log"] != "jsonl" else []))
     named = {"k": k, "rate": rate, "steps": steps, "tokens": tokens, "context": context}
     given |= {name: value for name, value in named.items() if value is not None}
     if skip and not writes:
@@ -101,7 +103,7 @@ def train(
         texts, said = texts_of(loaded, data, seed)
         before = (folder / "coder").is_dir() or (folder / "coders").is_dir()
         shared: dict[str, Any] = {
-            "kind": kind, "features": features, "batch": batch, "seed": seed, "out": folder, "tick": tick, **given,
+            "kind": kind, "features": features, "batch": batch, "seed": seed, "out": folder, "tick": tick, "data": said, **given,
         }  # fmt: skip
         if writes:
             coders = [wb.train_transcoder(loaded, site, writes, texts, skip=skip, **shared)]
@@ -124,9 +126,11 @@ def train(
     def show(console: Console) -> None:
         for row in rows:
             console.print(
-                f"{row['coder']}: {kind}, {features} features, {row['tokens']:,} tokens of {said}; over the last "
-                f"{row['over']} steps {cell(row['l0'])} active features per token, {cell(row['fvu'])} of the variance unexplained, "
-                f"{cell(row['dead'])} of the features dead",
+                f"{row['coder']}: {kind}, {features} features, {row['tokens']:,} tokens of {said}", soft_wrap=True
+            )
+            console.print(
+                f"over the last {row['over']} steps {cell(row['l0'])} features are active per token, "
+                f"{percent(row['fvu'])} of the variance is left over, {percent(row['dead'])} of the features are dead",
                 soft_wrap=True,
             )
         if before:
