@@ -16,7 +16,10 @@ from workbench.coders.coder import Progress
 from workbench.coders.cross_layer import CrossLayer, check_memory
 from workbench.coders.cross_layer_estimator import CrossLayerTranscoder
 from workbench.coders.cross_layer_kinds import jump_relu, make_cross_layer
+from workbench.coders.cross_layer_train import train_cross_layer
+from workbench.coders.sites import site_rows
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.models.native import NativeModel
 
 L, D, F, OUT, K = 3, 5, 7, 4, 2
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -301,3 +304,22 @@ def test_the_scale_of_the_data_is_folded_into_the_weights(kind: str) -> None:
     scaled = CrossLayerTranscoder(**options).fit(factors * x, 4 * factors * y)
     assert torch.allclose(scaled.transform(factors * x), plain.transform(x), atol=1e-5)
     assert torch.allclose(scaled.reconstruct(factors * x), 4 * factors * plain.reconstruct(x), atol=1e-5)
+
+
+def test_a_transcoder_learns_from_a_model(small_model: NativeModel, small_texts: list[str]) -> None:
+    calls: dict[str, Any] = {"features": 12, "k": 3, "steps": 30, "batch": 64, "block": 256, "rate": 5e-3}
+    coder = train_cross_layer(small_model, small_texts, **calls)
+    assert coder.about["reads"] == [f"blocks.{i}.ln2.hook_normalized" for i in range(2)]
+    assert coder.about["writes"] == [f"blocks.{i}.hook_mlp_out" for i in range(2)]
+    rows = next(site_rows(small_model, [*coder.about["reads"], *coder.about["writes"]], small_texts[-4:]))
+    x, y = (torch.stack([rows[site] for site in coder.about[which]], 1) for which in ("reads", "writes"))
+    fvu = float((coder(x) - y).square().sum() / (y - y.mean(0)).square().sum())
+    assert fvu < 0.7
+    assert coder.about["recipe"]["fvu"] < 0.7
+    assert torch.equal(coder.W_enc, train_cross_layer(small_model, small_texts, **calls).W_enc)
+    one = train_cross_layer(small_model, small_texts, layers=[1], reads="resid_mid", **calls)
+    assert one.about["reads"] == ["blocks.1.hook_resid_mid"]
+    with pytest.raises(Refused, match="of 30 steps"):
+        train_cross_layer(small_model, iter(small_texts), **calls)
+    with pytest.raises(WorkbenchError, match="ascending"):
+        train_cross_layer(small_model, small_texts, layers=[1, 0], **calls)

@@ -197,6 +197,17 @@ def _hugging_face(name: str) -> Any:
         net = t.Qwen3ForCausalLM(t.Qwen3Config(head_dim=16, num_key_value_heads=2, **sizes))
     elif name == "mistral":
         net = t.MistralForCausalLM(t.MistralConfig(sliding_window=8, num_key_value_heads=2, **sizes))
+    elif name == "qwen2":
+        net = t.Qwen2ForCausalLM(t.Qwen2Config(num_key_value_heads=2, **sizes))
+    elif name == "gpt-oss":
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+        net = t.GptOssForCausalLM(
+            t.GptOssConfig(head_dim=8, sliding_window=8, num_key_value_heads=2, **experts, **sizes)
+        )
+    elif name == "llama3":
+        scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        scaling = {**scaled, "original_max_position_embeddings": 64}
+        net = t.LlamaForCausalLM(t.LlamaConfig(num_key_value_heads=2, rope_scaling=scaling, **sizes))
     elif name == "gemma2":
         net = t.Gemma2ForCausalLM(t.Gemma2Config(head_dim=16, sliding_window=8, num_key_value_heads=2, **sizes))
     else:
@@ -208,7 +219,7 @@ def _hugging_face(name: str) -> Any:
     return wb.load(net.eval())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "gpt2", "neox", "qwen2", "qwen3", "mistral", "gpt-oss"])
 def test_layers_of_hugging_face_models_are_reproduced(name: str) -> None:
     """Grouped heads, biases, rotary angles of several kinds, norms on queries and keys, windows."""
     model = _hugging_face(name)

@@ -11,9 +11,9 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from workbench.coders.coder import Progress
 from workbench.coders.cross_layer import CrossLayer
 from workbench.coders.cross_layer_kinds import make_cross_layer
+from workbench.coders.cross_layer_learner import CrossLayerLearner
 from workbench.errors import WorkbenchError
 
 ROWS = 16_384
@@ -24,9 +24,8 @@ class CrossLayerTranscoder(BaseEstimator):
     """A cross-layer transcoder of ``kind`` ``topk``, ``batchtopk`` or ``jumprelu``, with ``features`` per layer.
 
     ``k`` counts features per row and layer (kinds ``topk`` and ``batchtopk``). ``sparsity``, ``tanh_scale``, ``bandwidth`` and
-    ``threshold`` are those of ``JumpReLUCrossLayer``. Training: Adam at ``rate``, warmed up over the first 5% of ``steps``
-    and brought to zero over the last 20%, on random rows. The data is scaled per layer to rows of mean square norm D while
-    training; the coder that results takes and gives raw numbers. A feature counts as dead after ``dead_after`` silent rows.
+    ``threshold`` are those of ``JumpReLUCrossLayer``. Training (``CrossLayerLearner``): ``steps`` batches of ``batch`` random
+    rows at ``rate``; the coder that results takes and gives raw numbers. A feature is dead after ``dead_after`` silent rows.
 
     Learned: ``coder_`` (a ``CrossLayer``), ``encoders_ [L, D, F]``, ``decoders_`` (``decoders_[l] [F, L - l, D']``), ``losses_``
     ``[steps]`` (training error of each step over the variance of Y), ``silent_ [L, F]`` rows since a feature was last active.
@@ -74,54 +73,20 @@ class CrossLayerTranscoder(BaseEstimator):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise WorkbenchError(f"{name} is a positive whole number; got {value!r}")
         n, layers, width = x.shape
-        spread = (y - y.mean(0)).square().mean((0, 2))
-        if bool((spread == 0).any()):
-            flat = (spread == 0).nonzero()[:, 0].tolist()
-            raise WorkbenchError(f"Y does not vary in layers {flat}: there is nothing to learn; leave them out")
-        x_scale = x.square().mean((0, 2)).clamp(min=1e-30).rsqrt()
-        y_scale = spread.rsqrt()
         coder = make_cross_layer(
-            self.kind,
-            layers,
-            width,
-            self.features,
-            width_out=y.shape[2],
-            skip=self.skip,
-            seed=self.seed,
-            **self._options(),
-        ).to(x)
-        with torch.no_grad():
-            coder.b_dec.copy_(y.mean(0) * y_scale[:, None])
+            self.kind, layers, width, self.features, width_out=y.shape[2], skip=self.skip, seed=self.seed, **self._options()
+        ).to(x)  # fmt: skip
+        learner = CrossLayerLearner(coder, steps=self.steps, rate=self.rate, dead_after=self.dead_after)
+        learner.start(x, y)
         generator = torch.Generator().manual_seed(self.seed)
-        optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate)
-        silent = torch.zeros(layers, self.features, device=x.device)
-        losses = []
-        size = min(self.batch, n)
-        with torch.enable_grad():
-            for step in range(self.steps):
-                for group in optimiser.param_groups:
-                    group["lr"] = self.rate * schedule(step, self.steps)
-                rows = torch.randint(n, (size,), generator=generator)
-                now = Progress(step=step, steps=self.steps, silent=silent, dead_after=self.dead_after)
-                terms = coder.objective(x[rows] * x_scale[:, None], y[rows] * y_scale[:, None], now)
-                if not bool(torch.isfinite(terms.loss)):
-                    raise WorkbenchError(
-                        f"the loss of step {step} is {float(terms.loss.detach())}: lower rate={self.rate}"
-                    )
-                optimiser.zero_grad()
-                terms.loss.backward()
-                torch.nn.utils.clip_grad_norm_(coder.parameters(), 1.0)
-                optimiser.step()
-                silent = torch.where(terms.active > 0, 0.0, silent + size)
-                losses.append(float(terms.parts["error"]) / (layers * y.shape[2]))
-        coder.settle(x[:ROWS] * x_scale[:, None])
-        coder.rescaled(x_scale, y_scale)
-        for parameter in coder.parameters():
-            parameter.requires_grad_(False)
+        for _ in range(self.steps):
+            rows = torch.randint(n, (min(self.batch, n),), generator=generator)
+            learner.step(x[rows], y[rows])
+        coder = learner.finish(x[:ROWS])
         coder.about["recipe"] = {"rows": n, **self.get_params()}
         self.coder_: CrossLayer = coder
-        self.losses_ = torch.tensor(losses)
-        self.silent_ = silent
+        self.losses_ = torch.tensor(learner.losses)
+        self.silent_ = learner.silent
         return self
 
     @property
@@ -197,9 +162,3 @@ def stacked(name: str, given: Any) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise WorkbenchError(f"{name} holds NaN or infinity")
     return tensor
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak rate: up over the first 5% of the steps, down to zero over the last 20%."""
-    warm, cool = max(1, steps // 20), max(1, steps // 5)
-    return min(1.0, (step + 1) / warm, (steps - step) / cool)

@@ -75,8 +75,10 @@ class CrosscoderNorms(Result):
         for i in chosen:
             values = self.shares[:, i]
             values = values[~values.isnan()]
-            style = "step" if len(self.parts) > 2 else "bar"
-            ax.hist(values.tolist(), bins=40, range=(0, 1), histtype=style, label=self.parts[i])
+            fill = len(self.parts) == 2
+            ax.hist(
+                values.tolist(), bins=40, range=(0, 1), histtype="stepfilled" if fill else "step", label=self.parts[i]
+            )
         where = f" in {self.parts[-1]}" if len(self.parts) == 2 else ""
         ax.set(xlabel=f"share of the decoder's norm{where}", ylabel="features", title="Shared and exclusive features")
         if len(self.parts) > 2:

@@ -202,18 +202,14 @@ class Lorsa(nn.Module):
         """The Lorsa in a folder that ``save`` wrote."""
         folder = Path(folder)
         cfg, state = read_cfg(folder, ARCHITECTURE), read_weights(folder / WEIGHTS)
-        names = {
-            "q": "W_Q",
-            "k": "W_K",
-            "b_q": "b_Q",
-            "b_k": "b_K",
-            **{n: n for n in ("q_norm", "k_norm", "rates", "sink")},
-        }
-        given = {name: state.get(f"qk.{key}") for name, key in names.items()}
-        absent = [f"qk.{names[name]}" for name in ("q", "k") if given[name] is None]
+        given = {name.removeprefix("qk."): value for name, value in state.items()}
+        absent = [f"qk.{name}" for name in ("W_Q", "W_K") if name not in given]
         if absent:
             raise WorkbenchError(f"{folder / WEIGHTS} lacks {', '.join(absent)}")
-        weights = QueryKeyWeights(**given, **cfg["query_key"])
+        weights = QueryKeyWeights(
+            given["W_Q"], given["W_K"], given.get("b_Q"), given.get("b_K"), q_norm=given.get("q_norm"),
+            k_norm=given.get("k_norm"), rates=given.get("rates"), sink=given.get("sink"), **cfg["query_key"],
+        )  # fmt: skip
         found = cls(weights, cfg["d_sae"], cfg["k"], width_out=cfg["d_out"])
         assign(found, state, folder / WEIGHTS)
         found.about = dict(cfg["about"])

@@ -77,7 +77,7 @@ def layer_weights(model: Model, layer: int) -> LayerWeights:
     base = _native(model, layer) if isinstance(model, NativeModel) else _hugging_face(model, layer)
     scores = raw.scores
     plain = replace(
-        base.query_key, scale=float(scores.scale), softcap=scores.softcap, sink=scores.sink, window=scores.mask.window,
+        base.query_key, scale=scores.scale, softcap=scores.softcap, sink=scores.sink, window=scores.mask.window,
         causal=scores.mask.causal,
     )  # fmt: skip
     truth, x = raw.rows(0, length), run.acts[read].to(plain.q.dtype)

@@ -43,16 +43,14 @@ class QueryKeyWeights:
     rotary_scale: float = 1.0
     eps: float = 1e-6
 
-    @property
-    def settings(self) -> dict[str, float | int | bool | None]:
-        """What is not a tensor, JSON-able; the arguments of ``QueryKey`` after the sizes."""
-        names = ("scale", "softcap", "window", "causal", "adjacent", "rotary_scale", "eps")
-        return {name: getattr(self, name) for name in names}
-
 
 class QueryKey(nn.Module):
     """Queries and keys of H heads as a module; weights are trainable, rates and sink logits are not."""
 
+    b_Q: nn.Parameter | None
+    b_K: nn.Parameter | None
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
     rates: Tensor | None
     sink: Tensor | None
 
@@ -63,18 +61,21 @@ class QueryKey(nn.Module):
                 f"queries and keys have weights [H, D, E] each; got {list(weights.q.shape)} and {list(weights.k.shape)}"
             )
         self.heads, self.width, self.head_width = weights.q.shape
-        self.settings = weights.settings
         self.scale = self.head_width**-0.5 if weights.scale is None else weights.scale
+        self.softcap, self.window, self.causal = weights.softcap, weights.window, weights.causal
+        self.adjacent, self.rotary_scale, self.eps = weights.adjacent, weights.rotary_scale, weights.eps
         self.W_Q, self.W_K = _parameter(weights.q), _parameter(weights.k)
-        for name, part in (
-            ("b_Q", weights.b_q),
-            ("b_K", weights.b_k),
-            ("q_norm", weights.q_norm),
-            ("k_norm", weights.k_norm),
-        ):
+        given = {"b_Q": weights.b_q, "b_K": weights.b_k, "q_norm": weights.q_norm, "k_norm": weights.k_norm}
+        for name, part in given.items():
             self.register_parameter(name, None if part is None else _parameter(part))
         self.register_buffer("rates", None if weights.rates is None else weights.rates.detach().double().clone())
         self.register_buffer("sink", None if weights.sink is None else weights.sink.detach().clone())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is not a tensor, JSON-able: arguments of ``QueryKeyWeights``."""
+        names = ("scale", "softcap", "window", "causal", "adjacent", "rotary_scale", "eps")
+        return {name: getattr(self, name) for name in names}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Rates stay float64 whatever the weights become: a position times a rounded rate is a wrong angle."""
@@ -88,23 +89,13 @@ class QueryKey(nn.Module):
         """q and k ``[B, H, T, E]`` after rotary positions, of x ``[B, T, D]``."""
         if x.ndim != 3 or x.shape[2] != self.width:
             raise WorkbenchError(f"attention reads sequences [B, T, D = {self.width}]; got {list(x.shape)}")
-        q = self._rotated(
-            _normed(self._projected(x, self.W_Q, self.b_Q), self.q_norm, float(self.settings["eps"] or 0))
-        )
-        k = self._rotated(
-            _normed(self._projected(x, self.W_K, self.b_K), self.k_norm, float(self.settings["eps"] or 0))
-        )
+        q = self._rotated(_normed(_projected(x, self.W_Q, self.b_Q), self.q_norm, self.eps))
+        k = self._rotated(_normed(_projected(x, self.W_K, self.b_K), self.k_norm, self.eps))
         return q, k
 
     def mask(self, padding: Tensor | None) -> Mask:
         """Who sees whom: causality and window of the layer, and ``padding`` ``[B, T]`` bool, False on tokens that are none."""
-        window = self.settings["window"]
-        return Mask(
-            causal=bool(self.settings["causal"]),
-            window=None if window is None else int(window),
-            keys=padding,
-            queries=padding,
-        )
+        return Mask(causal=self.causal, window=self.window, keys=padding, queries=padding)
 
     def mix(self, x: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
         """``sum_s A[h, t, s] values[h, s]``: values ``[B, H, T, V]`` to ``[B, H, T, V]``, in chunks of rows, never T x T."""
@@ -122,28 +113,24 @@ class QueryKey(nn.Module):
         mask = self.mask(checked_padding(x, padding))
         return SoftmaxMap(q, k, mask=mask, scale=self.scale, softcap=self.softcap, sink=self.sink)
 
-    @property
-    def softcap(self) -> float | None:
-        cap = self.settings["softcap"]
-        return None if cap is None else float(cap)
-
-    def _projected(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        h, d, e = weight.shape
-        made = (x @ weight.transpose(0, 1).reshape(d, h * e)).unflatten(-1, (h, e))
-        return (made if bias is None else made + bias).transpose(1, 2)
-
     def _rotated(self, x: Tensor) -> Tensor:
         if self.rates is None:
             return x
         half = len(self.rates)
         angles = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)[:, None] * self.rates
-        scale = float(self.settings["rotary_scale"] or 1.0)
-        cos, sin = (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+        cos, sin = ((part * self.rotary_scale).to(x.dtype) for part in (angles.cos(), angles.sin()))
         turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        a, b = (turned[..., 0::2], turned[..., 1::2]) if self.settings["adjacent"] else turned.chunk(2, dim=-1)
+        a, b = (turned[..., 0::2], turned[..., 1::2]) if self.adjacent else turned.chunk(2, dim=-1)
         new = (a * cos - b * sin, b * cos + a * sin)
-        joined = torch.stack(new, -1).flatten(-2) if self.settings["adjacent"] else torch.cat(new, -1)
+        joined = torch.stack(new, -1).flatten(-2) if self.adjacent else torch.cat(new, -1)
         return torch.cat([joined, rest], -1) if rest.shape[-1] else joined
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[B, H, T, E]`` of x ``[B, T, D]``, weight ``[H, D, E]`` and bias ``[H, E]``."""
+    h, d, e = weight.shape
+    made = (x @ weight.transpose(0, 1).reshape(d, h * e)).unflatten(-1, (h, e))
+    return (made if bias is None else made + bias).transpose(1, 2)
 
 
 def checked_padding(x: Tensor, padding: Tensor | None) -> Tensor | None:
