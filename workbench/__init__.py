@@ -288,6 +288,16 @@ _NAMES: dict[str, str] = {
     "recursive_attribution": "workbench.probes.features.recursive_attribution:recursive_attribution",
     "qk_attribution": "workbench.probes.features.qk_attribution:qk_attribution",
     "head_loadings": "workbench.probes.features.head_loadings:head_loadings",
+    # coders: replacement layers
+    "CrossLayerTranscoder": "workbench.coders.cross_layer_estimator:CrossLayerTranscoder",
+    "CrossLayer": "workbench.coders.cross_layer:CrossLayer",
+    "train_cross_layer": "workbench.coders.cross_layer_train:train_cross_layer",
+    "Lorsa": "workbench.coders.lorsa:Lorsa",
+    "train_lorsa": "workbench.coders.lorsa_train:train_lorsa",
+    "relative_norms": "workbench.coders.crosscoder:relative_norms",
+    "replacement_edits": "workbench.coders.replacing:replacement_edits",
+    "replacement_errors": "workbench.coders.replacing:replacement_errors",
+    "spliced": "workbench.coders.replacing:spliced",
     # coders: judgement and pages
     "coder_quality": "workbench.probes.features.model_quality:coder_quality",
     "array_quality": "workbench.probes.features.quality:array_quality",
