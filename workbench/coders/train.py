@@ -22,7 +22,6 @@ from workbench.coders.learner import NORMALISE
 from workbench.coders.metrics import wanted
 from workbench.coders.mixing import BLOCK
 from workbench.coders.specs import CoderSpec
-from workbench.coders.start import ROWS
 from workbench.coders.store import ActivationStore
 from workbench.coders.training import Training, places_of
 from workbench.errors import UnknownName, WorkbenchError
@@ -30,6 +29,8 @@ from workbench.models.protocol import Model
 from workbench.sites import Site
 
 STEPS, BATCH, EVERY = 500, 1024, 100
+_LEAST = 4096
+"""Rows of a block in a short training: the start is taken from them."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -91,7 +92,7 @@ def train_coders(
     sites = tuple(dict.fromkeys(site for spec in specs for site in (*spec.reads, *spec.writes)))
     feed = feed_of(
         model, sites, texts, store, batch=batch, seed=seed, context=context, prepend_bos=prepend_bos, skip_first=skip_first,
-        block=min(BLOCK, max(length * batch, ROWS)) if block is None else block, dtype=_DTYPES[dtype], device=device,
+        block=min(BLOCK, max(length * batch, _LEAST)) if block is None else block, dtype=_DTYPES[dtype], device=device,
     )  # fmt: skip
     recipe = {
         "coders": [spec.json() for spec in specs], "steps": length, "batch": batch, "rate": rate, "seed": seed,
