@@ -62,6 +62,10 @@ def read_saelens(folder: Path, input_scale: float | None = None) -> Coder:
         raw[name].dtype == tensors[name].dtype for name in raw if name in tensors
     )
     own = read_safetensors(folder / OWN) if ours and (folder / OWN).is_file() else {}
+    numbers = ours.get("numbers") or {}
+    own |= {
+        name: torch.tensor(float(value), dtype=raw["W_dec"].dtype) for name, value in numbers.items() if "W_dec" in raw
+    }
     state, exact = _state(tensors, cfg, exact)
     coder = _coder(state, cfg, ours, own, folder)
     coder.about = _about(cfg, ours)

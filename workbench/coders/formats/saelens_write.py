@@ -49,7 +49,9 @@ def write_saelens(coder: Coder, folder: Path) -> None:
     ]
     if bad:
         raise WorkbenchError(f"the coder's {bad[0]} holds NaN or infinity; it is not saved")
-    cfg["metadata"]["workbench"] = _record(coder)
+    # single numbers go with the settings, which other tools keep when they save the coder again
+    single = {name: float(own.pop(name)) for name in list(own) if own[name].ndim == 0}
+    cfg["metadata"]["workbench"] = {**_record(coder), **({"numbers": single} if single else {})}
     try:
         text = json.dumps(cfg, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -144,7 +146,7 @@ def _fields(coder: Coder, name: str, came: dict[str, Any]) -> dict[str, Any]:
     if name == "temporal":
         found = {
             "n_heads": options["heads"], "n_attn_layers": options["layers"], "bottleneck_factor": options["bottleneck"],
-            "kval_topk": options["k"], "tied_weights": options["tied"],
+            "kval_topk": options["k"] if options["k"] is not None else came.get("kval_topk"), "tied_weights": options["tied"],
             "sae_diff_type": "topk" if options["k"] is not None else came.get("sae_diff_type", "relu"),
             "activation_normalization_factor": came.get("activation_normalization_factor", 1.0),
         }  # fmt: skip
