@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.coders.mixing import Batches, Mixed
-from workbench.coders.sites import SiteReader
+from workbench.coders.sites import SiteReader, models_of
 from workbench.coders.store import ActivationStore
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.protocol import Model
@@ -51,8 +51,9 @@ def feed_of(
     if store is None:
         if model is None or texts is None:
             raise WorkbenchError("rows come from a model and texts, or from store=; give texts to run the model on")
-        options = {"context": context, "prepend_bos": prepend_bos, "skip_first": skip_first}
-        reader = SiteReader(model, sites, texts, **options, dtype=dtype)
+        reader = SiteReader(
+            model, sites, texts, context=context, prepend_bos=prepend_bos, skip_first=skip_first, dtype=dtype
+        )
         models = reader.models
         recipe = {
             **_models([m.name for m in models], [getattr(m, "revision", "") for m in models]), "context": reader.context,
@@ -70,7 +71,7 @@ def feed_of(
     told = store.about
     names, revisions = _listed(told.get("model", "")), _listed(told.get("revision", ""))
     if model is not None:
-        given_names = [m.name for m in (model if isinstance(model, list | tuple) else (model,))]
+        given_names = [m.name for m in models_of(model)]
         if names != given_names:
             raise Refused(
                 f"{store.folder} holds activations of {', '.join(names)}; got the model {', '.join(given_names)}"

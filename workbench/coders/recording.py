@@ -37,10 +37,11 @@ def store_activations(
     """
     if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
         raise WorkbenchError(f"rows is a number of rows, at least 1; got {rows!r}")
-    options = {"context": context, "prepend_bos": prepend_bos, "skip_first": skip_first}
     # The model's own values go into the store: float64 is rounded once, to the type of the store.
-    reader = SiteReader(model, sites, texts, **options, dtype=torch.float64 if dtype == "float64" else torch.float32,
-                        repeat=rows is not None)  # fmt: skip
+    reader = SiteReader(
+        model, sites, texts, context=context, prepend_bos=prepend_bos, skip_first=skip_first,
+        dtype=torch.float64 if dtype == "float64" else torch.float32, repeat=rows is not None,
+    )  # fmt: skip
     about = {
         "model": [m.name for m in reader.models], "context": reader.context, "prepend_bos": reader.prepend_bos,
         "skip_first": skip_first, "texts": reader.told, "rows": rows,

@@ -64,7 +64,7 @@ class SiteReader:
         repeat: bool = True,
         budget: int = 8192,
     ) -> None:
-        self.models: tuple[Model, ...] = tuple(model) if isinstance(model, list | tuple) else (model,)
+        self.models = models_of(model)
         if not self.models:
             raise WorkbenchError("no model given")
         self.sites = named(sites, len(self.models))
@@ -135,6 +135,11 @@ class SiteReader:
         self.provenance = tuple(provenance)
         self.widths = {site: rows.shape[1] for site, rows in found.items()}
         return found
+
+
+def models_of(model: Model | Sequence[Model]) -> tuple[Model, ...]:
+    """One model or several as a tuple."""
+    return tuple(model) if isinstance(model, Sequence) else (model,)
 
 
 def rows_of(value: Tensor, site: Site | str, tokens: Tokens, *, skip_first: bool = False) -> Tensor:

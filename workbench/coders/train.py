@@ -136,7 +136,7 @@ def train_sae(
     """
     training, start, own = _options(kind, options)
     sites = [site] if isinstance(site, str | Site) else list(site)
-    specs = [CoderSpec((one,), (one,), kind, features, start=start, options=own) for one in sites]
+    specs = [CoderSpec((str(one),), (str(one),), kind, features, start=start, options=own) for one in sites]
     found = train_coders(model, specs, texts, **training)
     return found[0] if isinstance(site, str | Site) else found
 
@@ -176,7 +176,7 @@ def train_crosscoder(
     every model. Options as in ``train_sae``."""
     training, start, own = _options(kind, options)
     places = _several(sites)
-    if isinstance(model, list | tuple):
+    if isinstance(model, Sequence):
         bare = [site for site in places if not str(site).partition(":")[0].isdigit()]
         numbered = [site for site in places if site not in bare]
         places = (*numbered, *(f"{i}:{site}" for site in bare for i in range(len(model))))
@@ -188,8 +188,8 @@ def train_crosscoder(
     return train_coders(model, [spec], texts, **training)[0]
 
 
-def _several(sites: str | Site | Sequence[str | Site]) -> tuple[Any, ...]:
-    return (sites,) if isinstance(sites, str | Site) else tuple(sites)
+def _several(sites: str | Site | Sequence[str | Site]) -> tuple[str, ...]:
+    return (str(sites),) if isinstance(sites, str | Site) else tuple(map(str, sites))
 
 
 def _options(kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
