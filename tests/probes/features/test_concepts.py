@@ -113,30 +113,35 @@ def test_planted_absorption_is_found_where_it_was_planted():
         assert float(got.full_interval[0, 0]) <= got.mean_full <= float(got.full_interval[0, 1])
 
 
-def test_absorption_is_what_its_definition_says_row_by_row():
+@pytest.mark.parametrize("main", ["against", "some"])
+@pytest.mark.parametrize("limits", [(0.025, 0.1, 0.4, 3), (0.3, 0.3, 0.1, 2)])
+def test_absorption_is_what_its_definition_says_row_by_row(limits, main):
+    from workbench.probes.features.absorption import _Limits, absorbed
+
     x, parent, _, _ = family(rows=400)
     coder = random_coder(D, 40, 9).requires_grad_(False)
     with torch.no_grad():
         coder.b_enc -= 0.5
         coder.W_dec *= torch.linspace(0.5, 4, 40)[:, None]
-    from workbench.probes.features.absorption import _Limits, absorbed
-
-    whole, main = probe(x, parent), (3, 7)
-    limits = _Limits(0.025, 0.1, 0.4, 3)
-    full, fraction, _ = absorbed(coder, coder.W_dec, x, whole, main, limits)
+    whole = probe(x, parent)
     w = whole.weight / whole.weight.norm()
+    main = (coder.W_dec @ w).topk(2, largest=False).indices.tolist() if main == "against" else [3, 7]
+    full, fraction, _ = absorbed(coder, coder.W_dec, x, whole, main, _Limits(*limits))
+    full_cosine, fraction_cosine, proportion, absorbers = limits
+    codes = torch.relu((x - coder.b_dec) @ coder.W_enc + coder.b_enc).tolist()
+    along, c = (coder.W_dec @ w).tolist(), torch.nn.functional.cosine_similarity(coder.W_dec, w, dim=1).tolist()
     seen = [0, 0]
-    for i, row in enumerate(x):
-        f = torch.relu((row - coder.b_dec) @ coder.W_enc + coder.b_enc)
-        p = [float(f[j] * (coder.W_dec[j] @ w)) for j in range(40)]
-        c = [float(torch.nn.functional.cosine_similarity(coder.W_dec[j], w, dim=0)) for j in range(40)]
+    for i, (row, f) in enumerate(zip(x, codes, strict=True)):
+        p = [f[j] * along[j] for j in range(40)]
         total, own = float(row @ w), sum(p[j] for j in main)
         best = max(range(40), key=lambda j: p[j])
-        silent = all(float(f[j]) == 0 for j in main)
-        is_full = total > 0 and silent and c[best] >= 0.025 and p[best] >= 0.4 * total
-        others = sorted((p[j] for j in range(40) if j not in main and c[j] >= 0.1 and p[j] > 0), reverse=True)[:3]
-        taken = sum(others)
-        if total <= 0 or own >= total or taken < 0.4 * total:
+        silent = all(f[j] == 0 for j in main)
+        is_full = total > 0 and silent and c[best] >= full_cosine and p[best] >= proportion * total
+        others = sorted(
+            (p[j] for j in range(40) if j not in main and c[j] >= fraction_cosine and p[j] > 0), reverse=True
+        )
+        taken = sum(others[:absorbers])
+        if total <= 0 or own >= total or taken < proportion * total:
             part = 0.0
         elif own <= 0:
             part = 1.0
@@ -146,7 +151,7 @@ def test_absorption_is_what_its_definition_says_row_by_row():
         assert bool(full[i]) == is_full
         assert float(fraction[i]) == pytest.approx(part)
         seen[0] += is_full
-        seen[1] += 0 < part < 1
+        seen[1] += part == 1 and own < 0 if main != [3, 7] else 0 < part < 1
     assert min(seen) > 3
 
 
