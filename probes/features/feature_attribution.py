@@ -175,8 +175,7 @@ def feature_attribution(
     stream = stream_to(model, text, where)
     at = list(dict.fromkeys(stream.check_position(t) for t in wanted))
     own = own_pre(coder, stream, where, chosen, at)
-    columns = coder.W_enc.detach()[:, chosen].to(own.device)
-    reader = Reader(stream, where, columns)
+    reader = Reader(stream, where, coder.W_enc.detach()[:, chosen])
     values, constants = [], []
     for t in at:
         found, constant = reader.components(t)
@@ -261,7 +260,7 @@ class Reader:
         first = next(iter(stream.layers.values()), None)
         self.dtype = stream.dtype if self.deep or first is None else first.z.dtype
         self.kind = stream.run.acts[site].dtype
-        self.columns = columns.to(self.dtype)
+        self.columns = columns.to(stream.run.acts[site].device, self.dtype)
         self.layers: list[Layer] = list(stream.layers.values())
         names = [Component("embedding", -1, -1)] if self.deep else []
         if self.deep and stream.position is not None:
@@ -274,14 +273,14 @@ class Reader:
         if site.kind in _NORMED:
             norm, point = stream.norm_at(site)
             self.norm = norm
-            self.sizes = norm.sizes(stream.at(point).to(norm.fold.scale.dtype), str(site)).to(self.dtype)
+            self.sizes = norm.sizes(stream.at(point), str(site))
 
     def directions(self, t: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Directions ``[F, D]`` of the stream that the columns read at t, and constants ``[F]``."""
         if self.norm is None:
             return self.columns.T, {}
-        back = self.norm.back(self.columns.T.to(self.norm.fold.scale)).to(self.dtype)
-        shift = self.norm.fold.shift.to(self.dtype) @ self.columns
+        back = self.norm.back(self.columns.T)
+        shift = self.norm.fold.shift @ self.columns
         return back * self.sizes[t], {"norm": shift}
 
     def heads_read(self, t: int) -> tuple[Tensor, dict[str, Tensor]]:

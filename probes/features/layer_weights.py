@@ -7,6 +7,7 @@ second norm in blocks that have one behind the attention.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import Refused, WorkbenchError
+from workbench.kernels.scores import working_dtype
 from workbench.models.families import Wiring, split_heads, submodule
 from workbench.models.hf import HFModel
 from workbench.models.layers import attention_layers
@@ -35,16 +37,22 @@ class Norm:
 
     @classmethod
     def of(cls, module: nn.Module | None, width: int, like: Tensor) -> Norm:
-        fold = folding(module, width)
-        parts = (fold.scale.to(like), fold.centred, fold.shift.to(like))
-        return cls(module, Fold(*parts))
+        """The norm ``module`` (none if None), on the device of ``like``. One narrower than float32 is copied to float32: its own
+        rounding would hide what it does."""
+        if module is not None and any(working_dtype(p.dtype) != p.dtype for p in module.parameters()):
+            module = copy.deepcopy(module).float()
+        fold, work = folding(module, width), working_dtype(like.dtype)
+        scale, shift = (part.to(like.device, work) for part in (fold.scale, fold.shift))
+        return cls(module, Fold(scale, fold.centred, shift))
 
     @torch.no_grad()
     def sizes(self, x: Tensor, where: str) -> Tensor:
         """``1 / size`` of x ``[..., D]``, ``[...]``; refused where the module is no norm of this form."""
         if self.module is None:
             return torch.ones_like(x[..., 0])
-        plain, out = self.fold.linear(x), self.module(x[None])[0] - self.fold.shift
+        weight = next(self.module.parameters(), x)
+        out = self.module(x[None].to(weight.dtype))[0].to(x) - self.fold.shift
+        plain = self.fold.linear(x)
         inverse = (plain * out).sum(-1) / plain.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
         rest = (out - plain * inverse[..., None]).norm(dim=-1)
         if bool((rest > _PLAIN * out.norm(dim=-1) + 1e-12).any()):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 class Term(NamedTuple):
     """A part of the stream: a ``feature`` (number) of the coder, its ``error`` or ``decoder bias``; or an ``embedding``,
-    ``position``, ``head`` (layer, number), ``mlp`` (layer) or ``output bias``; ``bias`` is that of the projection and the norm."""
+    ``position``, ``head`` (layer, number), ``mlp`` (layer) or ``output bias``; ``bias`` is that of projection and norm."""
 
     kind: str
     layer: int = -1

@@ -96,7 +96,7 @@ class Side:
         """``x`` ``[D]``: the stream at the position, whose sizes are held."""
         self.before, self.where, self.turn = weights.before, where, turn
         self.weight = projection.weight[head].to(x)
-        self.size = self.before.sizes(x[None].to(weights.o.dtype), where)[0].to(x)
+        self.size = self.before.sizes(x[None], where)[0]
         normed = self.before.fold.linear(x) * self.size + self.before.fold.shift.to(x)
         bias = projection.bias.to(x)
         every = torch.einsum("d,hde->he", normed, projection.weight.to(x)) + bias
@@ -104,7 +104,7 @@ class Side:
         if projection.norm is not None:
             norm = projection.norm
             given = every.flatten()[None] if projection.joint else every[head][None]
-            size = norm.sizes(given.to(norm.fold.scale.dtype), where)[0].to(x)
+            size = norm.sizes(given, where)[0]
             if projection.joint and norm.fold.centred:
                 raise Refused(f"{where}: a norm over all heads that takes their mean away mixes heads")
             scale, shift = norm.fold.scale.to(x), norm.fold.shift.to(x)

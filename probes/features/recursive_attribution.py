@@ -197,7 +197,7 @@ def recursive_attribution(
     tree = Upstream(model, text, reach, where, coders)
     t = tree.stream.check_position(position)
     pre = float(own_pre(coder, tree.stream, where, [feature], [t])[0, 0])
-    reader = Reader(tree.stream, where, coder.W_enc.detach()[:, [feature]].to(tree.stream.embed.device))
+    reader = Reader(tree.stream, where, coder.W_enc.detach()[:, [feature]])
     first = [Part("coder bias", -1, -1, t, -1, float(coder_constant(coder, [feature])[0]))]
     if where.kind in ("z", "attn_out"):
         assert layer is not None

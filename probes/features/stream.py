@@ -66,7 +66,7 @@ class Layer:
         self.weights, self.out = weights, out.to(work)
         o = weights.o.to(work)
         raw = self.z.flatten(1) @ o.flatten(0, 1) + weights.o_bias.to(work)
-        self.out_inverse = weights.after.sizes(raw.to(weights.o.dtype), self.where).to(work)
+        self.out_inverse = weights.after.sizes(raw, self.where)
         self.o = weights.after.fold.linear(o)
         every = torch.arange(len(self.z), device=self.z.device)
         made = self.written(self.z) + self.bias(every)
@@ -76,7 +76,7 @@ class Layer:
         """Learn how the layer reads the stream ``x`` ``[T, D]``; refused if its values are no projection of it."""
         work, fold = self.z.dtype, weights.before.fold
         v = weights.v.weight.to(work)
-        self.inverse = weights.before.sizes(x.to(weights.o.dtype), self.where).to(work)
+        self.inverse = weights.before.sizes(x.to(work), self.where)
         self.v = fold.into(v)
         self.v_bias = torch.einsum("d,gde->ge", fold.shift.to(work), v) + weights.v.bias.to(work)
         made = self.read(x.to(work)) + self.v_bias[:, None]

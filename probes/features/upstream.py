@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """One summand: what it is, its layer and ``number`` (head, feature), where it writes, the source that a head reads, its value, and what opens it: of heads the
-    direction ``[E]`` of its output that is read."""
+    """One summand: what it is, its layer and ``number`` (head, feature), where it writes, the source that a head reads, its
+    value, and what opens it: of heads the direction ``[E]`` of its output that is read."""
 
     kind: str
     layer: int
