@@ -125,7 +125,8 @@ def test_absorption_is_what_its_definition_says_row_by_row(limits, main):
         coder.W_dec *= torch.linspace(0.5, 4, 40)[:, None]
     whole = probe(x, parent)
     w = whole.weight / whole.weight.norm()
-    main = (coder.W_dec @ w).topk(2, largest=False).indices.tolist() if main == "against" else [3, 7]
+    against = (coder.encode(x).mean(0) * (coder.W_dec @ w)).topk(2, largest=False).indices.tolist()
+    main = against if main == "against" else [3, 7]
     full, fraction, _ = absorbed(coder, coder.W_dec, x, whole, main, _Limits(*limits))
     full_cosine, fraction_cosine, proportion, absorbers = limits
     codes = torch.relu((x - coder.b_dec) @ coder.W_enc + coder.b_enc).tolist()
