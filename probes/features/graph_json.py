@@ -289,8 +289,8 @@ def _checked(path: Path) -> dict[str, Any]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise WorkbenchError(f"{path}: metadata.prompt_tokens is no list of texts")
     for row in record["nodes"]:
-        for name, kind in _REQUIRED.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
+        for name, form in _REQUIRED.items():
+            if not isinstance(row, dict) or not isinstance(row.get(name), form) or isinstance(row.get(name), bool):
                 raise WorkbenchError(f"{path}: a node has no {name}: {str(row)[:80]}")
     known = {row["node_id"] for row in record["nodes"]}
     if len(known) != len(record["nodes"]):

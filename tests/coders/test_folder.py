@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import workbench as wb
 from workbench.coders.catalogue import coder_kinds, make_coder
-from workbench.coders.coder import Progress
+from workbench.coders.coder import Coder, Progress
 from workbench.coders.cross_layer_kinds import make_cross_layer
+from workbench.coders.estimators import SAE
 from workbench.coders.folder import coder_formats, load_coder, save_coder
 from workbench.coders.kinds.matching_pursuit import MatchingPursuit
 from workbench.errors import Refused, UnknownName, WorkbenchError
@@ -25,7 +25,7 @@ SHAPES = {
 FAMILIES = {"relu": "standard", "p-anneal": "standard", "discrete": "standard", "gated": "gated", "topk": "topk"}
 
 
-def randomised(kind: str, dtype: torch.dtype = torch.float32, **shape: object) -> wb.Coder:
+def randomised(kind: str, dtype: torch.dtype = torch.float32, **shape: object) -> Coder:
     """A coder of width 6 with 8 features and random numbers everywhere."""
     options = {"k": 3} if "k" in coder_kinds()[kind].defaults else {}
     coder = make_coder(kind, 6, 8, **shape, **options).to(dtype)
@@ -154,8 +154,8 @@ def test_a_given_threshold_can_be_trained_on(tmp_path):
 
 def test_estimators_come_back(tmp_path):
     x = torch.randn(200, 6).numpy()
-    sae = wb.SAE(kind="topk", features=8, k=2, steps=5, seed=0).fit(x)
-    again = wb.SAE.load(sae.save(tmp_path / "sae"))
+    sae = SAE(kind="topk", features=8, k=2, steps=5, seed=0).fit(x)
+    again = SAE.load(sae.save(tmp_path / "sae"))
     assert (sae.transform(x) == again.transform(x)).all()
 
 
