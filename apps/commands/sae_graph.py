@@ -47,8 +47,8 @@ GraphOption = Annotated[
     Path | None, typer.Option("--json-graph", help="Also write attribution-graph JSON, as circuit-tracer has it.")
 ]
 _SAYS = (
-    "replacement: share of what leads from tokens to logits that passes features and not errors; completeness: share of inputs that "
-    "are not errors, by influence; a path's share: of the logits that goes along it"
+    "replacement: share of what leads to the logits that comes from tokens, not from errors; completeness: share of inputs that are "
+    "no errors, by influence; a path's share: of the logits that goes along it"
 )
 
 
@@ -182,7 +182,7 @@ def _show(
         repr(label) + (f" {percent(share)}" if share == share else "")
         for label, share in zip(frame["label"], frame["probability"], strict=True)
     ]
-    console.print(f"{model} says: {', '.join(said)}", soft_wrap=True)
+    console.print(f"{model}, explained: {', '.join(said)}", soft_wrap=True)
     cells = [[percent(r["share"]), "raises" if r["raises"] else "lowers", r["path"]] for r in rows]
     console.print(table("strongest paths", {"share": "right", "it": "left", "path": "left"}, cells))
     console.print(

@@ -61,7 +61,14 @@ def test_json_names_paths_scores_and_files(run, model, coders, tmp_path):
 def test_words(run, model, coders):
     got = run(model, "--coders", coders, "--prompt", PROMPT, "--paths", 3, "--node-share", 0.5)
     assert got.exit_code == 0, got.stderr
-    for word in ("says:", "strongest paths", "-> logit", "replacement 0.", "completeness 0.", "features are active"):
+    for word in (
+        "explained:",
+        "strongest paths",
+        "-> logit",
+        "replacement 0.",
+        "completeness 0.",
+        "features are active",
+    ):
         assert word in got.stdout
 
 
