@@ -4,6 +4,8 @@ import pytest
 import torch
 from builders import hugging_face
 from coders_at import transcoders
+from frozen_cases import MID, cross_layer, ids, native
+from frozen_cases import transcoders as gathered
 from natives import CONFIG, DATA, VARIANTS, make
 
 import workbench as wb
@@ -152,6 +154,16 @@ def test_hugging_face(name):
     coders = transcoders(model)
     graph = attribution_graph(model, coders, torch.arange(6)[None] + 3)
     assert head_loadings(graph, model, coders, some(graph)).error < 1e-6
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_cross_layer_transcoders_and_coders_of_the_stream(skip):
+    """A cross-layer feature writes behind several MLPs; its edge is the sum of what it writes in front of the target."""
+    model = native()
+    for coders in (cross_layer(model, skip=skip), gathered(model, skip=skip, reads=MID, features=12)):
+        graph = attribution_graph(model, coders, ids(model, 5))
+        features = (graph.nodes.kind[graph.source] == 1).nonzero()[:, 0].tolist()
+        assert head_loadings(graph, model, coders, features[:: max(1, len(features) // 40)]).error < 1e-10
 
 
 def test_the_difference_of_two_logits_and_pruned_graphs():
