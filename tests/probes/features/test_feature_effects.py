@@ -9,6 +9,7 @@ from feature_nets import coder, hugging, native, pairs_of, written
 from workbench.datasets.catalogue import task
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.models.load import load
+from workbench.models.protocol import Tokens
 from workbench.pairs import Pairs, logit_difference
 from workbench.probes.features.feature_effects import feature_effects
 from workbench.probes.features.splice import ERROR
@@ -150,6 +151,19 @@ def test_mean_is_over_the_corrupted_prompts_of_all_batches():
         if f != ERROR:
             assert replaced == pytest.approx(float(mean[p, f]))
             assert clean == pytest.approx(float(own[p, f]))
+
+
+def test_means_leave_padding_out():
+    """Two of five prompts are padded at the first position: the mean there is that of the other three."""
+    model, pairs, site = native(), pairs_of(n=5), Site("resid_post", 0)
+    made, mask = coder(8), torch.ones(5, 6, dtype=torch.bool)
+    mask[:2, 0] = False
+    found = feature_effects(model, {site: made}, pairs, ablation="mean", positions="each", mask=mask)
+    with torch.no_grad():
+        codes = made.encode(model.run(Tokens(pairs.corrupt, mask), read=[site]).acts[site])
+    first = found.take(((found.place == 0) & (found.feature != ERROR)).nonzero()[:, 0])
+    wanted = codes[2:, 0].mean(0)[first.feature] * 3 / 5  # three of the five pairs have this place
+    torch.testing.assert_close(first.replaced, wanted)
 
 
 def test_batches_and_places_add_up():
