@@ -35,7 +35,7 @@ class MetricsFile:
         there = path.stat().st_size if path.is_file() else 0
         if there < size:
             raise WorkbenchError(f"{path} has {there} bytes; it had {size} when the checkpoint was written")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._file.truncate(size)
 
     def log(self, metrics: Mapping[str, Any]) -> None:

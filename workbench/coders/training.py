@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,20 @@ def places_of(folder: Path | None, specs: Sequence[CoderSpec]) -> list[Path]:
     return [folder / "coders" / name.replace("/", "-").replace(":", "-") for name in names_of(specs)]
 
 
+def _made_with() -> dict[str, Any]:
+    """What has to be the same for the same bits."""
+    return {**versions(), "threads": torch.get_num_threads()}
+
+
+def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        warnings.warn(
+            f"this training goes on with another setting than before, so that its last bits may differ: {', '.join(changed)}",
+            stacklevel=4,
+        )
+
+
 class Training:
     """One training under way: learners, feed, files."""
 
@@ -64,6 +79,7 @@ class Training:
         """Learners as they start, or as the checkpoint left them."""
         found = None if self.folder is None else read_checkpoint(self.folder / CHECKPOINT)
         if found is not None:
+            _tell_changes(found[1]["made_with"], _made_with())
             self.feed.batches.restore(found[1]["data"])
             self.at, self.widths, self.told = int(found[1]["step"]), found[1]["widths"], found[1]["about"]
         first = self.feed.batches.peek(max(self.batch, ROWS)) if self.at < self.steps else {}
@@ -153,6 +169,7 @@ class Training:
         state = {
             "step": self.at, "widths": self.widths, "data": self.feed.batches.state(), "learners": labels,
             "metrics": self.file.settled() if self.file is not None else 0, "about": self.about,
+            "made_with": _made_with(),
         }  # fmt: skip
         write_checkpoint(self.folder / CHECKPOINT, tensors, state)
 
