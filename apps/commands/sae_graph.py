@@ -47,8 +47,8 @@ GraphOption = Annotated[
     Path | None, typer.Option("--json-graph", help="Also write attribution-graph JSON, as circuit-tracer has it.")
 ]
 _SAYS = (
-    "replacement: share of what leads to the logits that comes from tokens, not from errors; completeness: share of inputs that are "
-    "no errors, by influence; a path's share: of the logits that goes along it"
+    "replacement: share of what leads to the logits that comes from tokens, not from errors; completeness: share of inputs that "
+    "are no errors, by influence; a path's share: of the logits that goes along it"
 )
 
 
