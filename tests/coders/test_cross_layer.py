@@ -136,6 +136,11 @@ def test_the_threshold_has_the_slope_of_the_smoothed_loss() -> None:
         shift[at] = eps / 2
         difference = float(loss(theta + shift) - loss(theta - shift)) / eps
         assert float(threshold.grad[at]) == pytest.approx(difference, rel=1e-9)
+    for distance, slope in ((0.49, -theta / eps), (-0.49, -theta / eps), (0.51, torch.zeros_like(theta))):
+        threshold.grad = None
+        jump_relu((theta + distance * eps)[None], threshold, eps).sum().backward()
+        assert threshold.grad is not None
+        assert torch.allclose(threshold.grad, slope)
 
 
 def test_the_price_of_jumprelu_is_its_formula() -> None:

@@ -99,7 +99,7 @@ def test_codes_and_maps_are_those_of_literal_attention(setting: str) -> None:
                 z[b, t, i] = max(pre[b, t, i], torch.zeros((), dtype=torch.float64))
     assert torch.allclose(lorsa.encode(x, padding), z, atol=1e-12)
     assert torch.allclose(lorsa(x, padding), z @ lorsa.W_O + lorsa.b_O, atol=1e-12)
-    for i in (0, F - 1):
+    for i in (0, 3, F - 1):
         one = lorsa.feature_attention(x, i, padding)
         assert torch.allclose(one.rows(0, T)[:, 0], patterns[:, i // (F // H)], atol=1e-12)
         for t in (0, T - 1):
