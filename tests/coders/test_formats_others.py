@@ -217,6 +217,8 @@ def test_gemma_scope(tmp_path):
     x = torch.randn(5, 6)
     assert torch.allclose(coder(x), plain(x) + x @ skip, atol=1e-6)
     assert coder.about["format"] == "gemma_scope_2"
-    np.savez(tmp_path / "params.npz", **{**arrays, "W_enc": np.array([Shell(tmp_path)], dtype=object)})
+    trap = tmp_path / "ran"
+    np.savez(tmp_path / "params.npz", **{**arrays, "W_enc": np.array([Shell(trap)], dtype=object)})
     with pytest.raises(WorkbenchError, match="holds more than numbers"):
         load_coder(tmp_path / "params.npz")
+    assert not trap.exists()

@@ -151,6 +151,7 @@ def test_a_pruned_graph_is_not_pruned_again(tmp_path):
     record = json.loads(write_feature_graph_json(graph, tmp_path / "g.json", slug="g", node_share=0.1).read_text())
     assert len(record["nodes"]) == len(graph.nodes)
     assert record["metadata"]["node_threshold"] == 0.7
+    assert max(node["influence"] or 0 for node in record["nodes"]) == pytest.approx(0.7)
 
 
 def test_what_cannot_be_uploaded_is_refused(tmp_path):
