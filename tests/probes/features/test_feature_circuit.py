@@ -165,6 +165,9 @@ def test_thresholds_narrow_a_circuit():
     assert edges(narrow) == pytest.approx(edges(again), abs=1e-12)
     assert 0 < len(narrow) < len(wide) < len(wide.effects)
     assert (narrow.nodes.effect.abs() >= 0.1).all()
+    last = {name: effect for name, effect in zip(wide.names, wide.nodes.effect.tolist(), strict=False) if OUT in name}
+    into = {source: weight for (source, target), weight in edges(wide).items() if target == "metric" and OUT in source}
+    assert into == last  # integrated gradients of the last site, nothing in between
     assert (narrow.weight.abs() >= 0.01).all()
     with pytest.raises(Refused, match="find it again"):
         narrow.threshold(0.05)

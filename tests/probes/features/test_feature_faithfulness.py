@@ -153,6 +153,22 @@ def test_padding_takes_no_part():
     torch.testing.assert_close(found.neurons, short.neurons, equal_nan=True)
 
 
+def test_what_stands_on_padding_is_not_replaced():
+    """A metric that reads the logits of a padded position, behind the last site: nothing that is replaced reaches it."""
+    model, pairs, site = native(), pairs_of(), Site("resid_post", 1)
+    mask = torch.ones_like(pairs.clean, dtype=torch.bool)
+    mask[:, 0] = False
+
+    def metric(logits, batch):
+        return logits[:, 0, 0]
+
+    effects = feature_effects(model, {site: coder(8)}, pairs, metric, mask=mask)
+    assert float(effects.without) == pytest.approx(effects.full, abs=1e-12)
+    assert not effects.effect.any()
+    found = feature_faithfulness(model, {site: coder(8)}, effects, pairs, metric, mask=mask, neurons=False, controls=0)
+    assert found.empty == pytest.approx(found.full, abs=1e-12)
+
+
 def test_undefined_shares_say_so():
     model, pairs = native(), pairs_of()
     coders = dictionaries(model)
