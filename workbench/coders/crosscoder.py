@@ -43,15 +43,12 @@ class CrosscoderNorms(Result):
     def kinds(self) -> list[str]:
         """Per feature: ``shared`` (every part has at least half of an even share), ``only <part>`` (a share of 0.9 or more),
         ``between`` or ``empty``."""
-        even = 1 / len(self.parts)
+        largest, at = self.shares.max(1)
+        shared = self.shares.amin(1) >= 0.5 / len(self.parts)
         found = []
-        for row in self.shares:
-            if bool(row.isnan().any()):
-                found.append("empty")
-            elif float(row.max()) >= EXCLUSIVE:
-                found.append(f"only {self.parts[int(row.argmax())]}")
-            else:
-                found.append("shared" if float(row.min()) >= even / 2 else "between")
+        for share, part, both in zip(largest.tolist(), at.tolist(), shared.tolist(), strict=True):
+            own = f"only {self.parts[part]}" if share >= EXCLUSIVE else "shared" if both else "between"
+            found.append("empty" if share != share else own)
         return found
 
     def frame(self) -> pd.DataFrame:
