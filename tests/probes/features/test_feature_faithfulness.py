@@ -162,7 +162,7 @@ def test_what_stands_on_padding_is_not_replaced():
     def metric(logits, batch):
         return logits[:, 0, 0]
 
-    effects = feature_effects(model, {site: coder(8)}, pairs, metric, mask=mask)
+    effects = feature_effects(model, {site: coder(8)}, pairs, metric, mask=mask, ablation="zero")
     assert float(effects.without) == pytest.approx(effects.full, abs=1e-12)
     assert not effects.effect.any()
     found = feature_faithfulness(model, {site: coder(8)}, effects, pairs, metric, mask=mask, neurons=False, controls=0)
