@@ -114,6 +114,17 @@ def test_pruning_takes_out_what_leads_nowhere():
     assert len(kept) < 12
 
 
+def test_features_without_inputs_count_as_neither_and_are_pruned():
+    lone = [edge for edge in EDGES if edge[1] != 6]  # nothing leads to feature 6, which has 1/4 of the influence
+    source, target, weight = zip(*lone, strict=True)
+    made = graph(source=source, target=target, weight=torch.tensor(weight, dtype=torch.float64))
+    tokens, errors = 157 / 640 + 49 / 160 * 3 / 4, 1 / 8 + 3 / 20
+    assert replacement_score(made) == pytest.approx(tokens / (tokens + errors))
+    small = pruned(made, 1.0, 1.0)
+    assert [0, 2, 2] not in small.nodes.key[:, 1:].tolist()
+    assert len(small.nodes) == 11
+
+
 def test_whole_shares_keep_everything_that_matters():
     whole = pruned(graph(), 1.0, 1.0)
     assert len(whole.nodes) == 12
