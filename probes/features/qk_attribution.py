@@ -179,7 +179,7 @@ def qk_attribution(
         vectors = own[0, :, at[name]].to(stream.dtype)
         index = head // (model.shape.heads // len(vectors))
         turn = rotations.matrix(at[name], vectors)
-        side = Side(weights, projection, x[at[name]], index, turn, where)
+        side = Side(weights.before, projection, x[at[name]], index, turn, where)
         coder = coders[name]
         if coder is None:
             streams, terms = _components(stream, at[name])

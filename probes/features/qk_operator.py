@@ -22,7 +22,7 @@ from workbench.errors import Refused
 from workbench.models.hf import HFModel
 from workbench.models.native import NativeModel
 from workbench.models.protocol import Model
-from workbench.probes.features.layer_weights import LayerWeights, Projection, place_of
+from workbench.probes.features.layer_weights import Norm, Projection, place_of
 
 _ROTATE = "apply_rotary_pos_emb"
 
@@ -91,10 +91,11 @@ class Side:
     """What one head of a layer makes of the stream at one position, as a function of parts of the stream."""
 
     def __init__(
-        self, weights: LayerWeights, projection: Projection, x: Tensor, head: int, turn: Tensor | None, where: str
+        self, before: Norm, projection: Projection, x: Tensor, head: int, turn: Tensor | None, where: str
     ) -> None:
-        """``x`` ``[D]``: the stream at the position, whose sizes are held."""
-        self.before, self.where, self.turn = weights.before, where, turn
+        """``before``: the norm in front of the layer; ``x`` ``[D]``: the stream at the position, whose sizes are held;
+        ``turn``: the rotation there."""
+        self.before, self.turn = before, turn
         self.weight = projection.weight[head].to(x)
         self.size = self.before.sizes(x[None], where)[0]
         normed = self.before.fold.linear(x) * self.size + self.before.fold.shift.to(x)

@@ -205,6 +205,18 @@ def test_frame_columns_plot_page_and_file(tmp_path):
     assert torch.equal(wb.load_result(found.save(tmp_path / "split")).tensors["loading"], found.loading)
 
 
+def test_an_edge_of_the_stream_alone_has_no_carrier():
+    model = make(replace(CONFIG, layers=2))
+    coders = transcoders(model)
+    graph = attribution_graph(model, coders, ONE)
+    nodes = graph.nodes
+    own = (nodes.position[graph.source] == nodes.position[graph.target]) & (nodes.layer[graph.source] == 1)
+    edges = own.nonzero()[:, 0].tolist()[:3]
+    told = head_loadings(graph, model, coders, edges).onto(graph)
+    assert told.columns["carrier_head"][edges].tolist() == [-1] * 3
+    assert torch.allclose(told.columns["carrier_loading"][edges], graph.weight[edges], atol=1e-12)
+
+
 def test_refusals():
     model = make(replace(CONFIG, layers=2))
     coders = transcoders(model)

@@ -8,7 +8,9 @@ from natives import CONFIG, DATA, VARIANTS, make
 
 import workbench as wb
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.probes.features.layer_weights import Norm, Projection
 from workbench.probes.features.qk_attribution import qk_attribution
+from workbench.probes.features.qk_operator import Side
 
 ONE = DATA[:1]
 IDS = torch.arange(9)[None] + 3
@@ -121,6 +123,29 @@ def test_a_coder_behind_the_norm():
     gpt2, behind = hugging_face("gpt2").model, coder_at("blocks.1.ln1.hook_normalized", 32, 20)
     assert qk_attribution(model, ONE, 1, 0, 4, 1, coder, coder).error < 1e-10
     assert qk_attribution(gpt2, IDS, 1, 0, 4, 1, behind, behind).error < 1e-10
+
+
+def test_norms_with_shifts_on_heads():
+    """Layer norms on queries, with biases, one per head and one over all heads without taking a mean away."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5).double(), torch.randn(3, 5, 4).double(), torch.randn(3, 4).double()
+    before, on_head, on_all = torch.nn.LayerNorm(5), torch.nn.LayerNorm(4), torch.nn.RMSNorm(12)
+    for norm in (before, on_head, on_all):
+        norm.double()
+        for parameter in norm.parameters():
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    front = Norm.of(before, 5, x)
+    parts = torch.stack([0.3 * x + 1, 0.7 * x - 1])
+    made = torch.einsum("d,hde->he", before(x), weight) + bias
+    for fitted, joint, wanted in [
+        (Norm.of(on_head, 4, x), False, on_head(made[1])),
+        (Norm.of(on_all, 12, x), True, on_all(made.flatten()).view(3, 4)[1]),
+    ]:
+        side = Side(front, Projection(weight, bias, fitted, joint), x, 1, None, "here")
+        assert (side.of_stream(parts).sum(0) + side.constant - wanted).abs().max() < 1e-12
+    mixed = Projection(weight, bias, Norm.of(torch.nn.LayerNorm(12).double(), 12, x), True)
+    with pytest.raises(Refused, match="mixes heads"):
+        Side(front, mixed, x, 1, None, "here")
 
 
 def test_frame_kinds_plot_and_file(tmp_path):
