@@ -172,6 +172,26 @@ def test_weakest_edges_of_a_row_go_to_omitted_where_there_are_too_many():
     assert float(gaps(few).abs().max()) <= 1e-10 * scale_of(few)
 
 
+def test_the_strongest_edges_of_a_row_are_the_ones_kept():
+    model = native()
+    coders, prompt = transcoders(model), ids(model)
+    whole = attribution_graph(model, coders, prompt)
+    few = attribution_graph(model, coders, prompt, max_edges=6 * (len(find_nodes(whole, "feature")) + 10))
+    for target in few.logits.tolist():
+        kept = few.weight[few.target == target].abs().sort(descending=True).values
+        every = whole.weight[whole.target == target].abs().sort(descending=True).values
+        assert 0 < len(kept) < len(every)
+        torch.testing.assert_close(kept, every[: len(kept)])
+
+
+def test_later_tokens_are_seen_beyond_one_tile_of_keys():
+    model = native(layers=2, causal=False, context=256, mlp_width=0)
+    graph = attribution_graph(model, {}, ids(model, 150), position=10)
+    later = graph.nodes.position[graph.source] > 10
+    assert int(later.sum()) > 100
+    assert float(gaps(graph).abs().max()) <= 1e-10 * scale_of(graph)
+
+
 def test_logits_are_the_likely_ones_or_those_asked_for():
     model = native(vocab=30)
     coders, prompt = transcoders(model), ids(model, 5)

@@ -115,6 +115,24 @@ def test_strongest_paths_are_those_of_a_search_through_all():
     assert path_text(made, paths[0]).startswith("token 0 'a' -> L0 feature 3 at 0 'a' -> L1 feature 9")
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_few_paths_are_the_first_of_all(seed):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = ["embedding"] * 3 + ["feature"] * 9 + ["logit"] * 2
+    layers = [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3 + [3] * 2
+    nodes = FeatureNodes.of(
+        kinds, layers, [0] * 14, [*range(3), *range(9), 1, 2], probability=[float("nan")] * 12 + [0.7, 0.1]
+    )
+    pairs = [(s, t) for s in range(14) for t in range(14) if layers[s] < layers[t]]
+    weight = torch.randn(len(pairs), dtype=torch.float64, generator=generator).exp()
+    made = FeatureGraph(nodes, [s for s, _ in pairs], [t for _, t in pairs], weight)
+    every = strongest_paths(made, 100_000)
+    assert sum(path.share for path in every) == pytest.approx(1)
+    shares = sorted((path.share for path in every), reverse=True)
+    for top in (1, 4, 30):
+        assert [path.share for path in strongest_paths(made, top)] == pytest.approx(shares[:top])
+
+
 def test_parts_of_a_model_graph_keep_their_sums():
     model = native()
     whole = attribution_graph(model, transcoders(model), ids(model))
