@@ -13,6 +13,7 @@ from workbench.apps.commands import (
     models,
     retrieval,
     reuse,
+    sae,
     tasks,
     variants,
 )
@@ -48,6 +49,7 @@ for command in (
     models.doctor,
 ):
     app.command()(command)
+app.add_typer(sae.sae, name="sae")
 app.command(context_settings=bench.PASS_ON)(bench.bench)
 
 

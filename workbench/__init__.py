@@ -264,6 +264,15 @@ _NAMES: dict[str, str] = {
     "feature_circuit": "workbench.probes.features.feature_circuit:feature_circuit",
     "FeatureCircuit": "workbench.probes.features.feature_circuit:FeatureCircuit",
     "feature_faithfulness": "workbench.probes.features.feature_faithfulness:feature_faithfulness",
+    # coders
+    "SAE": "workbench.coders.estimators:SAE",
+    "Transcoder": "workbench.coders.estimators:Transcoder",
+    "Crosscoder": "workbench.coders.estimators:Crosscoder",
+    "Coder": "workbench.coders.coder:Coder",
+    "Code": "workbench.coders.code:Code",
+    "coder_kinds": "workbench.coders.catalogue:coder_kinds",
+    "make_coder": "workbench.coders.catalogue:make_coder",
+    "Learner": "workbench.coders.learner:Learner",
     # coders: files
     "load_coder": "workbench.coders.folder:load_coder",
     "save_coder": "workbench.coders.folder:save_coder",
@@ -274,20 +283,6 @@ _NAMES: dict[str, str] = {
     "FeatureNodes": "workbench.feature_graph:FeatureNodes",
     "write_feature_graph_json": "workbench.probes.features.graph_json:write_feature_graph_json",
     "read_feature_graph_json": "workbench.probes.features.graph_json:read_feature_graph_json",
-    # coders: training on models
-    "train_sae": "workbench.coders.train:train_sae",
-    "train_transcoder": "workbench.coders.train:train_transcoder",
-    "train_crosscoder": "workbench.coders.train:train_crosscoder",
-    "train_coders": "workbench.coders.train:train_coders",
-    "CoderSpec": "workbench.coders.specs:CoderSpec",
-    "site_rows": "workbench.coders.sites:site_rows",
-    "ActivationStore": "workbench.coders.store:ActivationStore",
-    "store_activations": "workbench.coders.recording:store_activations",
-    # feature circuits: through attention
-    "feature_attribution": "workbench.probes.features.feature_attribution:feature_attribution",
-    "recursive_attribution": "workbench.probes.features.recursive_attribution:recursive_attribution",
-    "qk_attribution": "workbench.probes.features.qk_attribution:qk_attribution",
-    "head_loadings": "workbench.probes.features.head_loadings:head_loadings",
     # coders: replacement layers
     "CrossLayerTranscoder": "workbench.coders.cross_layer_estimator:CrossLayerTranscoder",
     "CrossLayer": "workbench.coders.cross_layer:CrossLayer",
@@ -309,6 +304,20 @@ _NAMES: dict[str, str] = {
     "spurious_removal": "workbench.probes.features.concepts:spurious_removal",
     "targeted_perturbation": "workbench.probes.features.concepts:targeted_perturbation",
     "feature_dashboard": "workbench.probes.features.dashboards:feature_dashboard",
+    # coders: training on models
+    "train_sae": "workbench.coders.train:train_sae",
+    "train_transcoder": "workbench.coders.train:train_transcoder",
+    "train_crosscoder": "workbench.coders.train:train_crosscoder",
+    "train_coders": "workbench.coders.train:train_coders",
+    "CoderSpec": "workbench.coders.specs:CoderSpec",
+    "site_rows": "workbench.coders.sites:site_rows",
+    "ActivationStore": "workbench.coders.store:ActivationStore",
+    "store_activations": "workbench.coders.recording:store_activations",
+    # feature circuits: through attention
+    "feature_attribution": "workbench.probes.features.feature_attribution:feature_attribution",
+    "recursive_attribution": "workbench.probes.features.recursive_attribution:recursive_attribution",
+    "qk_attribution": "workbench.probes.features.qk_attribution:qk_attribution",
+    "head_loadings": "workbench.probes.features.head_loadings:head_loadings",
     # attribution graphs
     "attribution_graph": "workbench.probes.features.attribution_graph:attribution_graph",
     "influence": "workbench.probes.features.influence:influence",

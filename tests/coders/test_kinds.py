@@ -155,7 +155,7 @@ def test_a_batch_shares_its_places(kind: str) -> None:
 
 
 def test_threshold_becomes_the_smallest_kept() -> None:
-    coder, x = coder_of("batchtopk"), normal(40, D, seed=5)
+    coder, x = coder_of("batchtopk", by_row=0.3), normal(40, D, seed=5)
     coder.objective(x, x, Progress(0, 10, now().silent, 100))  # every row has its own places still
     assert float(coder.threshold) == 0
     coder.objective(x, x, Progress(3, 10, now().silent, 100))
@@ -187,7 +187,7 @@ def test_multi_topk_adds_the_output_of_four_times_k() -> None:
 
 
 def test_matryoshka_explains_with_its_first_features() -> None:
-    coder, x = coder_of("matryoshka", prefixes=(0.2, 1.0)), normal(N, D, seed=2)
+    coder, x = coder_of("matryoshka", by_row=0.3, prefixes=(0.2, 1.0)), normal(N, D, seed=2)
     terms = coder.objective(x, x, now())
     code = coder.of_batch(x)[0].dense()
     small, whole = (((code[:, :m] @ coder.W_dec[:m] + coder.b_dec) - x).pow(2).sum(1).mean() for m in (3, F))

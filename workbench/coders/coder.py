@@ -69,8 +69,6 @@ class Coder(nn.Module, ABC):
     paper: ClassVar[str] = ""
     unit_decoder: ClassVar[bool] = True
     """Whether training keeps the rows of W_dec at norm 1."""
-    revives: ClassVar[bool] = False
-    """Whether the objective itself revives dead features; those of other kinds are drawn anew (``learner.py``)."""
     scaled: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers that scale with the activations."""
 
@@ -173,6 +171,11 @@ class Coder(nn.Module, ABC):
         output = self.decode(f) + self.skipped(x)
         error = squared(output, target)
         return Terms(error, output, (f > 0).sum(0), {"error": error})
+
+    def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
+        """How active ``features`` ``[N]`` shall be, each on its row of x ``[N, D_in]``, when they are drawn anew to explain the
+        ``size`` ``[N]`` of its error, ``[N]``; more where less would not make them active."""
+        return size
 
     def decoder_norms(self) -> Tensor:
         """Norm of each feature's row ``[F]``; of a crosscoder the sum over its parts (Lindsey et al. 2024)."""

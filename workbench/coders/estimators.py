@@ -42,6 +42,7 @@ class _Dictionary(TransformerMixin, BaseEstimator):
         start: str = "active-subspace",
         normalise: str = "expected",
         dead_after: int | None = None,
+        redraws: int = 20,
         options: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -56,6 +57,7 @@ class _Dictionary(TransformerMixin, BaseEstimator):
         self.start = start
         self.normalise = normalise
         self.dead_after = dead_after
+        self.redraws = redraws
         self.options = options
         self.progress = progress
 
@@ -111,7 +113,7 @@ class _Dictionary(TransformerMixin, BaseEstimator):
         ).to(x)
         learner = Learner(
             coder, steps=self.steps, rows=min(self.batch, len(x)), rate=self.rate, seed=self.seed, normalise=self.normalise,
-            start=self.start, dead_after=self.dead_after,
+            start=self.start, dead_after=self.dead_after, redraws=self.redraws,
         )  # fmt: skip
         learner.start(x, y)
         self.history_ = []

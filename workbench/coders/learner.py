@@ -20,23 +20,25 @@ NORMALISE = ("expected", "none")
 _DEAD_AFTER = 10_000_000
 _WARM, _COOL = 0.02, 0.2
 _CLIP = 1.0
+_REDRAWN = 0.9
+_ALONG = 0.3
 
 
 def default_rate(features: int) -> float:
-    """Adam's rate, which falls with the width of the dictionary as 1 / sqrt(F) (Gao et al. 2024): 5e-4 at 2^14 features, at most
-    3e-3."""
-    return min(3e-3, 5e-4 * (2**14 / features) ** 0.5)
+    """Adam's rate, which falls with the width of the dictionary as 1 / sqrt(F) (Gao et al. 2024): 3e-4 at 2^14 features, at most
+    2e-3."""
+    return min(2e-3, 3e-4 * (2**14 / features) ** 0.5)
 
 
 class Learner:
-    """Trains ``coder`` for ``steps`` steps of ``learner.step(x, y)``.
+    """Trains ``coder`` for ``steps`` steps of ``learner.step(x, y)`` on batches of about ``rows`` rows.
 
     ``rate``: Adam's peak rate, with a warm-up over the first fiftieth and a linear decay over the last fifth of the steps.
-    ``normalise="expected"`` scales x and y (each part of a crosscoder by itself) so that their mean norm is sqrt(D); the scale is
-    folded into the weights at the end. ``start``: see ``start.begin``. ``dead_after``: rows after which a silent feature is
-    dead, by default 10 million, in short trainings a fiftieth of all rows. Dead features of kinds whose loss does not
-    revive them are drawn anew in the direction of rows that are explained badly (Bricken et al. 2023), ten times in the
-    first half of the training. ``rows`` is the expected number of rows of a batch.
+    ``normalise="expected"`` scales x and y (each part of a crosscoder by itself) so that their mean norm is sqrt(D); the scale
+    is folded into the weights at the end. ``start``: see ``start.begin``. ``dead_after``: rows after which a silent feature is
+    dead, by default 10 million, in short trainings a tenth of all rows. ``redraws`` times in a training, but not in its last
+    tenth, features that were silent since the time before are drawn anew in the direction of what rows that are explained badly
+    have left (Bricken et al. 2023).
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Learner:
         normalise: str = "expected",
         start: str = "active-subspace",
         dead_after: int | None = None,
+        redraws: int = 20,
     ) -> None:
         if steps < 1 or rows < 1:
             raise WorkbenchError(f"a training has at least one step of one row; got steps={steps}, rows={rows}")
@@ -57,7 +60,7 @@ class Learner:
             raise UnknownName("normalisation", normalise, NORMALISE)
         self.coder, self.steps, self.start_from, self.normalise = coder, steps, start, normalise
         self.rate = default_rate(coder.features) if rate is None else rate
-        self.dead_after = dead_after or min(_DEAD_AFTER, max(10 * rows, steps * rows // 50))
+        self.dead_after = dead_after or min(_DEAD_AFTER, max(10 * rows, steps * rows // 10))
         self.generator = torch.Generator().manual_seed(seed)
         device, dtype = coder.b_dec.device, coder.b_dec.dtype
         self.scale_in = torch.ones(coder.d_in, device=device, dtype=dtype)
@@ -66,7 +69,7 @@ class Learner:
         self.at, self.begun = 0, False
         fused = device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate, betas=(0.9, 0.999), fused=fused)
-        self.revive_every, self.rows = max(1, steps // 20), rows
+        self.redraw_every, self.rows = max(1, steps // redraws) if redraws else 0, rows
 
     def start(self, x: Tensor, y: Tensor | None = None) -> None:
         """Take scale, biases and directions from the first rows; ``step`` does so itself if it was not done."""
@@ -119,8 +122,8 @@ class Learner:
             "rate": rate,
         }
         self.at += 1
-        if not self.coder.revives and self.at % self.revive_every == 0 and 2 * self.at <= self.steps:
-            found["revived"] = float(self._revive(scaled, target, terms.output.detach()))
+        if self.redraw_every and self.at % self.redraw_every == 0 and self.at <= _REDRAWN * self.steps:
+            found["redrawn"] = float(self._redraw(scaled, target, terms.output.detach()))
         return found
 
     @property
@@ -138,7 +141,7 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that ``restore`` needs, as tensors by name and labels that are JSON."""
         tensors = {f"coder.{name}": value.detach().clone() for name, value in self.coder.state_dict().items()}
-        for i, held in enumerate(self.optimiser.state_dict()["state"].values()):
+        for i, held in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": value.detach().clone() for name, value in held.items()}
         tensors |= {name: getattr(self, name).clone() for name in ("scale_in", "scale_out", "silent")}
         tensors["generator"] = self.generator.get_state()
@@ -181,26 +184,33 @@ class Learner:
             self.coder.W_dec.div_(self.coder.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     @torch.no_grad()
-    def _revive(self, x: Tensor, target: Tensor, output: Tensor) -> int:
-        """Draw dead features anew: a row is picked with its squared error as probability, the feature reads and writes what is
-        left of it unexplained, at a fifth of the mean norm of living encoders. Their moments in the optimiser start anew."""
-        dead = (self.silent >= max(self.dead_after, self.revive_every * self.rows)).nonzero().squeeze(1)
+    def _redraw(self, x: Tensor, target: Tensor, output: Tensor) -> int:
+        """Draw anew what was silent since the last time: each feature picks a row with its squared error as probability, writes
+        what is left of it unexplained, and reads the same direction (in a transcoder that of the row), as strongly as
+        ``coder.strength`` says. Moments in the optimiser start anew."""
+        coder = self.coder
+        dead = (self.silent >= self.redraw_every * self.rows).nonzero().squeeze(1)
         if not len(dead):
             return 0
         left = target - output
         odds = left.pow(2).sum(1).double().cpu()
         picked = torch.multinomial(odds, len(dead), replacement=True, generator=self.generator).to(x.device)
-        write = left[picked] / left[picked].norm(dim=1, keepdim=True).clamp(min=1e-12)
-        seen = x[picked] if self.coder.centre is None else x[picked] - self.coder.centre
-        read = write if self.coder.centred else seen / seen.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        alive = torch.ones(self.coder.features, dtype=torch.bool, device=x.device)
-        alive[dead] = False
-        usual = self.coder.W_enc[:, alive].norm(dim=0).mean() if bool(alive.any()) else read.new_ones(())
-        self.coder.W_enc[:, dead] = 0.2 * usual * read.T
-        self.coder.W_dec[dead] = write
-        self.coder.b_enc[dead] = 0.0
+        middle = x.mean(0) if coder.centre is None else coder.centre
+        seen = x[picked] - middle
+        size = left[picked].norm(dim=1).clamp(min=1e-12)
+        read = seen / seen.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        write = left[picked] / size[:, None]
+        if coder.centred:  # read what is written, unless the row hardly points there and would have to be amplified to be seen
+            read = torch.where((read * write).sum(1, keepdim=True) < _ALONG, read, write)
+        along = (seen * read).sum(1).clamp(min=1e-12)
+        alive = self.silent == 0
+        usual = coder.W_enc[:, alive].norm(dim=0).mean() if bool(alive.any()) else coder.W_enc.norm(dim=0).mean()
+        # Never longer than those that live: each time a little longer would be without bound.
+        coder.W_enc[:, dead] = (coder.strength(x[picked], size, dead) / along).minimum(usual)[None] * read.T
+        coder.W_dec[dead] = write
+        coder.b_enc[dead] = 0.0 if coder.centred else -middle @ coder.W_enc[:, dead]
         self.silent[dead] = 0
-        for parameter, axis in ((self.coder.W_enc, 1), (self.coder.W_dec, 0), (self.coder.b_enc, 0)):
+        for parameter, axis in ((coder.W_enc, 1), (coder.W_dec, 0), (coder.b_enc, 0)):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimiser.state[parameter][name].index_fill_(axis, dead, 0.0)
         return len(dead)

@@ -11,6 +11,7 @@ from workbench.errors import UnknownName, WorkbenchError
 STARTS = ("active-subspace", "random")
 ROWS = 16_384
 """Rows that statistics of the start are taken from, at most."""
+_SIZED = 2048
 _ROGUE = 0.5
 _COVERED = 0.99
 
@@ -71,6 +72,7 @@ def begin(coder: Coder, x: Tensor, target: Tensor, start: str, generator: torch.
     coder.W_enc.copy_(read.T)
     if coder.centred:
         coder.W_dec.copy_(read)
+        _fit_size(coder, x[:_SIZED], target[:_SIZED])
         return
     if coder.d_in == coder.d_out and x.data_ptr() == target.data_ptr():  # a crosscoder: one direction for all its parts
         coder.W_dec.copy_(read)
@@ -78,3 +80,16 @@ def begin(coder: Coder, x: Tensor, target: Tensor, start: str, generator: torch.
         coder.W_dec.copy_(directions(target))
     middle = geometric_median(x[:ROWS])
     coder.b_enc.copy_(-middle @ coder.W_enc)
+    _fit_size(coder, x[:_SIZED], target[:_SIZED])
+
+
+def _fit_size(coder: Coder, x: Tensor, target: Tensor) -> None:
+    """Scale the encoder so that the first outputs have the right size: many random features are active at once, each of which
+    alone would explain a good part, and what they write together would be far too much."""
+    written = coder.decode(coder.activate(coder.pre(x))) - coder.b_dec
+    size = written.pow(2).sum()
+    if size > 0:
+        factor = float((written * (target - coder.b_dec)).sum() / size)
+        if factor > 0:
+            coder.W_enc.mul_(factor)
+            coder.b_enc.mul_(factor)

@@ -23,7 +23,7 @@ from workbench.coders.kinds.topk import TopK
 class BatchTopK(TopK):
     kind = "batchtopk"
     paper = "arXiv 2412.06410"
-    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99, "by_row": 0.3}
+    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99, "by_row": 0.95}
     scaled = ("b_enc", "threshold")
     threshold: Tensor
 
@@ -49,6 +49,9 @@ class BatchTopK(TopK):
                 keep = min(self.options["memory"], seen / (seen + 1))  # a plain mean at first
                 self.threshold.mul_(keep).add_(smallest, alpha=1 - keep)
         return code
+
+    def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
+        return super().strength(x, size, features).maximum(1.2 * self.threshold)
 
     def of_batch(self, x: Tensor) -> tuple[Code, Tensor | None]:
         """The N k largest of a batch (of equal ones at the border all), and the smallest of them, None if nothing is positive.

@@ -3,7 +3,7 @@
 pi  = (x - b_dec) W_enc + b_gate                     gate
 mag = (x - b_dec) (W_enc exp(r_mag)) + b_mag         magnitude
 f   = 1[pi > 0] ReLU(mag)
-loss = |y - x|^2 + sparsity sum_i ReLU(pi)_i |d_i| + |decoder(ReLU(pi)) - x|^2, the decoder of the last term held fixed
+loss = |y - x|^2 + sparsity sum_i ReLU(pi)_i + |decoder(ReLU(pi)) - x|^2, the decoder of the last term held fixed
 
 ``b_gate`` is ``b_enc``; ``pre`` is pi.
 """
@@ -22,7 +22,6 @@ class Gated(Coder):
     kind = "gated"
     paper = "arXiv 2404.16014"
     defaults: ClassVar[dict[str, Any]] = {"sparsity": 5.0, "warm": 0.05}
-    unit_decoder = False
     scaled = ("b_enc", "b_mag")
 
     def _begin(self) -> None:
@@ -43,7 +42,9 @@ class Gated(Coder):
         skipped = self.skipped(x)
         output = self.decode(f) + skipped
         error = squared(output, target)
-        size = (open_by * self.decoder_norms()).sum(-1).mean()
+        size = open_by.sum(
+            -1
+        ).mean()  # rows of the decoder have norm 1: a free norm would shrink, and the magnitude make up
         fixed = open_by @ self.W_dec.detach() + self.b_dec.detach() + skipped
         auxiliary = squared(fixed, target)
         loss = error + self.options["sparsity"] * now.ramp(self.options["warm"]) * size + auxiliary

@@ -7,7 +7,8 @@ Neither f nor the count has a slope in theta. The backward pass uses that of the
 
 d f / d theta = -(theta / eps) K((pre - theta) / eps)        d count / d theta = -(1 / eps) K((pre - theta) / eps)
 
-Thresholds are exp(log_threshold) > 0. The penalty ramps up over the whole training.
+Thresholds are exp(log_threshold) > 0. ``threshold`` (where they start) and ``bandwidth`` are for rows whose mean norm is sqrt(D),
+as the trainer scales them; the paper has rows of norm 1 and 0.001 for both. The penalty ramps up over the whole training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from workbench.coders.coder import Coder, Progress, Terms, squared
 class JumpReLU(Coder):
     kind = "jumprelu"
     paper = "arXiv 2407.14435"
-    defaults: ClassVar[dict[str, Any]] = {"sparsity": 1.0, "bandwidth": 0.05, "threshold": 0.01, "warm": 1.0}
+    defaults: ClassVar[dict[str, Any]] = {"sparsity": 1.0, "bandwidth": 2.0, "threshold": 0.5, "warm": 1.0}
 
     def _begin(self) -> None:
         self.log_threshold = nn.Parameter(torch.full((self.features,), float(self.options["threshold"])).log())
@@ -43,6 +44,9 @@ class JumpReLU(Coder):
         error, size = squared(output, target), self.penalty(pre, f)
         loss = error + self.options["sparsity"] * now.ramp(self.options["warm"]) * size
         return Terms(loss, output, (f > 0).sum(0), {"error": error, "penalty": size})
+
+    def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
+        return size.maximum(1.2 * self.threshold[features])
 
     def penalty(self, pre: Tensor, f: Tensor) -> Tensor:
         """Active features per row."""
@@ -67,7 +71,6 @@ class JumpReLUTanh(JumpReLU):
         "sparsity": 5.0, "bandwidth": 2.0, "threshold": 0.1, "warm": 1.0, "scale": 4.0, "revive": 3e-6,
     }  # fmt: skip
     unit_decoder = False
-    revives = True
 
     def objective(self, x: Tensor, target: Tensor, now: Progress) -> Terms:
         pre = self.pre(x)

@@ -24,7 +24,6 @@ class TopK(Coder):
     kind = "topk"
     paper = "arXiv 2406.04093"
     defaults: ClassVar[dict[str, Any]] = {"k": 32, "aux": 1 / 32, "aux_k": None, "multi": 0.0}
-    revives = True
 
     def _begin(self) -> None:
         k = self.options["k"]
@@ -62,6 +61,9 @@ class TopK(Coder):
     def chosen(self, x: Tensor, now: Progress) -> Code:
         """The code that training decodes."""
         return self.sparse(x)
+
+    def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
+        return size.maximum(1.2 * self.pre(x).topk(self.options["k"], dim=1).values[:, -1])
 
     def auxiliary(self, x: Tensor, error: Tensor, now: Progress) -> Tensor | None:
         """``min(n_dead / aux_k, 1) |e - e_hat|^2``, None where nothing is dead."""
