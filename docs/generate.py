@@ -74,13 +74,40 @@ def bundled() -> str:
             (f"`{m.name}`", m.description, m.paper, ", ".join(m.levels), ", ".join(m.ablations), places, options)
         )
     parts.append(table(("method", "what it does", "source", "levels", "ablations", "by position", "options"), rows))
-    parts.append("Of several levels the last is the default.\n")
-    parts.append("## Models\n")
+    parts.append("Of several levels the last is the default.\n\n## Kinds of coders\n")
+    parts.append(table(("kind", "what it does", "source", "options and their defaults"), _kinds()))
+    parts.append("[Coders](coders.md) says how they are trained.\n\n## Models\n")
     for name in wb.bundled():
         card = (ROOT / "datasets" / "models" / name / "card.md").read_text().strip()
         body = "\n".join(f"##{line}" if line.startswith("#") else line for line in card.splitlines())
         parts.append(body + "\n")
     return "\n".join(parts)
+
+
+KIND_LINES = {
+    "relu": "ReLU, with a price on the sum of activations",
+    "p-anneal": "ReLU, with a price whose power falls from 1 while it trains",
+    "gated": "one part decides which features are active, another how much",
+    "topk": "the k largest of every row",
+    "batchtopk": "the N k largest of a batch of N rows; one threshold at inference",
+    "matryoshka": "BatchTopK, nested: the first features alone must already explain the rows",
+    "jumprelu": "a learned threshold per feature, with a price on the number of active features",
+    "jumprelu-tanh": "a learned threshold per feature, with a price that saturates and a term that revives silent features",
+    "discrete": "ReLU, of which only the strongest feature is looked at: a symbol per row",
+}
+
+
+def _kinds() -> list[tuple[str, ...]]:
+    import workbench as wb
+
+    return [
+        (f"`{name}`", KIND_LINES[name], kind.paper, ", ".join(f"`{o}={_short(v)}`" for o, v in kind.defaults.items()))
+        for name, kind in wb.coder_kinds().items()
+    ]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def command_line() -> str:
