@@ -271,6 +271,8 @@ _NAMES: dict[str, str] = {
     "Coder": "workbench.coders.coder:Coder",
     "Code": "workbench.coders.code:Code",
     "coder_kinds": "workbench.coders.catalogue:coder_kinds",
+    "bundled_coders": "workbench.coders.bundled:bundled_coders",
+    "bundled_transcoders": "workbench.coders.bundled:bundled_transcoders",
     "make_coder": "workbench.coders.catalogue:make_coder",
     "Learner": "workbench.coders.learner:Learner",
     # coders: files

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from workbench.models.protocol import Model, Tokens
 
 CoderArgument = Annotated[
-    Path, typer.Argument(metavar="CODER", help="The folder of a coder: ours, or one of SAELens and others.")
+    Path,
+    typer.Argument(
+        metavar="CODER",
+        help="A bundled coder such as tiny-softmax/z-1, or a folder: ours, or one of SAELens and others.",
+    ),
 ]
 TextsOption = Annotated[
     str | None,
@@ -103,15 +107,18 @@ def evaluate(
 
 def loaded_coder(folder: Path) -> Coder:
     """The coder in a folder; refuses what is no dictionary of features with one encoder and one decoder."""
+    import torch
+
+    from workbench.coders.bundled import coder_folder
     from workbench.coders.coder import Coder
     from workbench.coders.folder import load_coder
 
-    found = load_coder(folder)
+    found = load_coder(coder_folder(folder))
     if not isinstance(found, Coder):
         raise WorkbenchError(
             f"{folder} holds a {type(found).__name__}; this command is for coders of one place at a time"
         )
-    return found
+    return found.float() if found.W_enc.dtype in (torch.float16, torch.bfloat16) else found
 
 
 def held_out(model: Model, coder: Coder, name: str | None, number: int, seed: int) -> tuple[Tokens, str]:

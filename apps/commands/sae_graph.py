@@ -11,7 +11,7 @@ from workbench.apps import inputs
 from workbench.apps.commands.tasks import SeedOption, TaskOptions, chosen
 from workbench.apps.inputs import JsonOption, ModelArgument, OutOption
 from workbench.apps.terminal import answer, log, percent, table, working
-from workbench.errors import WorkbenchError
+from workbench.errors import UnknownName, WorkbenchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,12 +132,12 @@ def _coders(folder: Path | None, model: str) -> Any:
         from workbench.probes.features.replacement_folder import load_replacement
 
         return load_replacement(folder)
-    import workbench.coders as known
+    from workbench.coders.bundled import bundled_transcoders
 
-    bundled = getattr(known, "bundled_coders", None)
-    if bundled is None:
-        raise WorkbenchError("which transcoders? --coders DIR holds a folder for each layer")
-    return bundled(model)
+    try:
+        return bundled_transcoders(model)
+    except UnknownName as error:
+        raise WorkbenchError(f"which transcoders? --coders DIR holds a folder for each layer ({error})") from None
 
 
 def _asked(

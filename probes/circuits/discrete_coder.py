@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.errors import Refused, WorkbenchError
+
 
 class Coder:
     """A ReLU autoencoder f = ReLU((x - b) W_e + b_e), y = f W_d + b with unit rows in W_d ``[F, D]``."""
@@ -30,6 +32,23 @@ def codes_of(coder: Coder, x: Tensor, silent: float = 0.0) -> Tensor:
     strongest = encode(coder, x).max(-1)
     codes = strongest.indices
     return torch.where(strongest.values < silent * x.shape[-1] ** 0.5, coder.b_e.shape[0], codes) if silent else codes
+
+
+def trained_before(name: str, width: int) -> Coder:
+    """The coder in a folder, or the bundled one of that name; refuses other kinds and another width."""
+    from workbench.coders.bundled import coder_folder
+    from workbench.coders.folder import load_coder
+
+    found = load_coder(coder_folder(name))
+    kind = getattr(found, "kind", type(found).__name__)
+    if kind not in ("discrete", "relu") or not found.centred:
+        raise Refused(f"{name} is a {kind} coder; the strongest feature is a code in discrete and ReLU autoencoders")
+    if found.d_in != width or found.d_out != width:
+        raise WorkbenchError(f"{name} reads width {found.d_in}; outputs of heads here have width {width}")
+    coder = Coder(width, found.features, torch.Generator())
+    coder.W_d, coder.W_e = found.W_dec.detach().float(), found.W_enc.detach().float()
+    coder.b_e, coder.b = found.b_enc.detach().float(), found.b_dec.detach().float()
+    return coder
 
 
 @torch.enable_grad()

@@ -17,7 +17,7 @@ _NAME = re.compile(r"(\d+)")
 def load_replacement(folder: str | Path) -> dict[int, Coder] | CrossLayer:
     """``{layer: transcoder}``, or the cross-layer transcoder, in a folder.
 
-    The folder is itself a coder, holds one folder per layer, or is one of circuit-tracer (``layer_0.safetensors`` ...). The layer
+    The folder is itself a coder, holds one folder per layer (the coder itself or what a training left), or is one of circuit-tracer (``layer_0.safetensors`` ...). The layer
     of a coder is that of the site it says it writes; of a folder whose coder says nothing, the only number in its name. Folders
     that hold no coder are passed over; two coders of one layer are refused.
     """
@@ -30,7 +30,7 @@ def load_replacement(folder: str | Path) -> dict[int, Coder] | CrossLayer:
         coder = load_coder(folder)
         return coder if isinstance(coder, CrossLayer) else {_layer(coder, folder): coder}
     found: dict[int, Coder] = {}
-    for each in sorted(path for path in folder.iterdir() if (path / "cfg.json").is_file()):
+    for each in sorted(path.parent for depth in range(1, 4) for path in folder.glob("*/" * depth + "cfg.json")):
         coder = load_coder(each)
         layer = _layer(coder, each)
         if layer in found:

@@ -155,14 +155,25 @@ def test_a_batch_shares_its_places(kind: str) -> None:
 
 
 def test_threshold_becomes_the_smallest_kept() -> None:
-    coder, x = coder_of("batchtopk", by_row=0.3), normal(40, D, seed=5)
-    coder.objective(x, x, Progress(0, 10, now().silent, 100))  # every row has its own places still
-    assert float(coder.threshold) == 0
-    coder.objective(x, x, Progress(3, 10, now().silent, 100))
-    first = float(coder.of_batch(x)[1])
+    """While rows have places of their own every eighth step is looked at; then every step."""
+    coder, x = coder_of("batchtopk", by_row=0.5), normal(40, D, seed=5)
+    silent, first, second = now().silent, float(coder.of_batch(x)[1]), float(coder.of_batch(2 * x)[1])
+    coder.objective(x, x, Progress(0, 40, silent, 100))
     assert float(coder.threshold) == pytest.approx(first)
-    coder.objective(2 * x, 2 * x, Progress(4, 10, now().silent, 100))
-    assert float(coder.threshold) == pytest.approx((first + float(coder.of_batch(2 * x)[1])) / 2)
+    coder.objective(2 * x, 2 * x, Progress(1, 40, silent, 100))
+    assert float(coder.threshold) == pytest.approx(first)
+    coder.objective(2 * x, 2 * x, Progress(8, 40, silent, 100))
+    assert float(coder.threshold) == pytest.approx((first + second) / 2)
+    coder.objective(x, x, Progress(20, 40, silent, 100))
+    assert float(coder.threshold) == pytest.approx((first + second) / 2 * 20 / 21 + first / 21)
+
+
+def test_what_only_fills_places_counts_as_silent() -> None:
+    coder, x = coder_of("batchtopk", by_row=1.0), normal(40, D, seed=5)
+    terms = coder.objective(x, x, Progress(0, 40, now().silent, 100))
+    code = coder._largest(x, K).dense()
+    assert terms.active.tolist() == (code >= coder.threshold).logical_and(code > 0).sum(0).tolist()
+    assert terms.active.sum() < (code > 0).sum()
 
 
 def test_auxiliary_loss_reads_dead_features_alone() -> None:

@@ -42,7 +42,7 @@ class _Dictionary(TransformerMixin, BaseEstimator):
         start: str = "active-subspace",
         normalise: str = "expected",
         dead_after: int | None = None,
-        redraws: int = 20,
+        redraws: int = 100,
         options: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:

@@ -21,6 +21,7 @@ _DEAD_AFTER = 10_000_000
 _WARM, _COOL = 0.02, 0.2
 _CLIP = 1.0
 _REDRAWN = 0.9
+_LEAST = 10
 _ALONG = 0.3
 
 
@@ -36,9 +37,9 @@ class Learner:
     ``rate``: Adam's peak rate, with a warm-up over the first fiftieth and a linear decay over the last fifth of the steps.
     ``normalise="expected"`` scales x and y (each part of a crosscoder by itself) so that their mean norm is sqrt(D); the scale
     is folded into the weights at the end. ``start``: see ``start.begin``. ``dead_after``: rows after which a silent feature is
-    dead, by default 10 million, in short trainings a tenth of all rows. ``redraws`` times in a training, but not in its last
-    tenth, features that were silent since the time before are drawn anew in the direction of what rows that are explained badly
-    have left (Bricken et al. 2023).
+    dead, by default 10 million, in short trainings a tenth of all rows. ``redraws`` times in a training (at most every tenth
+    step, and not in the last tenth), features that were silent since the time before are drawn anew in the direction of what
+    rows that are explained badly have left (Bricken et al. 2023).
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Learner:
         normalise: str = "expected",
         start: str = "active-subspace",
         dead_after: int | None = None,
-        redraws: int = 20,
+        redraws: int = 100,
     ) -> None:
         if steps < 1 or rows < 1:
             raise WorkbenchError(f"a training has at least one step of one row; got steps={steps}, rows={rows}")
@@ -69,7 +70,7 @@ class Learner:
         self.at, self.begun = 0, False
         fused = device.type in ("cpu", "cuda")
         self.optimiser = torch.optim.Adam(coder.parameters(), lr=self.rate, betas=(0.9, 0.999), fused=fused)
-        self.redraw_every, self.rows = max(1, steps // redraws) if redraws else 0, rows
+        self.redraw_every, self.rows = max(_LEAST, steps // redraws) if redraws else 0, rows
 
     def start(self, x: Tensor, y: Tensor | None = None) -> None:
         """Take scale, biases and directions from the first rows; ``step`` does so itself if it was not done."""
@@ -200,7 +201,9 @@ class Learner:
         size = left[picked].norm(dim=1).clamp(min=1e-12)
         read = seen / seen.norm(dim=1, keepdim=True).clamp(min=1e-12)
         write = left[picked] / size[:, None]
-        if coder.centred:  # read what is written, unless the row hardly points there and would have to be amplified to be seen
+        if (
+            coder.centred
+        ):  # read what is written, unless the row hardly points there and would have to be amplified to be seen
             read = torch.where((read * write).sum(1, keepdim=True) < _ALONG, read, write)
         along = (seen * read).sum(1).clamp(min=1e-12)
         alive = self.silent == 0

@@ -24,7 +24,7 @@ from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.graph import circuit_graph, edge_parts
 from workbench.probes.circuits.codes import against, code_mass, pair_codes, pair_counts, swapped, unique_codes
 from workbench.probes.circuits.components import Setting
-from workbench.probes.circuits.discrete_coder import Coder, codes_of, train
+from workbench.probes.circuits.discrete_coder import Coder, codes_of, train, trained_before
 from workbench.probes.circuits.head_vectors import (
     POOLINGS,
     head_names,
@@ -60,6 +60,7 @@ def discrete_sae(
     relative: bool = False,
     permutations: int = 200,
     seed: int = 0,
+    coder: str = "",
 ) -> Circuit:
     """Scores of all heads, averaged over ``trials`` autoencoders; with ``level="edge"``, of all edges between heads.
 
@@ -77,6 +78,10 @@ def discrete_sae(
     ``epochs`` at ``rate`` 1e-3 and 10 ``trials``. Told apart by position, each place of a head is a part with codes of
     its own, and ``pooling`` has no say.
 
+    ``coder``: a discrete (or ReLU) autoencoder of head outputs that was trained before, as a folder or a bundled name
+    (``tiny-softmax/discrete``), in the place of ``trials`` new ones. It gets the outputs as they are: ``centre``,
+    ``normalise`` and ``dimensions`` do not apply, and ``silent`` is a share of their mean norm.
+
     Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
     ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show
     together on some clean and on no corrupted prompt, the same for q, k and v.
@@ -91,6 +96,12 @@ def discrete_sae(
             raise WorkbenchError(f"{name} is at least 1; got {value}")
     placed = len(setting.places) > 1
     vectors = placed_vectors(setting) if placed else head_vectors(setting, pooling)
+    if coder:
+        given = trained_before(coder, vectors.shape[-1])
+        quiet = silent * float(vectors.norm(dim=-1).mean()) / vectors.shape[-1] ** 0.5
+        if level == "edge":
+            return _edges(setting, vectors, [given], quiet)
+        return _nodes(setting, vectors, [given], quiet, statistic, score, relative, permutations, seed)
     if centre:
         vectors = vectors - vectors.mean(0)
     if 0 < dimensions < vectors.shape[-1]:

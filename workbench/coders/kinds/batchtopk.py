@@ -19,11 +19,14 @@ from workbench.coders.code import Code
 from workbench.coders.coder import Coder, Progress
 from workbench.coders.kinds.topk import TopK
 
+_LOOKS = 8
+"""While rows have their own places, every so many steps the threshold of the batch is looked at."""
+
 
 class BatchTopK(TopK):
     kind = "batchtopk"
     paper = "arXiv 2412.06410"
-    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99, "by_row": 0.95}
+    defaults: ClassVar[dict[str, Any]] = {**TopK.defaults, "memory": 0.99, "by_row": 0.8}
     scaled = ("b_enc", "threshold")
     threshold: Tensor
 
@@ -39,16 +42,26 @@ class BatchTopK(TopK):
         return torch.where(pre > self.threshold, torch.relu(pre), 0.0)
 
     def chosen(self, x: Tensor, now: Progress) -> Code:
-        first = round(self.options["by_row"] * now.steps)
-        if now.step < first:
+        if now.step < self.options["by_row"] * now.steps:
+            if now.step % _LOOKS == 0:
+                self._remember(self.of_batch(x)[1], now.step // _LOOKS)
             return TopK.sparse(self, x)
         code, smallest = self.of_batch(x)
-        if smallest is not None:
-            with torch.no_grad():
-                seen = now.step - first
-                keep = min(self.options["memory"], seen / (seen + 1))  # a plain mean at first
-                self.threshold.mul_(keep).add_(smallest, alpha=1 - keep)
+        self._remember(smallest, now.step)
         return code
+
+    def activity(self, code: Code) -> Tensor:
+        """What is below the threshold is not active at inference, though a row with few features may have to use it: features
+        that only fill such places count as silent."""
+        held = code.values.detach() >= self.threshold
+        return Code(code.values.detach() * held, code.indices, self.features).counts()
+
+    @torch.no_grad()
+    def _remember(self, smallest: Tensor | None, seen: int) -> None:
+        """Let the running mean take in a batch; the first one of a training is taken as it is."""
+        if smallest is not None:
+            keep = min(self.options["memory"], seen / (seen + 1))
+            self.threshold.mul_(keep).add_(smallest, alpha=1 - keep)
 
     def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
         return super().strength(x, size, features).maximum(1.2 * self.threshold)

@@ -52,4 +52,4 @@ class Matryoshka(BatchTopK):
         if revived is not None:
             parts["auxiliary"] = revived
             loss = loss + self.options["aux"] * revived
-        return Terms(loss, output, code.counts(), parts)
+        return Terms(loss, output, self.activity(code), parts)

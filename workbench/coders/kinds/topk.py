@@ -56,11 +56,15 @@ class TopK(Coder):
             more = self._largest(x, min(4 * self.options["k"], self.features))
             parts["multi"] = squared(self.decode(more) + skipped, target)
             loss = loss + self.options["multi"] * parts["multi"]
-        return Terms(loss, output, code.counts(), parts)
+        return Terms(loss, output, self.activity(code), parts)
 
     def chosen(self, x: Tensor, now: Progress) -> Code:
         """The code that training decodes."""
         return self.sparse(x)
+
+    def activity(self, code: Code) -> Tensor:
+        """In how many rows each feature counts as active, ``[F]``."""
+        return code.counts()
 
     def strength(self, x: Tensor, size: Tensor, features: Tensor) -> Tensor:
         return size.maximum(1.2 * self.pre(x).topk(self.options["k"], dim=1).values[:, -1])
