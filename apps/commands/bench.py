@@ -17,7 +17,18 @@ from workbench.errors import UnknownName, WorkbenchError
 if TYPE_CHECKING:
     from rich.console import Console
 
-NAMES = ("kernels", "capture", "decode", "maps", "retrieval", "circuits", "codes", "circuit-speed", "sae-formats", "sae-training")
+NAMES = (
+    "kernels",
+    "capture",
+    "decode",
+    "maps",
+    "retrieval",
+    "circuits",
+    "codes",
+    "circuit-speed",
+    "sae-formats",
+    "sae-training",
+)
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "benchmarks"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -94,7 +94,9 @@ def main() -> int:
     if args.json:
         print(json.dumps({"rows": table, "threads": args.threads}))
         return 0
-    print(f"D {args.width}, F {args.features}, k {args.k}, batch {args.batch}, {args.steps} steps, {args.threads} threads")
+    print(
+        f"D {args.width}, F {args.features}, k {args.k}, batch {args.batch}, {args.steps} steps, {args.threads} threads"
+    )
     for row in table:
         print(
             f"{row['way']:24} {row['tokens_per_s']:9,.0f} rows/s  {1 / row['ratio']:5.2f} x slower  fvu {row['fvu']:.3f}"

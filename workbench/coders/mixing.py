@@ -90,7 +90,9 @@ class Mixed:
         if self._number >= 0:
             self._number -= 1
             if not self._fill() or self._end != state["end"]:
-                raise Refused("the texts that had been read are not those that come now; pass the same ones in the same order")
+                raise Refused(
+                    "the texts that had been read are not those that come now; pass the same ones in the same order"
+                )
             self._at = int(state["at"])
 
     def peek(self, rows: int) -> dict[str, Tensor]:
