@@ -44,7 +44,10 @@ def trained_before(name: str, width: int) -> Coder:
     if kind not in ("discrete", "relu") or not found.centred:
         raise Refused(f"{name} is a {kind} coder; the strongest feature is a code in discrete and ReLU autoencoders")
     if found.d_in != width or found.d_out != width:
-        raise WorkbenchError(f"{name} reads width {found.d_in}; outputs of heads here have width {width}")
+        raise WorkbenchError(
+            f"{name} reads width {found.d_in}; outputs of heads here have width {width} "
+            "(pooling='mean' gives that of the model)"
+        )
     coder = Coder(width, found.features, torch.Generator())
     coder.W_d, coder.W_e = found.W_dec.detach().float(), found.W_enc.detach().float()
     coder.b_e, coder.b = found.b_enc.detach().float(), found.b_dec.detach().float()

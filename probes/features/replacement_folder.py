@@ -18,8 +18,9 @@ def load_replacement(folder: str | Path) -> dict[int, Coder] | CrossLayer:
     """``{layer: transcoder}``, or the cross-layer transcoder, in a folder.
 
     The folder is itself a coder, holds one folder per layer (the coder itself or what a training left), or is one of
-    circuit-tracer (``layer_0.safetensors`` ...). The layer of a coder is that of the site it says it writes; of a folder whose coder says nothing, the only number in its name. Folders
-    that hold no coder are passed over; two coders of one layer are refused.
+    circuit-tracer (``layer_0.safetensors`` ...). The layer of a coder is that of the site it says it writes; of a folder whose
+    coder says nothing, the only number in its name. Folders that hold no coder are passed over; two coders of one layer are
+    refused.
     """
     folder = Path(folder)
     if not folder.is_dir():

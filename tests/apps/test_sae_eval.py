@@ -92,7 +92,7 @@ def test_features_have_pages(call, folder, model, tmp_path):
 
 def test_mistakes_are_one_line(call, folder, model, tmp_path):
     assert "no feature '24'" in mistake(call("features", folder, model, "--texts", "filler", "--feature", 24))
-    assert "there is no" in mistake(call("eval", tmp_path / "none", model, "--texts", "filler"))
+    assert "no coder folder or bundled coder" in mistake(call("eval", tmp_path / "none", model, "--texts", "filler"))
     assert "give --data" in mistake(call("eval", folder, model))
     assert "is a folder" in mistake(call("features", folder, model, "--html", tmp_path))
     empty = tmp_path / "empty.txt"

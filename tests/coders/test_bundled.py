@@ -46,19 +46,20 @@ def test_coders_of_heads_explain_them() -> None:
         coder = wb.load_coder(coder_folder(f"tiny-softmax/z-{layer}"), dtype=torch.float32)
         left = (coder(z) - z).pow(2).sum() / (z - z.mean(0)).pow(2).sum()
         assert float(left) < 0.5
-        assert coder.about["reads"] == name
+        assert coder.about["reads"] == [name]
 
 
 def test_the_discrete_method_takes_a_trained_coder() -> None:
     model, task = wb.load("tiny-softmax"), wb.task("ioi").contrast()
     pairs = task.build(seed=0, tokenizer=model.tokenizer, n=8)
-    found = wb.find_circuit(model, pairs, method="discrete-sae", level="node", coder="tiny-softmax/discrete")
-    again = wb.find_circuit(model, pairs, method="discrete-sae", level="node", coder="tiny-softmax/discrete", seed=5)
+    given = {"coder": "tiny-softmax/discrete", "pooling": "mean"}
+    found = wb.find_circuit(model, pairs, method="discrete-sae", level="node", **given)
+    again = wb.find_circuit(model, pairs, method="discrete-sae", level="node", **given, seed=5)
     assert torch.equal(found.columns["raw"], again.columns["raw"])  # nothing is trained
     assert float(found.scores.abs().max()) > 0
     with pytest.raises(Refused, match="is a topk coder"):
-        wb.find_circuit(model, pairs, method="discrete-sae", level="node", coder="tiny-softmax/z-1")
+        wb.find_circuit(model, pairs, method="discrete-sae", level="node", **given | {"coder": "tiny-softmax/z-1"})
     other = wb.load("compiled-ioi")
     its = task.build(seed=0, tokenizer=other.tokenizer, n=8)
-    with pytest.raises(WorkbenchError, match="reads width 128; outputs of heads here have width"):
-        wb.find_circuit(other, its, method="discrete-sae", level="node", coder="tiny-softmax/discrete")
+    with pytest.raises(WorkbenchError, match="reads width 128; outputs of heads here have width .*pooling='mean'"):
+        wb.find_circuit(other, its, method="discrete-sae", level="node", **given)

@@ -79,8 +79,8 @@ def discrete_sae(
     its own, and ``pooling`` has no say.
 
     ``coder``: a discrete (or ReLU) autoencoder of head outputs that was trained before, as a folder or a bundled name
-    (``tiny-softmax/discrete``), in the place of ``trials`` new ones. It gets the outputs as they are: ``centre``,
-    ``normalise`` and ``dimensions`` do not apply, and ``silent`` is a share of their mean norm.
+    (``tiny-softmax/discrete``, of outputs pooled by ``"mean"``), in the place of ``trials`` new ones. It gets the outputs as they
+    are: ``centre``, ``normalise`` and ``dimensions`` do not apply, and ``silent`` is a share of their mean norm.
 
     Columns of nodes: ``raw null_mean null_sd z p`` (``permutations`` label permutations, at least 200),
     ``mean_difference`` and ``probe``. The score of an edge is the number of pairs of codes that its two heads show
