@@ -9,7 +9,7 @@ from torch import Tensor
 from workbench.coders.catalogue import coder_kinds, make_coder
 from workbench.coders.code import Code
 from workbench.coders.coder import Coder, Progress
-from workbench.coders.kinds.jumprelu import jump, step
+from workbench.coders.kinds.jumprelu import _JumpBoth, jump, step
 from workbench.errors import UnknownName, WorkbenchError
 
 SPARSE = ("topk", "batchtopk", "matryoshka")
@@ -272,3 +272,15 @@ def test_codes_turn_dense_and_back() -> None:
     assert code.counts().tolist() == [1, 1, 0, 1]
     assert code.l0().tolist() == [2, 0, 1]
     assert Code.of(torch.zeros(2, 4)).indices.tolist() == [[-1], [-1]]
+
+
+def test_the_wide_jump_also_passes_gradients_to_what_is_near() -> None:
+    pre = torch.tensor([[0.2, 0.1, 0.5, 2.0]], dtype=torch.float64, requires_grad=True)
+    theta = torch.full((4,), 0.4, dtype=torch.float64, requires_grad=True)
+    output = _JumpBoth.apply(pre, theta, 0.5)
+    assert output.tolist() == [[0, 0, 0.5, 2.0]]
+    output.sum().backward()
+    assert pre.grad is not None
+    assert theta.grad is not None
+    assert pre.grad.tolist() == [[1, 0, 1, 1]]
+    torch.testing.assert_close(theta.grad, torch.tensor([-0.8, 0, -0.8, 0], dtype=torch.float64))

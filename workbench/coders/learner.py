@@ -21,7 +21,7 @@ _DEAD_AFTER = 10_000_000
 _WARM, _COOL = 0.02, 0.2
 _CLIP = 1.0
 _REDRAWN = 0.9
-_LEAST = 10
+_LEAST = 8
 _ALONG = 0.3
 
 
@@ -37,7 +37,7 @@ class Learner:
     ``rate``: Adam's peak rate, with a warm-up over the first fiftieth and a linear decay over the last fifth of the steps.
     ``normalise="expected"`` scales x and y (each part of a crosscoder by itself) so that their mean norm is sqrt(D); the scale
     is folded into the weights at the end. ``start``: see ``start.begin``. ``dead_after``: rows after which a silent feature is
-    dead, by default 10 million, in short trainings a tenth of all rows. ``redraws`` times in a training (at most every tenth
+    dead, by default 10 million, in short trainings a tenth of all rows. ``redraws`` times in a training (at most every eighth
     step, and not in the last tenth), features that were silent since the time before are drawn anew in the direction of what
     rows that are explained badly have left (Bricken et al. 2023).
     """

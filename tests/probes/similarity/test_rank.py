@@ -17,7 +17,7 @@ from workbench.probes.examples import SENTENCE, random_rows
 from workbench.probes.similarity import rank
 from workbench.probes.similarity.rank import effective_rank, rank_bounds, rank_collapse
 from workbench.probes.similarity.streams import stream_collapse
-from workbench.run import Run
+from workbench.run import Activations, Run
 
 
 def literal(matrix: torch.Tensor) -> float:
@@ -132,7 +132,9 @@ def test_one_matrix_at_a_time_gives_the_same(dense, monkeypatch) -> None:
 
 def stream(x: torch.Tensor, mask: torch.Tensor | None = None) -> Run:
     real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    return Run(Tokens(torch.zeros(x.shape[:2], dtype=torch.int64), real), acts={"blocks.0.hook_resid_post": x})  # type: ignore[arg-type]
+    return Run(
+        Tokens(torch.zeros(x.shape[:2], dtype=torch.int64), real), acts=Activations({"blocks.0.hook_resid_post": x})
+    )
 
 
 def test_streams_of_equal_and_of_orthogonal_tokens() -> None:

@@ -10,7 +10,7 @@ from workbench.probes.ablation import AblationCurve
 from workbench.probes.examples import SENTENCE, random_rows
 from workbench.probes.similarity.head_sharing import head_sharing
 from workbench.probes.similarity.redundancy import head_redundancy, output_redundancy, redundancy_curve
-from workbench.run import Run
+from workbench.run import Activations, Run
 
 
 def test_cosines_are_those_of_literal_loops(dense) -> None:
@@ -77,7 +77,7 @@ def test_undefined_is_nan_with_a_reason(dense) -> None:
 def outputs(z: torch.Tensor, site: str = "result", mask: torch.Tensor | None = None) -> Run:
     real = torch.ones(z.shape[:2], dtype=torch.bool) if mask is None else mask
     acts = {f"blocks.0.attn.hook_{site}": z}
-    return Run(Tokens(torch.zeros(z.shape[:2], dtype=torch.int64), real), acts=acts)  # type: ignore[arg-type]
+    return Run(Tokens(torch.zeros(z.shape[:2], dtype=torch.int64), real), acts=Activations(acts))
 
 
 def test_outputs_are_compared_by_cosine_and_cka() -> None:

@@ -118,22 +118,14 @@ class _Jump(torch.autograd.Function):
         return grads[0] * (pre > threshold), _over_rows(grads[0] * slope, threshold), None
 
 
-class _JumpBoth(torch.autograd.Function):
+class _JumpBoth(_Jump):
     """As ``_Jump``; within the rectangle the pre-activation gets the slope 1 even below the threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         pre, threshold = ctx.saved_tensors
-        near = _near(pre, threshold, ctx.bandwidth)
-        slope = -(threshold / ctx.bandwidth) * near
-        through = ((pre > threshold) | (near > 0)).to(pre.dtype)
-        return grads[0] * through, _over_rows(grads[0] * slope, threshold), None
+        to_pre, to_threshold, _ = _Jump.backward(ctx, *grads)
+        return torch.where(_near(pre, threshold, ctx.bandwidth) > 0, grads[0], to_pre), to_threshold, None
 
 
 class _Step(torch.autograd.Function):
