@@ -1,0 +1,1 @@
+"""Grids of experiments that survive anything: what a cell is, where its result stands, who computes it."""

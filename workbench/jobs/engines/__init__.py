@@ -1,0 +1,1 @@
+"""Who runs cells: worker processes of this machine, or actors of a Ray cluster."""
