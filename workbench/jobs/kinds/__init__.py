@@ -1,0 +1,1 @@
+"""The probes that cells can name, a module for each sort."""
