@@ -76,7 +76,7 @@ class Result(ABC):
             tensors: dict[str, torch.Tensor] = {}
             labels = {field.name: _plain(getattr(self, field.name), field.name, tensors) for field in fields(self)}
             text = json.dumps({"format": _FORMAT, "type": type(self).__name__, **labels}, indent=1, allow_nan=False)
-            _write(part, _uniform_columns(self.frame()), tensors, text)
+            _write(part, uniform_columns(self.frame()), tensors, text)
         return path
 
     def _repr_html_(self) -> str:
@@ -193,7 +193,7 @@ def _write(folder: Path, frame: pd.DataFrame, tensors: dict[str, torch.Tensor], 
     (folder / "result.json").write_text(text)
 
 
-def _uniform_columns(frame: pd.DataFrame) -> pd.DataFrame:
+def uniform_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """Columns of mixed Python types as text: Parquet columns have one type (layers are ``0`` or ``"encoder.0"``)."""
     frame = frame.copy()
     for name in frame.columns:

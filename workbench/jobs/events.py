@@ -47,4 +47,8 @@ class Event:
             found |= {"key": self.job.key, "job": self.job.dict(), "title": self.job.title}
         if self.kind in ("done", "failed", "lost"):
             found["seconds"] = round(self.seconds, 4)
-        return found | ({"slot": self.slot} if self.slot is not None else {}) | ({"message": self.message} if self.message else {})
+        if self.slot is not None:
+            found["slot"] = self.slot
+        if self.message:
+            found["message"] = self.message
+        return found

@@ -50,7 +50,9 @@ class Job:
         task = self.task
         if isinstance(task, Mapping):
             if not isinstance(task.get("name"), str):
-                raise WorkbenchError(f"a task with options has a name, as in {{name: ioi, split: test}}; got {dict(task)!r}")
+                raise WorkbenchError(
+                    f"a task with options has a name, as in {{name: ioi, split: test}}; got {dict(task)!r}"
+                )
             options = {name: value for name, value in task.items() if name != "name"}
             task = MappingProxyType({"name": task["name"], **plain(options, "task")}) if options else task["name"]
         elif task is not None and not isinstance(task, str):
