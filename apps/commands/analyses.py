@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,30 +19,14 @@ from workbench.apps.inputs import (
     assignments,
 )
 from workbench.apps.terminal import answer, table, working
-from workbench.errors import UnknownName, WorkbenchError, check_types
+from workbench.errors import UnknownName, WorkbenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import pandas as pd
     from rich.console import Console
 
-    from workbench.models.protocol import Model
+    from workbench.probes.calling import Wording
     from workbench.probes.catalogue import Analysis
-
-_RUNS, _MAP, _MODELS, _PAIRS, _EITHER = ("source", "run"), ("amap",), ("model",), ("pairs",), ("inputs",)
-_WRITTEN = (
-    "int",
-    "float",
-    "bool",
-    "str",
-    "tuple[",
-    "Sequence[int",
-    "Sequence[float",
-    "Sequence[str",
-    "Sequence[tuple[",
-)
-"""How types of options begin that can be written as name=value."""
 
 
 def analyses(
@@ -81,9 +63,10 @@ def analyses(
 
 
 def _tell(record: Analysis, shown: int, as_json: bool) -> None:
+    from workbench.probes.calling import analysis_frame
+
     with working(record.name):
-        result = record(**record.example())
-        frame = _frame(result)
+        frame = analysis_frame(record(**record.example()))
     told = {
         "question": record.question,
         "call": record.call + str(inspect.signature(record.function)),
@@ -129,6 +112,7 @@ def analyse(
     Give it a text, or the prompts of a task.
     """
     import workbench as wb
+    from workbench.probes.calling import analysis_frame, prepare
 
     record = wb.analyses()[name]
     target = inputs.fresh(out)
@@ -136,31 +120,23 @@ def analyse(
         raise WorkbenchError("give either --task or a text; got both")
     if task is None and task_options:
         raise WorkbenchError("--task-option belongs to --task, which is not given")
-    chosen = {key: _tuples(value) for key, value in assignments(options, "--option").items()}
-    needed = _needed(record, chosen)
-    _check(record, chosen)
-    words = inputs.prompt(text, file) if text is not None or file is not None else None
-    given_none = words is None and task is None
-    if given_none and needed != ["model"] and not _runs_itself(record, needed):
-        raise WorkbenchError(f"{name} looks at prompts: give --text, --file or --task")
+    given_text = text is not None or file is not None
+    call = prepare(
+        record,
+        assignments(options, "--option"),
+        text=given_text,
+        pairs=task is not None,
+        layers=inputs.layers(layer),
+        wording=_wording(),
+    )
+    prompts: Any = inputs.prompt(text, file) if given_text else None
     with working(f"{model}: {name}"):
         built = inputs.load(model)
-        pairs = None
         if task is not None:
-            pairs = wb.task(task, **assignments(task_options, "--task-option")).build(seed, built.tokenizer, examples)
-        given: dict[str, Any] = {}
-        for argument in needed:
-            if argument in _MODELS or (given_none and _runs_itself(record, needed)):
-                given[argument] = built
-            elif argument in (*_RUNS, *_MAP):
-                run = _run(record, built, words if pairs is None else pairs.clean, layer)
-                given[argument] = run if argument in _RUNS else _one_map(name, run)
-            elif argument in _PAIRS and pairs is None:
-                raise WorkbenchError(f"{name} compares clean and corrupted prompts: give --task")
-            else:
-                given[argument] = words if pairs is None else pairs
-        result = record(**given, **chosen)
-        frame = _frame(result)
+            chosen = wb.task(task, **assignments(task_options, "--task-option"))
+            prompts = chosen.build(seed, built.tokenizer, examples)
+        result = call(built, prompts)
+        frame = analysis_frame(result)
         if target is not None:
             if not hasattr(result, "save"):
                 raise WorkbenchError(f"{name} gives plain numbers, which --out cannot save; use --json")
@@ -192,81 +168,10 @@ def analyse(
     answer(as_json, payload, show)
 
 
-def _needed(record: Analysis, chosen: Mapping[str, Any]) -> list[str]:
-    """The arguments that the command fills in; what it cannot fill in is refused with the call to make."""
-    parameters = inspect.signature(record.function).parameters
-    for option in chosen:
-        if option not in parameters:
-            raise UnknownName(f"option of {record.name}", option, parameters)
-    wanted = [p for p in parameters.values() if p.name not in chosen]
-    found = [p.name for p in wanted if p.name in (*_RUNS, *_MAP, *_MODELS)]
-    found += [p.name for p in wanted if p.name in (*_PAIRS, *_EITHER) and p.default is p.empty]
-    missing = [p.name for p in wanted if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in found]
-    if record.source == "tensors" or missing or not found:
-        written = [name for name in missing if str(parameters[name].annotation).startswith(_WRITTEN)]
-        other = [name for name in missing if name not in written]
-        if written and not other and record.source != "tensors":
-            options = " ".join(f"--option {name}=..." for name in written)
-            raise WorkbenchError(f"{record.name} needs {', '.join(written)}: give {options}")
-        what = ", ".join(other or written) or "arrays"
-        raise WorkbenchError(
-            f"{record.name} needs {what}, which the command line cannot make; call {record.call} from Python "
-            f"(`workbench analyses {record.name}` shows how)"
-        )
-    return found
+def _wording() -> Wording:
+    from workbench.probes.calling import Wording
 
-
-def _runs_itself(record: Analysis, needed: list[str]) -> bool:
-    """Whether the function takes a model in the place of a run, and makes prompts of its own."""
-    return record.source == "model" and needed == ["source"]
-
-
-def _one_map(name: str, run: Any) -> Any:
-    layers = list(run.maps)
-    if len(layers) != 1:
-        raise WorkbenchError(f"{name} looks at one map: choose it with --layer, one of {', '.join(map(str, layers))}")
-    return run.maps[layers[0]]
-
-
-def _check(record: Analysis, chosen: Mapping[str, Any]) -> None:
-    """Refuse options of a type that the function does not take; types that only exist for checkers are let through."""
-    import typing
-
-    function = record.function
-    kinds: dict[str, Any] = {}
-    for key in chosen:
-        with contextlib.suppress(NameError, TypeError):
-            kinds[key] = eval(str(function.__annotations__[key]), vars(sys.modules[function.__module__]), vars(typing))
-    check_types(record.name, kinds, {key: chosen[key] for key in kinds})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _run(record: Analysis, model: Model, prompts: Any, layer: list[str] | None) -> Any:
-    import torch
-
-    import workbench as wb
-
-    reads = [
-        site.replace("{l}", str(number))
-        for site in record.reads
-        for number in (range(model.shape.layers) if "{l}" in site else (0,))
-    ]
-    with torch.no_grad():
-        return model.run(prompts, read=reads, maps=wb.capture(layers=inputs.layers(layer)), logits=None)
-
-
-def _frame(result: Any) -> pd.DataFrame:
-    if hasattr(result, "frame"):
-        return result.frame()
-    import pandas as pd
-
-    values = result.detach().cpu().double()
-    index = pd.MultiIndex.from_product([range(size) for size in values.shape])
-    index.names = [f"axis {i}" for i in range(values.ndim)]
-    return pd.DataFrame({"value": values.flatten().numpy()}, index=index).reset_index()
+    return Wording("--option {name}=...", "--text, --file or --task", "--task", "--layer", "the command line")
 
 
 def _print(console: Console, title: str, frame: pd.DataFrame, shown: int) -> None:
