@@ -199,8 +199,7 @@ class Asked:
     model: Model
     task: Task
     pairs: Pairs
-    contrast: Pairs
-    """Pairs of the task's negatives, for methods that compare activations."""
+    seed: int
 
     def find(
         self,
@@ -210,17 +209,16 @@ class Asked:
         options: list[str] | None,
         positions: str = "all",
     ) -> Circuit:
-        import workbench as wb
+        from workbench.probes.circuits.on_task import find_on_task
 
-        known = wb.methods()
-        pairs = self.contrast if method in known and known[method].contrast else self.pairs
-        return wb.find_circuit(
+        return find_on_task(
             self.model,
-            pairs,
-            method=method,
+            self.task,
+            method,
+            examples=len(self.pairs),
+            seed=self.seed,
             level=level,
             ablation=ablation,
-            metric=self.task.metric,
             positions=positions,
             **inputs.assignments(options, "--option"),
         )
@@ -230,10 +228,7 @@ def ask(model: str, task: str, examples: int, seed: int, options: list[str] | No
     """Load the model and build the pairs."""
     built = chosen(task, options)
     wrapped = inputs.load(model)
-    pairs, contrast = (
-        each.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples) for each in (built, built.contrast())
-    )
-    return Asked(wrapped, built, pairs, contrast)
+    return Asked(wrapped, built, built.build(seed=seed, tokenizer=wrapped.tokenizer, n=examples), seed)
 
 
 def loaded(saved: Path | None, method: str | None, level: str | None, options: list[str] | None) -> Circuit | None:
