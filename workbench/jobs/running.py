@@ -92,6 +92,15 @@ def since(store: JobStore, key: str) -> float | None:
         return None
 
 
+def owner(store: JobStore, key: str) -> int | None:
+    """The process that has the cell, as it wrote it down; None if nobody has it."""
+    try:
+        found = json.loads(_path(store, key).read_bytes()).get("pid")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, int) and is_taken(store, key) else None
+
+
 def touch(store: JobStore, key: str) -> None:
     """The cell begins now: loading its model does not count."""
     with suppress(OSError):
