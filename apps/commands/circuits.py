@@ -209,16 +209,16 @@ class Asked:
         options: list[str] | None,
         positions: str = "all",
     ) -> Circuit:
-        from workbench.probes.circuits.on_task import find_on_task
+        import workbench as wb
+        from workbench.probes.circuits.find import pairs_for
 
-        return find_on_task(
+        return wb.find_circuit(
             self.model,
-            self.task,
-            method,
-            examples=len(self.pairs),
-            seed=self.seed,
+            pairs_for(method, self.task, self.model, len(self.pairs), self.seed),
+            method=method,
             level=level,
             ablation=ablation,
+            metric=self.task.metric,
             positions=positions,
             **inputs.assignments(options, "--option"),
         )

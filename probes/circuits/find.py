@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 from workbench.circuits import LEVELS, Circuit
 from workbench.errors import Refused, UnknownName, WorkbenchError, check_types
 from workbench.models.protocol import Model
-from workbench.pairs import Pairs
-from workbench.probes.circuits.components import Metric, Setting
+from workbench.pairs import Pairs, Task
+from workbench.probes.circuits.components import ABLATIONS, Metric, Setting
 from workbench.probes.circuits.method import Method
+from workbench.probes.circuits.places import POSITIONS
 
 __all__ = ["Method", "find_circuit", "methods"]
 
@@ -59,33 +61,53 @@ def find_circuit(
     method's own, see ``methods()[name].options``. Raises ``UnknownName`` for an unknown method, level, ablation or
     option, ``WorkbenchError`` for an option of another type, and ``Refused`` where the model or method cannot serve the level.
     """
-    known_methods = _known()
-    if method not in known_methods:
-        raise UnknownName("circuit method", method, known_methods)
-    chosen = known_methods[method]
-    if level is None:
-        level = chosen.levels[-1]
-    if level not in LEVELS:
-        raise UnknownName("circuit level", level, LEVELS)
-    if level not in chosen.levels:
-        raise Refused(f"method {method!r} has no {level} level; it has: {', '.join(chosen.levels)}")
+    chosen, level = check_request(method, level, ablation, positions, options)
     setting = Setting.of(model, pairs, metric, ablation, batch, positions)
-    if positions != "all" and not chosen.positions:
-        able = ", ".join(name for name, each in methods().items() if each.positions)
-        raise Refused(f"method {method!r} does not tell positions apart; these do: {able}")
-    if ablation not in chosen.ablations:
-        raise Refused(f"method {method!r} cannot use ablation {ablation!r}; it has: {', '.join(chosen.ablations)}")
-    known = chosen.options
-    for name in options:
-        if name not in known:
-            raise UnknownName(f"option of {method!r}", name, known)
-    check_types(f"method {method!r}", {name: type(value) for name, value in known.items()}, options)
     circuit = chosen(setting, level, **options)
     return replace(
         circuit,
         provenance={
-            **setting.provenance(method, level, {**known, **options}),
+            **setting.provenance(method, level, {**chosen.options, **options}),
             "unit": chosen.unit,
             **circuit.provenance,
         },
     )
+
+
+def pairs_for(method: str, task: Task, model: Model, examples: int, seed: int) -> Pairs:
+    """``examples`` pairs of ``task`` as ``method`` compares them: methods that look at activations (``contrast``) get the task's
+    negatives as corrupted prompts."""
+    if method not in _known():
+        raise UnknownName("circuit method", method, _known())
+    chosen = task.contrast() if _known()[method].contrast else task
+    return chosen.build(seed=seed, tokenizer=model.tokenizer, n=examples)
+
+
+def check_request(
+    method: str, level: str | None, ablation: str, positions: str, options: Mapping[str, Any]
+) -> tuple[Method, str]:
+    """The method and the level of a request to ``find_circuit``, which refuses the others as here; it takes no model."""
+    known = _known()
+    if method not in known:
+        raise UnknownName("circuit method", method, known)
+    chosen = known[method]
+    level = chosen.levels[-1] if level is None else level
+    for what, name, names in (
+        ("circuit level", level, LEVELS),
+        ("ablation", ablation, ABLATIONS),
+        ("positions", positions, POSITIONS),
+    ):
+        if name not in names:
+            raise UnknownName(what, name, names)
+    if level not in chosen.levels:
+        raise Refused(f"method {method!r} has no {level} level; it has: {', '.join(chosen.levels)}")
+    if positions != "all" and not chosen.positions:
+        able = ", ".join(name for name, each in known.items() if each.positions)
+        raise Refused(f"method {method!r} does not tell positions apart; these do: {able}")
+    if ablation not in chosen.ablations:
+        raise Refused(f"method {method!r} cannot use ablation {ablation!r}; it has: {', '.join(chosen.ablations)}")
+    for name in options:
+        if name not in chosen.options:
+            raise UnknownName(f"option of {method!r}", name, chosen.options)
+    check_types(f"method {method!r}", {name: type(value) for name, value in chosen.options.items()}, options)
+    return chosen, level

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UnknownName, WorkbenchError
@@ -12,6 +13,24 @@ from workbench.jobs.probes import REQUIRED
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+_REMEMBERED = 10_000
+
+
+def remembered(check: Callable[[Job], None]) -> Callable[[Job], None]:
+    """``check`` done once for jobs that differ in model and seed alone: grids have thousands of these."""
+    passed: set[str] = set()
+
+    @wraps(check)
+    def once(job: Job) -> None:
+        same = json.dumps([job.probe, job.model is None, job.dict()["task"], dict(job.args)], sort_keys=True)
+        if same not in passed:
+            check(job)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(same)
+
+    return once
 
 
 def check_needs(job: Job, model: str, task: str) -> None:
@@ -43,7 +62,7 @@ def check_value(what: str, kind: Any, value: Any) -> None:
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_json(_json(value), strict=True)
+        _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise WorkbenchError(f"{what}: {error.errors()[0]['msg']}; got {value!r}") from None
 
@@ -61,9 +80,3 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
-
-
-def _json(value: Any) -> bytes:
-    import json
-
-    return json.dumps(value).encode()
