@@ -83,7 +83,7 @@ def read(path: Path) -> Marked:
         raise _broken(text, path, error) from None
     except RecursionError:
         raise WorkbenchError(f"{path} is nested too deeply to be a grid") from None
-    if root is None:
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == _PLAIN and not root.value):
         raise WorkbenchError(f"{path} is empty; a spec names at least a probe, as in `probe: find_circuit`")
     if not isinstance(root, yaml.MappingNode):
         raise mistake(f"{path}:{_line(root)}", f"a spec maps names to values, as in `probe: sleep`; got {_said(root)}")
@@ -187,7 +187,7 @@ def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise WorkbenchError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise WorkbenchError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -217,6 +217,8 @@ def _broken(text: str, path: Path, error: yaml.MarkedYAMLError) -> WorkbenchErro
     mark = error.problem_mark or error.context_mark
     if mark is None:
         return WorkbenchError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+    if "single document" in str(error.context):
+        return mistake(f"{path}:{mark.line + 1}", "a spec is one document; a second one begins here")
     said = " ".join((error.problem or str(error)).split())
     if text[mark.index : mark.index + 1] == "\t":
         said = "a tab stands where YAML takes spaces only"
