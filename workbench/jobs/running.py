@@ -102,7 +102,7 @@ def owner(store: JobStore, key: str) -> int | None:
 
 
 def touch(store: JobStore, key: str) -> None:
-    """The cell begins now: loading its model does not count."""
+    """The cell begins now: starting up and loading its model do not count."""
     with suppress(OSError):
         os.utime(_path(store, key))
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -259,7 +260,7 @@ def encoded(record: Mapping[str, Any]) -> bytes:
 
 def put(path: Path, content: bytes) -> None:
     """Replace a file in one step."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
     try:
         write_durably(part, content)
         part.replace(path)

@@ -112,6 +112,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
 
             probe = resolve(job.probe)
             _prepare(job, order)
+            running.touch(store, job.key)
             outcome = probe.call(Cell(job, load))
             table = _parquet(outcome.table)
         with store.new_cell(job) as part:
@@ -152,7 +153,13 @@ def _save(saved: Any, path: Path) -> None:
 
 
 def _prepare(job: Job, order: Mapping[str, Any]) -> None:
-    """The same start for every cell, whatever ran before it in this process."""
+    """The same start for every cell, whatever ran before it in this process. What is slow only once comes first: it is not
+    the cell's time."""
+    import pyarrow.parquet  # noqa: F401
+
+    from workbench.jobs.revisions import code_version, data_digest
+
+    code_version(), data_digest()
     random.seed(job.seed)
     if job.probe in LIGHT:
         return
