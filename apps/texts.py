@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
-    from workbench.models.protocol import Model
+    from workbench.models.protocol import Model, Tokens
 
 MIXTURE, FILLER, TASK = "mixture", "filler", "task:"
 _LONGEST, _PAIRS = 128, 64
@@ -37,6 +37,27 @@ def texts_of(model: Model, name: str | None, seed: int, tokens: int = _LONGEST) 
             f"no data {name!r}: it is {MIXTURE}, {FILLER}, {TASK}NAME of a task, or a text file; there is no such file"
         )
     return Lines(path), str(path)
+
+
+def first_pieces(model: Model, data: Iterable[Any], number: int, *, context: int | None, bos: bool | None) -> Tokens:
+    """The first ``number`` pieces of ``data`` as tokens: documents are cut after ``context`` tokens, 128 if None and at most as
+    many as the model takes, and begin as a training with ``prepend_bos=bos`` begins them."""
+    from workbench.coders.documents import Documents, Passes, padded
+    from workbench.models.protocol import Tokens
+
+    longest = min(_LONGEST if context is None else context, model.shape.context or 2**31)
+    rows: list[list[int]] = []
+    for item in data:
+        found: Iterable[Any] = [item]
+        if not isinstance(item, Tokens):
+            found = Passes(model, Documents([item], repeat=False), context=longest, prepend_bos=bos)
+        for batch in found:
+            rows += [ids[real].tolist() for ids, real in zip(batch.ids, batch.mask, strict=True)]
+        if len(rows) >= number:
+            break
+    kept = padded(rows[:number], getattr(model.tokenizer, "pad_token_id", None) or 0)
+    labels = tuple(tuple(map(str, model.tokenizer.convert_ids_to_tokens(row))) for row in kept.ids.tolist())
+    return Tokens(kept.ids, kept.mask, labels)
 
 
 def _default(model: Model) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -45,7 +44,6 @@ SiteOption = Annotated[
 TargetOption = Annotated[str | None, typer.Option("--target", help="Where it writes, if not where it says.")]
 _HELD_OUT = 10**6
 """Seeds of held-out texts start here, trainings at 0."""
-_CONTEXT = 128
 _BATCH = 8
 _SAYS = (
     "fvu: variance unexplained, 1 is a constant; ce: loss of the next token in nats, of the model, with the coder, with its site "
@@ -125,24 +123,15 @@ def held_out(model: Model, coder: Coder, name: str | None, number: int, seed: in
     """The first ``number`` pieces of the texts called ``name`` as tokens, and what they are in words.
 
     Pieces are as long as the coder's training had them (128 tokens where it does not say), and begin as its texts did."""
-    from workbench.apps.texts import texts_of
-    from workbench.coders.documents import Documents, Passes, padded
-    from workbench.models.protocol import Tokens
+    from workbench.apps.texts import first_pieces, texts_of
 
     data, said = texts_of(model, name, _HELD_OUT + seed)
-    known = coder.about.get("context")
-    context = min(known if isinstance(known, int) else _CONTEXT, model.shape.context or 2**31)
-    begins = coder.about.get("prepend_bos")
-    options: dict[str, Any] = {"context": context, "prepend_bos": begins if isinstance(begins, bool) else None}
-    rows: list[list[int]] = []
-    for item in data:
-        found: Iterable[Any] = (
-            [item] if isinstance(item, Tokens) else Passes(model, Documents([item], repeat=False), **options)
-        )
-        for batch in found:
-            rows += [ids[real].tolist() for ids, real in zip(batch.ids, batch.mask, strict=True)]
-        if len(rows) >= number:
-            break
-    kept = padded(rows[:number], getattr(model.tokenizer, "pad_token_id", None) or 0)
-    labels = tuple(tuple(map(str, model.tokenizer.convert_ids_to_tokens(row))) for row in kept.ids.tolist())
-    return Tokens(kept.ids, kept.mask, labels), said
+    context, bos = coder.about.get("context"), coder.about.get("prepend_bos")
+    tokens = first_pieces(
+        model,
+        data,
+        number,
+        context=context if isinstance(context, int) else None,
+        bos=bos if isinstance(bos, bool) else None,
+    )
+    return tokens, said

@@ -119,9 +119,11 @@ def resolve(name: str) -> Probe:
         return function_probe(name)
     from workbench.jobs.kinds.analyses import analysis_names, analysis_probe
 
-    if name not in analysis_names():
-        raise UnknownName("probe", name, [*_KINDS, *analysis_names(), _OWN])
-    return analysis_probe(name)
+    known = analysis_names()
+    dashed = name.replace("_", "-")  # the function of an analysis is written so
+    if dashed not in known:
+        raise UnknownName("probe", name, [*_KINDS, *known, _OWN])
+    return analysis_probe(dashed)
 
 
 def probes() -> dict[str, Probe]:
