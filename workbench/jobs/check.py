@@ -6,6 +6,7 @@ Whatever many cells share is looked at once: a model, a task with its options, t
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from workbench.jobs.spec_files import mistake
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 _MOST = 100
-"""Mistakes after which nobody looks for more."""
+"""Mistakes, equal ones counted again, after which nobody looks for more."""
 
 
 def check_grid(grid: Grid) -> None:
@@ -33,15 +34,15 @@ def check_grid(grid: Grid) -> None:
     without importing torch, as far as its probes come without it.
     """
     found: dict[tuple[str, str], WorkbenchError] = {}
-    for at, error in _mistakes(grid):
+    count = 0
+    for at, error in itertools.islice(_mistakes(grid), _MOST):
         found.setdefault((at, str(error)), error)
-        if len(found) == _MOST:
-            break
+        count += 1
     if found:
         (at, said), error = next(iter(found.items()))
         others = len(found) - 1
-        more = f"at least {others}" if len(found) == _MOST else str(others)
-        more = f" (and {more} more mistake{'s' * (others > 1)})" if others else ""
+        number = f"at least {others}" if count == _MOST else f"{others}"
+        more = f" (and {number} more mistake{'s' * (others > 1)})" if others else ""
         raise mistake(at, f"{said}{more}") from error
 
 
@@ -165,9 +166,13 @@ def _arguments(job: Job, probe: Probe) -> tuple[str, WorkbenchError] | None:
 
 
 def _culprit(names: Iterable[str], error: WorkbenchError, failure: Callable[[str], WorkbenchError | None]) -> str:
-    """The name without which there would be another error or none, empty if no name makes a difference."""
-    found = [name for name in names if str(failure(name)) != str(error)]
-    return next((name for name in found if re.search(rf"\b{re.escape(name)}\b", str(error))), found[0] if found else "")
+    """The name that the error is about: without it there is none, or another one and the message has the name. Empty if no name
+    is like that, as where something is missing."""
+    without = {name: failure(name) for name in names}
+    told = [
+        n for n, other in without.items() if str(other) != str(error) and re.search(rf"\b{re.escape(n)}\b", str(error))
+    ]
+    return next(iter(told), "") or next((name for name, other in without.items() if other is None), "")
 
 
 def _with(job: Job, **changes: Any) -> Job:
