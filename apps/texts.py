@@ -31,12 +31,20 @@ def texts_of(model: Model, name: str | None, seed: int, tokens: int = _LONGEST) 
         return _filler(seed, tokens), f"filler, seed {seed}"
     if name.startswith(TASK):
         return _prompts(model, name.removeprefix(TASK), seed), f"prompts of {name.removeprefix(TASK)}, from seed {seed}"
-    path = Path(name)
-    if not path.is_file():
+    check_name(name)
+    return Lines(Path(name)), name
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is neither of texts that are made nor of a file."""
+    import workbench as wb
+
+    if name.startswith(TASK):
+        wb.task(name.removeprefix(TASK))
+    elif name not in (MIXTURE, FILLER) and not Path(name).is_file():
         raise WorkbenchError(
             f"no data {name!r}: it is {MIXTURE}, {FILLER}, {TASK}NAME of a task, or a text file; there is no such file"
         )
-    return Lines(path), str(path)
 
 
 def first_pieces(model: Model, data: Iterable[Any], number: int, *, context: int | None, bos: bool | None) -> Tokens:
