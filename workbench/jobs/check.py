@@ -129,7 +129,8 @@ def _task(job: Job) -> tuple[str, WorkbenchError] | None:
         except WorkbenchError as error:
             return error
         except Exception as error:
-            return WorkbenchError(f"task {name} cannot be made of {options}: {type(error).__name__}: {error}")
+            said = " ".join(str(error).split())
+            return WorkbenchError(f"task {name} cannot be made of {options}: {type(error).__name__}: {said}")
         return None
 
     error = failure(None)
