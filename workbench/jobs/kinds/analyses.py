@@ -9,7 +9,7 @@ from typing import Any
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
-from workbench.jobs.kinds.checks import check_needs, check_value, remembered, whole
+from workbench.jobs.kinds.checks import check_needs, check_value, whole
 from workbench.jobs.probes import REQUIRED, Cell, Outcome, Probe
 
 _EXAMPLES = 16
@@ -55,7 +55,6 @@ def analysis_probe(name: str) -> Probe:
             wording=_wording(),
         )
 
-    @remembered
     def check(job: Job) -> None:
         check_needs(job, "required", task)
         for key in job.args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from functools import lru_cache, wraps
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UnknownName, WorkbenchError
@@ -13,24 +13,6 @@ from workbench.jobs.probes import REQUIRED
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-
-_REMEMBERED = 10_000
-
-
-def remembered(check: Callable[[Job], None]) -> Callable[[Job], None]:
-    """``check`` done once for jobs that differ in model and seed alone: grids have thousands of these."""
-    passed: set[str] = set()
-
-    @wraps(check)
-    def once(job: Job) -> None:
-        same = json.dumps([job.probe, job.model is None, job.dict()["task"], dict(job.args)], sort_keys=True)
-        if same not in passed:
-            check(job)
-            if len(passed) >= _REMEMBERED:
-                passed.clear()
-            passed.add(same)
-
-    return once
 
 
 def check_needs(job: Job, model: str, task: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.job import LARGEST_SEED, Job
 from workbench.jobs.kinds.above import above
-from workbench.jobs.kinds.checks import check_needs, check_value, remembered, whole
+from workbench.jobs.kinds.checks import check_needs, check_value, whole
 from workbench.jobs.probes import Cell, Outcome, Probe
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ def _options(job: Job) -> dict[str, Any]:
     return ({"seed": job.seed} if "seed" in method.options else {}) | given
 
 
-@remembered
 def check(job: Job) -> None:
     """Refuse what ``find_circuit`` would refuse without looking at a model."""
     import workbench as wb

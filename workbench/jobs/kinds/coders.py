@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
-from workbench.jobs.kinds.checks import check_needs, check_value, remembered, whole
+from workbench.jobs.kinds.checks import check_needs, check_value, whole
 from workbench.jobs.probes import REQUIRED, Cell, Outcome, Probe
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def train_sae(cell: Cell) -> Outcome:
     return Outcome(pd.DataFrame([row]), coder, f"trained on {said}")
 
 
-@remembered
 def check(job: Job) -> None:
     """Refuse what a training would refuse without looking at a model."""
     import workbench as wb

@@ -12,7 +12,7 @@ from typing import Any
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.job import Job
-from workbench.jobs.kinds.checks import check_needs, remembered, whole
+from workbench.jobs.kinds.checks import check_needs, whole
 from workbench.jobs.probes import REQUIRED, Cell, Outcome, Probe
 
 _MODEL, _TASK = ("model", "tokenizer", "pairs"), ("task", "pairs")
@@ -41,7 +41,6 @@ def function_probe(name: str) -> Probe:
         own = {"examples": _EXAMPLES, **own}
     needs = {what: _need(parameters, names) for what, names in (("model", _MODEL), ("task", _TASK))}
 
-    @remembered
     def check(job: Job) -> None:
         check_needs(job, needs["model"], needs["task"])
         for key in job.args:
