@@ -9,6 +9,7 @@ from workbench.apps.commands import (
     attention,
     bench,
     circuits,
+    jobs,
     judge,
     models,
     retrieval,
@@ -50,6 +51,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(sae.sae, name="sae")
+app.add_typer(jobs.jobs, name="jobs")
 app.command(context_settings=bench.PASS_ON)(bench.bench)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -27,6 +29,8 @@ REFRESH = 0.2
 """Seconds between two drawings on a terminal, however many events come."""
 LINE_EVERY = 5.0
 """Seconds between two lines of progress where there is no terminal."""
+_MARGIN = 4
+"""Columns left free at the right, so that the ``^C`` of a terminal does not begin a new line, which would shift the view."""
 _TOLD = 20
 """Failures told one by one above the bar of a terminal; the bar counts all."""
 _HALF_LIFE = 12
@@ -69,6 +73,8 @@ class Pace:
         if event.kind == "started":
             self._started[slot] = event.elapsed
             self._busy = max(1, event.counts.running)
+        elif event.kind == "elsewhere":
+            self._started.pop(slot, None)
         elif event.kind in ("done", "failed", "lost") and slot in self._started:
             took = event.elapsed - self._started.pop(slot)
             weight = 1.0 if slot in self._seen else _FIRST
@@ -107,6 +113,7 @@ class JsonLines:
         self._out = out or sys.stdout
         self._gone = False
         self._last: dict[str, Any] = {"event": "end"}
+        self.begun = False
 
     def __enter__(self) -> JsonLines:
         return self
@@ -115,6 +122,7 @@ class JsonLines:
         return
 
     def __call__(self, event: Event) -> None:
+        self.begun = True
         if event.kind == "end":
             self._last = event.dict()
         else:
@@ -132,6 +140,8 @@ class JsonLines:
             self._out.flush()
         except BrokenPipeError:
             self._gone = True
+            with contextlib.suppress(OSError):  # what is still buffered goes nowhere, without complaint at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
             print("workbench: nobody reads the events any more; the grid goes on", file=sys.stderr)
 
 
@@ -244,7 +254,8 @@ class Screen:
             f"{counts.running:,} running, {counts.remaining:,} remaining{outlook}, {span(now)} so far", no_wrap=True
         )
         rest.overflow = "ellipsis"
-        return Group(bar, rest, *self._rows(workers, now))
+        whole = Group(bar, rest, *self._rows(workers, now))
+        return Constrain(whole, max(8, self._console.width - _MARGIN))
 
     def _rows(self, workers: list[tuple[int, tuple[str, float]]], now: float) -> list[RenderableType]:
         room = max(1, min(WORKERS_SHOWN, self._console.size.height - 5))
@@ -254,7 +265,9 @@ class Screen:
         rows.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         rows.add_column(justify="right", no_wrap=True)
         for slot, (doing, since) in shown:
-            rows.add_row(Text(f"worker {slot}"), Text(doing or "idle", style="" if doing else "dim"), span(max(0.0, now - since)))
+            rows.add_row(
+                Text(f"worker {slot}"), Text(doing or "idle", style="" if doing else "dim"), span(max(0.0, now - since))
+            )
         hidden = workers[len(shown) :]
         busy = sum(bool(doing) for _, (doing, _) in hidden)
         more = [Text(f"and {len(hidden):,} more workers, {busy:,} of them busy", style="dim")] if hidden else []
@@ -283,7 +296,7 @@ def remark(event: Event) -> str:
     if event.kind == "failed":
         return f"failed: {title}: {first}"
     if event.kind == "lost":
-        return f"lost, to be tried again: {title}: {first}"
+        return f"lost: {title}: {first}"
     return first if event.kind == "note" else ""
 
 

@@ -92,7 +92,7 @@ def test_lines_tell_begin_every_failure_once_and_little_else():
             shown(grid.event("started", at, 0))
             shown(grid.event("failed", at, 0, message="ValueError: no such thing\nand its second line"))
         shown(grid.event("started", 6.0, 1))
-        shown(grid.event("lost", 6.1, 1, message="killed by signal 9"))
+        shown(grid.event("lost", 6.1, 1, message="its worker died (SIGKILL); tried again"))
         shown(grid.event("note", 6.2, message="the disk is nearly full"))
         for event in grid.rounds(each=0.01, start=6.2):
             shown(event)
@@ -102,7 +102,7 @@ def test_lines_tell_begin_every_failure_once_and_little_else():
     failures = [line for line in lines if line.startswith("failed: sleep seconds=0.1 seed=")]
     assert len(failures) == 2
     assert failures[0].endswith(": ValueError: no such thing")
-    assert [line for line in lines if line.startswith("lost, to be tried again: sleep ") and line.endswith("signal 9")]
+    assert [line for line in lines if line.startswith("lost: sleep ") and line.endswith("tried again")]
     assert "the disk is nearly full" in lines
     progress = [line for line in lines if " left" in line]
     assert len(progress) == 1

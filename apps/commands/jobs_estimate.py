@@ -1,0 +1,117 @@
+"""``jobs run --dry-run``: the cells of a grid and what they will take, told before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.apps.live import amount, flat, plural, span
+from workbench.apps.terminal import answer, table, working
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from workbench.jobs.estimate import Estimate, Kind
+    from workbench.jobs.spec import Grid
+
+_CELLS = 20
+_KINDS = 40
+_FROM = {"store": "{} done", "calibration": "{} tried", "same probe": "same probe ({})", "unknown": "unknown", "": ""}
+
+
+def dry_run(
+    grid: Grid, store: Path, settings: Mapping[str, Any], *, retry: bool, calibrate: bool, as_json: bool
+) -> None:
+    """Tell the cells, the kinds of cells with their costs, and the totals. The store stays as it is."""
+    from workbench.jobs.driver import DEFAULTS, settled
+    from workbench.jobs.estimate import BUDGET, estimate
+    from workbench.jobs.store import JobStore
+
+    with working(f"{grid.name}: estimating") as tick:
+        place = JobStore(store)
+        place.check_format()
+        chosen = settled({**DEFAULTS, **grid.run, **settings}, grid)
+        budget = BUDGET if calibrate else 0.0
+        found = estimate(grid, place, workers=chosen["workers"], retry=retry, budget=budget, settings=chosen, tick=tick)
+    cells = [
+        {"key": job.key, "title": job.title, "state": state, "job": job.dict()}
+        for job, state in zip(grid.jobs, found.states, strict=True)
+    ]
+    payload = {
+        "command": "jobs run --dry-run",
+        "grid": grid.name,
+        "store": store,
+        "workers": found.workers,
+        "engine": chosen["engine"],
+        "total": found.cells,
+        "done": found.done,
+        "failed": found.failed,
+        "missing": found.missing,
+        "unknown": found.unknown,
+        "seconds": found.seconds,
+        "bytes": found.bytes,
+        "memory": found.memory,
+        "start": found.start,
+        "kinds": found.frame(),
+        "cells": cells,
+    }
+
+    def show(console: Console) -> None:
+        counts = [(found.done, "done"), (found.failed, "failed"), (found.missing, "to compute")]
+        console.print(f"{grid.name}: {plural(found.cells, 'cell')}: " + ", ".join(f"{n:,} {w}" for n, w in counts if n))
+        for row in cells[:_CELLS]:
+            state = "" if row["state"] == "missing" else f"  [{row['state']}]"
+            console.print(f"  {flat(row['title'])}{state}", soft_wrap=True)
+        if len(cells) > _CELLS:
+            console.print(f"  and {len(cells) - _CELLS:,} more; --json tells all")
+        console.print()
+        console.print(_kinds(found))
+        for line in sentences(found):
+            console.print(line, soft_wrap=True)
+
+    answer(as_json, payload, show)
+
+
+def _kinds(found: Estimate) -> Any:
+    kinds = sorted(found.kinds, key=lambda k: (-(0.0 if math.isnan(k.seconds) else k.missing * k.seconds), -k.missing))
+    columns = {"probe": "left", "model": "left", "method": "left", "cells": "right", "missing": "right"}
+    columns |= {"time": "right", "disk": "right", "memory": "right", "known from": "left"}
+    rows = [
+        [k.probe, k.model or "", k.method or "", f"{k.cells:,}", f"{k.missing:,}", *_costs(k)] for k in kinds[:_KINDS]
+    ]
+    more = f", the {_KINDS} most costly of {len(kinds):,}" if len(kinds) > _KINDS else ""
+    return table(f"kinds of cells{more}; time, disk and memory are of one cell", columns, rows)
+
+
+def _costs(kind: Kind) -> list[str]:
+    if not kind.missing:
+        return ["", "", "", ""]
+    values = [
+        "" if math.isnan(value) else form(value)
+        for form, value in ((span, kind.seconds), (amount, kind.bytes), (amount, kind.memory))
+    ]
+    return [*values, _FROM[kind.source].format(f"{kind.measured:,}")]
+
+
+def sentences(found: Estimate) -> list[str]:
+    """The totals in words, and what they leave out."""
+    lines = []
+    if not found.missing:
+        lines.append("nothing to compute")
+    elif found.unknown < found.missing:
+        least = "at least " if found.unknown else "about "
+        lines.append(
+            f"in all {least}{span(found.seconds)} with {plural(found.workers, 'worker')}, {amount(found.bytes)} on disk, "
+            f"up to {amount(found.memory)} of memory per worker"
+        )
+    if not math.isnan(found.start):
+        lines.append(f"a worker starts and loads a model in {span(found.start)}, which is counted in")
+    if found.unknown:
+        lines.append(f"nothing is known about {plural(found.unknown, 'cell')}, left out of the totals")
+    for kind in found.kinds:
+        if kind.note:
+            name = " ".join(part for part in (kind.probe, kind.model, kind.method) if part)
+            lines.append(f"{name}: {flat(kind.note.splitlines()[0])}")
+    return lines

@@ -1,0 +1,486 @@
+"""The ``jobs`` commands, on cells that cost nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workbench.jobs.grids import put_grid
+from workbench.jobs.job import Job
+from workbench.jobs.store import JobStore
+
+NAPS = """\
+name: naps
+probe: sleep
+seconds: {seconds}
+seed: {seeds}
+"""
+MIXED = """\
+name: mixed
+grids:
+  - {probe: sleep, rows: 2, seed: [0, 1]}
+  - {probe: fail, how: error, seed: [0, 1, 2]}
+run: {workers: 1}
+"""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    """Four cells that sleep for no time."""
+    return written(tmp_path, NAPS.format(seconds=0.0, seeds=[0, 1, 2, 3]))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, workbench) -> Path:
+    """A folder with ``spec.yaml`` and the ``store`` that its run left: two cells done, three failed."""
+    folder = tmp_path_factory.mktemp("mixed")
+    answer = workbench("jobs", "run", written(folder, MIXED), "--store", folder / "store")
+    assert answer.code == 1
+    (folder / "said.json").write_text(json.dumps([answer.out, answer.err]))
+    return folder
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(text)
+    return path
+
+
+def lines_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# run
+
+
+def test_a_run_tells_begin_and_end_on_stderr_and_the_summary_on_stdout(workbench, spec, tmp_path):
+    answer = workbench("jobs", "run", spec, "--store", tmp_path / "a store", "--workers", "1")
+    assert answer.code == 0, answer.err
+    assert answer.err.splitlines()[0] == "naps: 4 cells, 4 to compute"
+    assert answer.err.splitlines()[-1].startswith("naps: 4 of 4 done after ")
+    out = answer.out.splitlines()
+    assert out[0].startswith("naps: 4 of 4 cells done in ")
+    assert out[1] == f"results as one table: workbench jobs export --store '{tmp_path}/a store' --to table.parquet"
+    again = workbench("jobs", "run", spec, "--store", tmp_path / "a store")
+    assert again.code == 0
+    assert again.err.splitlines()[0] == "naps: 4 cells, 4 done before, nothing to compute"
+    assert "(4 before, 0 now)" in again.out
+
+
+def test_json_is_a_line_per_event_and_a_summary(workbench, spec, tmp_path):
+    answer = workbench("jobs", "run", spec, "--store", tmp_path / "store", "--workers", "1", "--json")
+    assert answer.code == 0, answer.err
+    lines = lines_of(answer.out)
+    assert [line["event"] for line in lines] == ["begin", *["started", "done"] * 4, "end"]
+    assert answer.err == ""
+    last = lines[-1]
+    assert last | {"grid": "naps", "total": 4, "done": 4, "computed": 4, "failed": 0, "left": 0, "stopped": ""} == last
+    assert {line["key"] for line in lines if line["event"] == "done"} == set(JobStore(tmp_path / "store").keys())
+
+
+def test_failed_cells_give_exit_code_1_and_the_next_commands(mixed):
+    out, err = json.loads((mixed / "said.json").read_text())
+    failed = [line for line in err.splitlines() if line.startswith("failed: fail how=error seed=")]
+    assert len(failed) == 3
+    assert "RuntimeError" in failed[0]
+    assert out.splitlines()[0].startswith("mixed: 2 of 5 cells done, 3 failed in ")
+    assert len([line for line in out.splitlines() if line.startswith("  failed: fail how=error")]) == 3
+    assert f"what happened: workbench jobs status --store {mixed / 'store'}" in out
+    assert f"try the failed ones again: workbench jobs retry --store {mixed / 'store'}" in out
+
+
+def test_values_are_replaced_and_options_win_over_the_spec(workbench, tmp_path):
+    path = written(tmp_path, NAPS.format(seconds=0.0, seeds=[0, 1]) + "run: {workers: 3, timeout: 60}\n")
+    words = ("jobs", "run", path, "--store", tmp_path / "store", "--dry-run", "--no-calibrate", "--json")
+    got = workbench(*words).json
+    assert (got["workers"], got["total"], got["grid"]) == (3, 2, "naps")
+    got = workbench(*words, "--set", "seed=[4,5,6]", "--set", "rows=2", "--set", "name=other", "--workers", "2").json
+    assert (got["workers"], got["total"], got["grid"]) == (2, 3, "other")
+    assert [cell["job"]["seed"] for cell in got["cells"]] == [4, 5, 6]
+    assert {cell["job"]["args"]["rows"] for cell in got["cells"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "said"),
+    [
+        (None, (), "cannot read"),
+        ("probe: slep\n", (), "spec.yaml:1: no probe 'slep'"),
+        ("name: x\nprobe: sleep\nsecnods: 1\n", (), "spec.yaml:3: "),
+        ("name: x\nprobe: [\n", (), "spec.yaml:"),
+        ("probe: sleep\nseed: [0, -1]\n", (), "spec.yaml:2: seed of a job is a whole number from 0"),
+        ("probe: sleep\nmodel: tiny-sotfmax\n", (), "tiny-sotfmax"),
+        ("probe: sleep\n", ("--engine", "slurm"), "no engine 'slurm'; known: local, ray"),
+        ("probe: sleep\n", ("--memory", "much"), "an amount of memory is a number and a unit, such as 4GB"),
+        ("probe: sleep\n", ("--timeout", "-1"), "timeout"),
+        ("probe: sleep\n", ("--workers", "0"), "Invalid value for '--workers'"),
+        ("probe: sleep\n", ("--set", "seed"), "--set wants name=value"),
+        ("probe: sleep\n", ("--set", "run=1"), "run cannot be overridden"),
+        ("probe: sleep\n", ("--address", "127.0.0.1:6379"), "address names a Ray cluster"),
+    ],
+)
+@pytest.mark.parametrize("form", [(), ("--json",), ("--dry-run",)])
+def test_a_mistake_is_one_line_and_makes_no_store(workbench, tmp_path, text, extra, said, form):
+    path = written(tmp_path, text) if text is not None else tmp_path / "nosuch.yaml"
+    line = workbench("jobs", "run", path, "--store", tmp_path / "store", *extra, *form).mistake()
+    assert said in line
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_cannot_be_written_is_one_line(workbench, spec, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = workbench("jobs", "run", spec, "--store", tmp_path / "file").mistake()
+    assert "is a file; --store wants a folder" in line
+
+
+def test_a_store_that_fills_up_ends_json_with_the_reason(workbench, spec, tmp_path, monkeypatch):
+    from workbench.jobs.events import Counts, Event
+    from workbench.jobs.store import Unwritable
+
+    def full(grid, store, *, watch, **settings):
+        watch(Event("begin", Counts(4, 0, 0, 0, 0), 0.0))
+        raise Unwritable("cannot write to the store x: No space left on device")
+
+    monkeypatch.setattr("workbench.jobs.driver.run_jobs", full)
+    answer = workbench("jobs", "run", spec, "--store", tmp_path / "store", "--json")
+    assert answer.code == 2
+    assert answer.err.splitlines() == ["workbench: cannot write to the store x: No space left on device"]
+    assert [line["event"] for line in lines_of(answer.out)] == ["begin", "end"]
+    assert "No space left" in lines_of(answer.out)[-1]["error"]
+
+
+# dry run
+
+
+def test_a_dry_run_tells_cells_kinds_and_totals_and_writes_nothing(workbench, tmp_path):
+    path = written(tmp_path, NAPS.format(seconds=0.01, seeds=list(range(30))))
+    words = ("jobs", "run", path, "--store", tmp_path / "store", "--dry-run", "--workers", "2")
+    out = workbench(*words).out
+    assert not (tmp_path / "store").exists()
+    assert out.splitlines()[:3] == [
+        "naps: 30 cells: 30 to compute",
+        "  sleep seconds=0.01 seed=0",
+        "  sleep seconds=0.01 seed=1",
+    ]
+    assert "  and 10 more; --json tells all" in out.splitlines()
+    assert "1 tried" in out
+    assert "with 2 workers" in out
+    assert "a worker starts and loads a model in " in out
+
+
+def test_a_dry_run_knows_what_stands(workbench, mixed, tmp_path):
+    words = ("jobs", "run", mixed / "spec.yaml", "--store", mixed / "store", "--dry-run", "--set", "seed=[0,1,2,3]")
+    got = workbench(*words, "--no-calibrate", "--json").json
+    assert (got["total"], got["done"], got["failed"], got["missing"], got["unknown"]) == (8, 2, 3, 3, 1)
+    assert [cell["state"] for cell in got["cells"]] == ["done"] * 2 + ["missing"] * 2 + ["failed"] * 3 + ["missing"]
+    kinds = {kind["probe"]: kind for kind in got["kinds"]}
+    assert (kinds["sleep"]["source"], kinds["sleep"]["measured"]) == ("store", 2)
+    assert kinds["fail"]["seconds"] is None
+    out = workbench(*words, "--no-calibrate").out
+    assert out.splitlines()[0] == "mixed: 8 cells: 2 done, 3 failed, 3 to compute"
+    assert "  sleep rows=2 seed=0  [done]" in out.splitlines()
+    assert "at least " in out
+    assert "nothing is known about 1 cell, left out of the totals" in out
+    assert workbench(*words, "--no-calibrate", "--retry", "--json").json["missing"] == 6
+
+
+# status, show, retry
+
+
+def test_status_counts_and_tells_failures(workbench, mixed):
+    got = workbench("jobs", "status", "--store", mixed / "store", "--json").json
+    assert got | {"done": 2, "failed": 3, "running": 0, "missing": 0, "other": 0} == got
+    assert got["grids"] == {"mixed": {"done": 2, "failed": 3, "running": 0, "missing": 0}}
+    assert len(got["failures"]) == 3
+    one = got["failures"][0]
+    assert (one["kind"], one["attempts"]) == ("error", 1)
+    assert one["title"].startswith("fail how=error seed=")
+    assert "RuntimeError" in one["message"]
+    out = workbench("jobs", "status", "--store", mixed / "store").out
+    assert f"{one['key'][:12]} error: {one['title']}: {one['message']}" in out.splitlines()
+    assert "Traceback" not in out
+    full = workbench("jobs", "status", "--store", mixed / "store", "--full").out
+    assert full.count("Traceback (most recent call last)") == 3
+    named = workbench("jobs", "status", "--store", mixed / "store", "--grid", "mixed", "--json").json
+    assert named["failed"] == 3
+
+
+def test_the_traceback_of_a_failure_is_found_by_the_beginning_of_its_key(workbench, mixed):
+    key = JobStore(mixed / "store").failed_keys()[0]
+    out = workbench("jobs", "status", "--store", mixed / "store", "--traceback", key[:8]).out
+    assert out.startswith(f"{key} error: fail how=error seed=")
+    assert "Traceback (most recent call last)" in out
+    got = workbench("jobs", "status", "--store", mixed / "store", "--traceback", key, "--json").json
+    assert got["key"] == key
+    assert "Traceback" in got["traceback"]
+    assert workbench("jobs", "show", "--store", mixed / "store", key[:8]).out == out
+
+
+def test_status_of_many_failures_tells_the_first(workbench, tmp_path):
+    store = JobStore(tmp_path / "store")
+    store.open_for_writing()
+    jobs = [Job("fail", seed=i) for i in range(30)]
+    put_grid(store, "many", jobs)
+    for job in jobs[:25]:
+        store.fail(job, {"kind": "timeout", "message": "took\ntoo long", "attempts": 2})
+    out = workbench("jobs", "status", "--store", store.path).out
+    assert out.count("timeout (2 tries): fail seed=") == 20
+    assert "and 5 more; --full tells all" in out
+    assert len(workbench("jobs", "status", "--store", store.path, "--json").json["failures"]) == 25
+
+
+def test_a_cell_is_shown_with_its_provenance_and_first_rows(workbench, mixed):
+    key = JobStore(mixed / "store").keys()[0]
+    out = workbench("jobs", "show", "--store", mixed / "store", key[:6], "--rows", "1").out
+    assert out.splitlines()[0].startswith(f"{key}: sleep rows=2 seed=")
+    for text in (
+        "  computed: ",
+        "  memory: ",
+        "  code: ",
+        "  versions: python ",
+        "2 rows, first 1 shown",
+        f"files: {mixed}",
+    ):
+        assert text in out
+    got = workbench("jobs", "show", "--store", mixed / "store", key, "--json").json
+    assert (got["key"], got["job"]["probe"], len(got["rows"])) == (key, "sleep", 2)
+    assert got["provenance"]["seed"] == got["job"]["seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("status", "--store", "NOSUCH"), "is no store of jobs; `workbench jobs run SPEC --store"),
+        (("status", "--store", "."), "is no store of jobs"),
+        (("show", "--store", "NOSUCH", "ab"), "is no store of jobs"),
+        (("retry", "--store", "NOSUCH"), "is no store of jobs"),
+        (("sql", "--store", "NOSUCH", "select 1"), "is no store of jobs"),
+        (("status", "--store", "STORE", "--grid", "nosuch"), "no grid 'nosuch'; known: mixed"),
+        (("status", "--store", "STORE", "--traceback", "zz"), "no failed cell 'zz'"),
+        (("show", "--store", "STORE", "zz"), "no cell 'zz'"),
+        (("show", "--store", "STORE", ""), "no cell ''"),
+        (("retry", "--store", "STORE", "zz"), "no failed cell 'zz'"),
+        (("retry", "--store", "STORE", "--kind", "tiemout"), "no kind of failure 'tiemout'; known: error, timeout"),
+        (("sql", "--store", "STORE", "select * from nosuch"), "nosuch"),
+        (("sql", "--store", "STORE", "select 1", "--csv", "--json"), "give one"),
+        (("status",), "Missing option '--store'"),
+        (("nosuch",), "No such command 'nosuch'"),
+    ],
+)
+def test_mistakes_about_a_store_are_one_line(workbench, mixed, tmp_path, words, said):
+    places = {"STORE": mixed / "store", "NOSUCH": tmp_path / "nosuch"}
+    assert said in workbench("jobs", *(places.get(word, word) for word in words)).mistake()
+
+
+def test_an_ambiguous_key_is_refused_with_the_candidates(workbench, tmp_path):
+    store = JobStore(tmp_path / "store")
+    store.open_for_writing()
+    jobs = [Job("fail", seed=i) for i in range(40)]
+    put_grid(store, "many", jobs)
+    for job in jobs:
+        store.fail(job, {"kind": "error", "message": "no"})
+    first = max("0123456789abcdef", key=lambda digit: sum(job.key.startswith(digit) for job in jobs))
+    line = workbench("jobs", "show", "--store", store.path, first).mistake()
+    for key in sorted(job.key for job in jobs if job.key.startswith(first))[:3]:
+        assert key in line
+
+
+def test_retry_computes_failed_cells_again_from_the_store_alone(workbench, tmp_path):
+    marker = tmp_path / "marker"
+    text = f"name: once\nprobe: fail\nhow: once\nmarker: {json.dumps(str(marker))}\nrun: {{attempts: 1, workers: 1}}\n"
+    first = workbench("jobs", "run", written(tmp_path, text), "--store", tmp_path / "store")
+    assert first.code == 1
+    assert marker.exists()
+    (tmp_path / "spec.yaml").unlink()
+    nothing = workbench("jobs", "retry", "--store", tmp_path / "store", "--kind", "timeout")
+    assert (nothing.code, nothing.out) == (0, f"no such failures in {tmp_path / 'store'}\n")
+    lines = lines_of(workbench("jobs", "retry", "--store", tmp_path / "store", "--workers", "1", "--json").out)
+    assert lines[-1] | {"grid": "once", "done": 1, "failed": 0} == lines[-1]
+    again = workbench("jobs", "retry", "--store", tmp_path / "store")
+    assert (again.code, again.out) == (0, f"no failures in {tmp_path / 'store'}\n")
+
+
+def test_retry_takes_one_cell_or_what_is_missing(workbench, tmp_path):
+    store = JobStore(tmp_path / "store")
+    store.open_for_writing()
+    jobs = [Job("sleep", seed=i) for i in range(4)]
+    put_grid(store, "first", jobs[:2])
+    put_grid(store, "second", jobs[2:])
+    for job in (jobs[0], jobs[1]):
+        store.fail(job, {"kind": "error", "message": "no"})
+    ran = workbench("jobs", "retry", "--store", store.path, jobs[0].key[:10], "--workers", "1")
+    assert ran.out.startswith("first: 1 of 2 cells done, 1 failed in ")
+    assert ran.code == 1
+    assert set(store.keys()) == {jobs[0].key}
+    store.forgive([jobs[1].key])
+    told = workbench("jobs", "retry", "--store", store.path).out
+    assert told.splitlines() == [
+        f"no failures in {store.path}",
+        f"3 cells missing; to compute them: workbench jobs retry --store {store.path} --missing",
+    ]
+    assert workbench("jobs", "retry", "--store", store.path, "--missing", "--workers", "1").code == 0
+    assert set(store.keys()) == {job.key for job in jobs}
+
+
+# sql
+
+
+def test_sql_answers_as_a_table_csv_and_json(workbench, mixed):
+    query = "select seed, count(*) as n, avg(value) as mean from sleep group by seed order by seed"
+    rows = workbench("jobs", "sql", "--store", mixed / "store", query, "--json").json["rows"]
+    assert [(row["seed"], row["n"]) for row in rows] == [(0, 2), (1, 2)]
+    csv = workbench("jobs", "sql", "--store", mixed / "store", query, "--csv").out.splitlines()
+    assert csv[0] == "seed,n,mean"
+    assert float(csv[1].split(",")[2]) == rows[0]["mean"]
+    out = workbench("jobs", "sql", "--store", mixed / "store", query).out
+    assert out.startswith("2 rows\n")
+    assert f"{rows[1]['mean']:.6g}" in out
+
+
+def test_a_wide_table_is_told_row_by_row_without_empty_columns(workbench, mixed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = workbench("jobs", "sql", "--store", mixed / "store", "select * from cells").out
+    assert out.startswith("2 rows\n\nkey ")
+    assert max(len(line) for line in out.splitlines() if not line.startswith(("args", "without"))) < 90
+    assert out.splitlines()[-1].startswith("without any value: model, revision, task, dtype")
+
+
+def test_values_that_json_does_not_know_are_texts(workbench, mixed):
+    query = "select timestamp '2026-01-02 03:04:05' t, 1.5::decimal(4,2) d, [1, null] l, 'nan'::double x, null n"
+    (row,) = workbench("jobs", "sql", "--store", mixed / "store", query, "--json").json["rows"]
+    assert row["t"].startswith("2026-01-02 03:04:05")
+    assert row | {"d": 1.5, "l": [1, None], "x": None, "n": None} == row
+
+
+# processes and terminals
+
+
+class Process:
+    """``workbench jobs ...`` in a process group of its own, its stdout and stderr as pipes or one terminal."""
+
+    def __init__(self, *words: object, terminal: bool = False) -> None:
+        self.terminal = terminal
+        command = [sys.executable, "-m", "workbench", "jobs", *map(str, words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+        if terminal:
+            self.master, slave = pty.openpty()
+            out = err = slave
+        else:
+            out = err = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+        )
+        if terminal:
+            os.close(slave)
+
+    def interrupt(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def screen(self, until: str = "", limit: float = 60.0) -> str:
+        """What comes out of the terminal until it says ``until``, to its end without it."""
+        found, end = b"", time.monotonic() + limit
+        while time.monotonic() < end and not (until and until in found.decode(errors="replace")):
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    part = os.read(self.master, 65536)
+                except OSError:  # Linux's end of a terminal
+                    break
+                if not part:
+                    break
+                found += part
+        return found.decode(errors="replace")
+
+    def end(self, limit: float = 60.0) -> int:
+        return self.process.wait(limit)
+
+
+@pytest.fixture
+def start() -> Iterator[type[Process]]:
+    """Starts processes and ends them after the test, however it ends."""
+    running: list[Process] = []
+
+    def begin(*words: object, terminal: bool = False) -> Process:
+        running.append(Process(*words, terminal=terminal))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+        if one.terminal:
+            os.close(one.master)
+
+
+def test_ctrl_c_stops_and_the_same_command_continues(start, tmp_path, workbench):
+    path = written(tmp_path, NAPS.format(seconds=0.3, seeds=list(range(12))))
+    words = ("run", path, "--store", tmp_path / "store", "--workers", "2", "--json")
+    first = start(*words)
+    assert first.process.stdout is not None
+    lines = []
+    for line in first.process.stdout:
+        lines.append(json.loads(line))
+        if lines[-1]["event"] == "done":
+            break
+    first.interrupt()
+    out, err = first.process.communicate(timeout=30)
+    assert first.process.returncode == 130
+    assert err.decode().splitlines() == ["workbench: interrupted"]
+    last = lines_of(out.decode())[-1]
+    assert last | {"event": "end", "stopped": "interrupted", "total": 12} == last
+    assert 1 <= last["done"] < 12
+    assert last["done"] + last["left"] == 12
+    state = workbench("jobs", "status", "--store", tmp_path / "store", "--json").json
+    assert (state["done"], state["running"], state["missing"]) == (last["done"], 0, last["left"])
+    assert workbench("jobs", *words, "--set", "seed=[0,1,2,3]").code == 0
+
+
+def test_ctrl_c_tells_people_how_far_it_came(start, tmp_path):
+    path = written(tmp_path, NAPS.format(seconds=0.3, seeds=list(range(12))))
+    one = start("run", path, "--store", tmp_path / "store", "--workers", "1", terminal=True)
+    shown = one.screen(until="1 of 12 done")
+    assert "worker 0 sleep seconds=0.3 seed=" in COLOURS.sub("", shown)
+    one.interrupt()
+    rest = one.screen()
+    assert one.end() == 130
+    assert "of 12 cells; the same command continues" in rest
+    assert (shown + rest).count("\x1b[?25l") == (shown + rest).count("\x1b[?25h"), "the cursor is shown again"
+    assert "Traceback" not in shown + rest
+
+
+def test_the_live_view_leaves_the_terminal_clean(start, tmp_path):
+    path = written(tmp_path, NAPS.format(seconds=0.5, seeds=[0, 1]))
+    one = start("run", path, "--store", tmp_path / "store", "--workers", "1", terminal=True)
+    shown = one.screen()
+    assert one.end() == 0
+    assert "━" in shown
+    assert "1 running, 1 remaining" in shown
+    summary = shown[shown.rindex("\x1b[?25h") :]
+    assert "naps: 2 of 2 cells done in " in summary
+    assert "\x1b[2K" in summary, "the lines of the view are erased"
+    assert "worker" not in summary
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_grid(start, tmp_path, workbench):
+    path = written(tmp_path, NAPS.format(seconds=0.1, seeds=list(range(6))))
+    one = start("run", path, "--store", tmp_path / "store", "--workers", "1", "--json")
+    assert one.process.stdout is not None
+    assert json.loads(one.process.stdout.readline())["event"] == "begin"
+    one.process.stdout.close()
+    assert one.end() == 0
+    assert one.process.stderr is not None
+    assert one.process.stderr.read().decode().splitlines() == [
+        "workbench: nobody reads the events any more; the grid goes on"
+    ]
+    assert workbench("jobs", "status", "--store", tmp_path / "store", "--json").json["done"] == 6
