@@ -130,7 +130,7 @@ def check(job: Job) -> None:
     for name in job.args:
         if name not in own and name not in known:
             raise UnknownName(f"argument of {job.probe} with method {args['method']}", name, [*own, *known])
-        if name in given:
+        if name in given and name not in own:
             raise WorkbenchError(f"argument {name} of {job.probe} is given twice, by itself and in options")
     options = {name: value for name, value in job.args.items() if name not in own} | given
     above("probes.circuits.find").check_request(
