@@ -81,7 +81,7 @@ def test_a_poisoned_cell_fails_alone(store: JobStore, how: str, kind: str, says:
 def test_failures_stay_until_they_are_retried(store: JobStore, tmp_path: Path) -> None:
     poison = Job("fail", args={"how": "error"})
     lucky = Job("fail", args={"how": "once", "marker": str(tmp_path / "been")})
-    assert run_jobs([poison, lucky], store, workers=1, attempts=1).failed == tuple(sorted((poison.key, lucky.key)))
+    assert set(run_jobs([poison, lucky], store, workers=1, attempts=1).failed) == {poison.key, lucky.key}
     second = run_jobs([poison, lucky], store, workers=1)
     assert second.failed == (poison.key,), "a cell whose worker died is tried again, one that raised is not"
     stamp = os.stat(store.hidden / "failed" / f"{poison.key}.json").st_mtime_ns

@@ -43,7 +43,8 @@ DEFAULTS: Mapping[str, Any] = {
 _POLL = 0.2
 _ASK_AGAIN = 0.5
 _PACK = 500
-_START = 300.0
+_START = 1800.0
+"""Seconds that a worker may take to start and to load a model where a time limit is set."""
 _MEMORY_SHARE = 0.9
 
 
@@ -346,21 +347,24 @@ class _Driver:
             if job is None or slot in self.timed_out or now - given < limit:
                 continue
             lasted = running.since(self.store, job.key)
-            if (now - given - _START if lasted is None else lasted) > limit:
+            if now - given > _START if lasted is None else lasted > limit:
                 self.timed_out.add(slot)
                 self.engine.kill(slot)
 
     def _tell_of_other_code(self, done: set[str]) -> None:
-        from workbench.jobs.index import codes
+        """Cells of one grid that different code computed are not told apart by their keys: say so."""
+        if not done:
+            return
+        from workbench.jobs.index import cells
         from workbench.jobs.revisions import code_version
 
-        here = code_version()["digest"]
-        other = sum(n for digest, n in codes(self.store, done).items() if digest != here) if done else 0
+        known = cells(self.store)
+        other = int((known["key"].isin(done) & (known["code_digest"] != code_version()["digest"])).sum())
         if other:
-            self._tell(
-                "note",
-                message=f"{other:,} of the cells that stand were computed by other code than this (see provenance.json)",
+            said = (
+                f"{other:,} of the cells that stand were computed by other code than this: see code_digest in `cells`"
             )
+            self._tell("note", message=said)
 
     def _counts(self) -> Counts:
         at_work = sum(job is not None for job, _ in self.busy.values())

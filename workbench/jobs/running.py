@@ -41,7 +41,7 @@ def taken(store: JobStore, key: str) -> Iterator[int | None]:
         return
     try:
         with writing(store.path):
-            note(handle, pid=os.getpid(), host=socket.gethostname(), started=time.time())
+            note(handle)
         yield handle
     finally:
         with suppress(OSError):
@@ -50,8 +50,8 @@ def taken(store: JobStore, key: str) -> Iterator[int | None]:
 
 
 def note(handle: int, **record: Any) -> None:
-    """Replace what the file says about its cell."""
-    text = json.dumps(record).encode()
+    """Replace what the file says about its cell: the process, and ``begun``, ``ended`` ... as given."""
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **record}).encode()
     os.pwrite(handle, text, 0)
     os.ftruncate(handle, len(text))
 
@@ -85,38 +85,31 @@ def is_taken(store: JobStore, key: str) -> bool:
 
 
 def since(store: JobStore, key: str) -> float | None:
-    """Seconds since the cell began (again, once its model was loaded); None if it has not begun."""
-    try:
-        return time.time() - os.stat(_path(store, key)).st_mtime
-    except FileNotFoundError:
-        return None
+    """Seconds that the cell itself has taken; None while its worker starts or loads a model, or has not begun."""
+    begun = _said(store, key).get("begun")
+    return None if begun is None else time.time() - begun
 
 
 def owner(store: JobStore, key: str) -> int | None:
     """The process that has the cell, as it wrote it down; None if nobody has it."""
-    try:
-        found = json.loads(_path(store, key).read_bytes()).get("pid")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, int) and is_taken(store, key) else None
-
-
-def touch(store: JobStore, key: str) -> None:
-    """The cell begins now: starting up and loading its model do not count."""
-    with suppress(OSError):
-        os.utime(_path(store, key))
+    found = _said(store, key).get("pid")
+    return found if found is not None and is_taken(store, key) else None
 
 
 def last_words(store: JobStore, key: str) -> dict[str, Any]:
     """What a dead process wrote about its cell, if anything; forgets it."""
-    path = _path(store, key)
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+    found = _said(store, key)
     if not is_taken(store, key):
         with suppress(OSError):
-            path.unlink()
+            _path(store, key).unlink()
+    return found
+
+
+def _said(store: JobStore, key: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_path(store, key).read_bytes())
+    except (OSError, ValueError):
+        return {}
     return found if isinstance(found, dict) else {}
 
 

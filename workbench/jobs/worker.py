@@ -69,6 +69,17 @@ def _last_words(used: int) -> None:
         running.note(_handle, ended="memory", used=used, limit=_guard.limit if _guard else None)
 
 
+def _counting() -> None:
+    """The cell's own time begins, or begins again."""
+    if _handle is not None:
+        running.note(_handle, begun=time.time())
+
+
+def _not_counting() -> None:
+    if _handle is not None:
+        running.note(_handle)
+
+
 def _cell(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, Any]:
     global _handle
     with running.taken(store, job.key) as handle:
@@ -92,8 +103,9 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
 
     def load() -> Any:
         nonlocal model
+        _not_counting()
         model = _loaded(job, order)
-        running.touch(store, job.key)
+        _counting()
         return model.model
 
     def facts() -> dict[str, Any]:
@@ -112,7 +124,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
 
             probe = resolve(job.probe)
             _prepare(job, order)
-            running.touch(store, job.key)
+            _counting()
             outcome = probe.call(Cell(job, load))
             table = _parquet(outcome.table)
         with store.new_cell(job) as part:
@@ -159,7 +171,7 @@ def _prepare(job: Job, order: Mapping[str, Any]) -> None:
 
     from workbench.jobs.revisions import code_version, data_digest
 
-    code_version(), data_digest()
+    code_version(), data_digest(), _versions(job.probe in LIGHT)
     random.seed(job.seed)
     if job.probe in LIGHT:
         return
@@ -258,7 +270,6 @@ def _forget_model() -> None:
 def _facts(job: Job, order: Mapping[str, Any], loaded: _Loaded | None) -> dict[str, Any]:
     """Where the numbers come from."""
     from workbench.jobs.revisions import code_version, data_digest
-    from workbench.run import versions
 
     about = None
     if loaded is not None:
@@ -277,7 +288,7 @@ def _facts(job: Job, order: Mapping[str, Any], loaded: _Loaded | None) -> dict[s
     return {
         "format": 1,
         "code": code_version(),
-        "versions": _versions() if job.probe in LIGHT else versions(),
+        "versions": _versions(job.probe in LIGHT),
         "model": about,
         "data": {"digest": data_digest()},
         "seed": job.seed,
@@ -301,10 +312,15 @@ def _attention(loaded: _Loaded) -> str:
     return ""
 
 
-def _versions() -> dict[str, str]:
-    from workbench import __version__
+@functools.cache
+def _versions(light: bool) -> dict[str, str]:
+    if light:
+        from workbench import __version__
 
-    return {"python": platform.python_version(), "attention-workbench": __version__}
+        return {"python": platform.python_version(), "attention-workbench": __version__}
+    from workbench.run import versions
+
+    return versions()
 
 
 @functools.cache
