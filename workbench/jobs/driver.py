@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -189,6 +190,7 @@ class _Driver:
         self.failed = dict.fromkeys(sorted(self._old_failures(keys - done, retry)))
         self.waiting = CellQueue(j for j in self.grid.jobs if j.key not in done and j.key not in self.failed)
         self._tell("begin")
+        self._tell_of_damage(keys - done)
         self._tell_of_other_code(done)
         if not self.waiting:
             return self._end()
@@ -351,6 +353,12 @@ class _Driver:
                 self.timed_out.add(slot)
                 self.engine.kill(slot)
 
+    def _tell_of_damage(self, missing: set[str]) -> None:
+        spoiled = sorted(missing & set(self.store.keys()))
+        if spoiled:
+            said = f"{len(spoiled):,} damaged cells are computed again; the first: {self.store.damage(spoiled[0])}"
+            self._tell("note", message=said)
+
     def _tell_of_other_code(self, done: set[str]) -> None:
         """Cells of one grid that different code computed are not told apart by their keys: say so."""
         if not done:
@@ -358,7 +366,9 @@ class _Driver:
         from workbench.jobs.index import cells
         from workbench.jobs.revisions import code_version
 
-        known = cells(self.store)
+        with warnings.catch_warnings():  # of damaged cells, which this run computes again
+            warnings.simplefilter("ignore")
+            known = cells(self.store)
         other = int((known["key"].isin(done) & (known["code_digest"] != code_version()["digest"])).sum())
         if other:
             said = (
