@@ -193,7 +193,9 @@ def test_mistakes_of_an_extended_spec_have_its_line():
     spec("probe: sleep\nseed: [0, x]\nmodel: 3\n", "base.yaml")
     assert refusal(spec("extends: base.yaml\nmodel: a\n")).startswith("base.yaml:2: seed of a job is")
     assert refusal(spec("extends: base.yaml\nseed: 1\n")).startswith("base.yaml:3: model of a job is a text; got 3")
-    assert refusal(spec("extends: none.yaml")) == "spec.yaml:1: extends none.yaml, which is no file"
+    assert refusal(spec("extends: none.yaml")) == "spec.yaml:1: extends none.yaml, which is no file that can be read"
+    for odd in ("a" * 5000, '"a\\0b"', "spec.yaml/x"):
+        assert refusal(spec(f"extends: {odd}")).endswith("which is no file that can be read")
     assert "extends is the path of one spec; got a list" in refusal(spec("extends: [a.yaml, b.yaml]"))
 
 
@@ -233,6 +235,7 @@ def test_every_value_has_its_place():
 grids:
   - probe: find_circuit
     method: [eap,
+      eap-ig, eap,
       eap-ig]
     task:
       - ioi
@@ -253,15 +256,15 @@ grids:
         "": "spec.yaml:5",
         "model": "spec.yaml:3",
         "method": "spec.yaml:7",
-        "task": "spec.yaml:10",
-        "task.length": "spec.yaml:11",
-        "task.depth": "spec.yaml:10",
+        "task": "spec.yaml:11",
+        "task.length": "spec.yaml:12",
+        "task.depth": "spec.yaml:11",
         "seed": "spec.yaml:5",
         "no": "spec.yaml:5",
     }
-    assert grid.place(of["find_circuit", "a", "mqar", "eap"], "task") == "spec.yaml:12"
-    assert grid.place(of["sleep", "a", None, "eap"], "method") == "spec.yaml:14"
-    assert grid.place(of["sleep", "a", None, "eap"]) == "spec.yaml:13"
+    assert grid.place(of["find_circuit", "a", "mqar", "eap"], "task") == "spec.yaml:13"
+    assert grid.place(of["sleep", "a", None, "eap"], "method") == "spec.yaml:15"
+    assert grid.place(of["sleep", "a", None, "eap"]) == "spec.yaml:14"
 
 
 def test_without_blocks_the_place_of_a_cell_is_its_probe():

@@ -156,6 +156,7 @@ def test_files_that_cannot_be_read(tmp_path):
     Path("folder.yaml").mkdir()
     for path, said in {
         "folder.yaml": "folder.yaml is a folder; a spec is a YAML or JSON file",
+        "a" * 5000: f"cannot read '{'a' * 5000}': File name too long",
         "none.yaml": "cannot read 'none.yaml': No such file or directory",
         "a\0b": "cannot read 'a\\x00b': ",
         "spec.yaml/x.yaml": "cannot read 'spec.yaml/x.yaml': Not a directory",
@@ -246,6 +247,10 @@ def test_json_with_all_letters_is_read_as_json(value, layout):
 )
 def test_a_json_file_holds_json(content, said):
     assert refusal(content, "spec.json").startswith(said)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it():
+    assert reading("\ufeffa: 1", "spec.yaml").plain() == reading('\ufeff{"a": 1}', "spec.json").plain() == {"a": 1}
 
 
 def test_marked_values_of_python_have_one_place():

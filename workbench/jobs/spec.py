@@ -151,10 +151,15 @@ def _base(given: Marked, folder: Path, chain: tuple[Path, ...]) -> _Spec:
     if not isinstance(given.value, str) or not given.value:
         raise mistake(given.at, f"extends is the path of one spec; got {_short(given)}")
     path = folder / given.value
-    if not path.is_file():
-        raise mistake(given.at, f"extends {path}, which is no file")
-    if any(path.samefile(other) for other in chain):
+    try:
+        again = any(path.samefile(other) for other in chain)
+        there = path.is_file()
+    except (OSError, ValueError):  # none there, no way to it, or no name of a file
+        again = there = False
+    if again:
         raise mistake(given.at, f"specs extend each other: {' -> '.join(map(str, (*chain, path)))}")
+    if not there:
+        raise mistake(given.at, f"extends {path}, which is no file that can be read")
     return _read_file(path, chain)
 
 

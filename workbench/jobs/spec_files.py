@@ -182,10 +182,10 @@ def _joined(text: str, at: str) -> str:
 
 
 def _text(path: Path) -> str:
-    if path.is_dir():
-        raise WorkbenchError(f"{path} is a folder; a spec is a YAML or JSON file")
     try:
         raw = path.read_bytes()
+    except IsADirectoryError:
+        raise WorkbenchError(f"{path} is a folder; a spec is a YAML or JSON file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise WorkbenchError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     try:
