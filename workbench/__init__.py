@@ -64,6 +64,12 @@ _NAMES: dict[str, str] = {
     "write_mib": "workbench.interchange:write_mib",
     "write_graph_json": "workbench.interchange:write_graph_json",
     "read_graph_json": "workbench.interchange:read_graph_json",
+    # batch jobs
+    "Job": "workbench.jobs.job:Job",
+    "JobStore": "workbench.jobs.store:JobStore",
+    "read_grid": "workbench.jobs.spec:read_grid",
+    "run_jobs": "workbench.jobs.driver:run_jobs",
+    "job_probes": "workbench.jobs.probes:probes",
     # analyses: all of them, and the instruments they share
     "analyses": "workbench.probes.catalogue:analyses",
     "Analysis": "workbench.probes.catalogue:Analysis",

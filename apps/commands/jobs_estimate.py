@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 _CELLS = 20
 _KINDS = 40
-_FROM = {"store": "{} done", "calibration": "{} tried", "same probe": "same probe ({})", "unknown": "unknown", "": ""}
+_FROM = {"store": "{} done", "calibration": "{} tried", "same probe": "probe ({})", "unknown": "unknown", "": ""}
 
 
 def dry_run(
     grid: Grid, store: Path, settings: Mapping[str, Any], *, retry: bool, calibrate: bool, as_json: bool
 ) -> None:
     """Tell the cells, the kinds of cells with their costs, and the totals. The store stays as it is."""
-    from workbench.jobs.driver import DEFAULTS, settled
+    from workbench.jobs.settings import DEFAULTS, settled
     from workbench.jobs.estimate import BUDGET, estimate
     from workbench.jobs.store import JobStore
 
@@ -76,13 +76,21 @@ def dry_run(
 
 def _kinds(found: Estimate) -> Any:
     kinds = sorted(found.kinds, key=lambda k: (-(0.0 if math.isnan(k.seconds) else k.missing * k.seconds), -k.missing))
-    columns = {"probe": "left", "model": "left", "method": "left", "cells": "right", "missing": "right"}
-    columns |= {"time": "right", "disk": "right", "memory": "right", "known from": "left"}
-    rows = [
-        [k.probe, k.model or "", k.method or "", f"{k.cells:,}", f"{k.missing:,}", *_costs(k)] for k in kinds[:_KINDS]
-    ]
+    columns = {
+        "kind": "left",
+        "missing": "right",
+        "time": "right",
+        "disk": "right",
+        "memory": "right",
+        "known from": "left",
+    }
+    rows = [[_name(k), f"{k.missing:,} of {k.cells:,}", *_costs(k)] for k in kinds[:_KINDS]]
     more = f", the {_KINDS} most costly of {len(kinds):,}" if len(kinds) > _KINDS else ""
     return table(f"kinds of cells{more}; time, disk and memory are of one cell", columns, rows)
+
+
+def _name(kind: Kind) -> str:
+    return " ".join(part for part in (kind.probe, kind.model, kind.method) if part)
 
 
 def _costs(kind: Kind) -> list[str]:
@@ -108,10 +116,11 @@ def sentences(found: Estimate) -> list[str]:
         )
     if not math.isnan(found.start):
         lines.append(f"a worker starts and loads a model in {span(found.start)}, which is counted in")
+    if any(kind.source == "same probe" for kind in found.kinds):
+        lines.append("probe (n): the mean of n cells of the probe, whose kind was never computed")
     if found.unknown:
         lines.append(f"nothing is known about {plural(found.unknown, 'cell')}, left out of the totals")
     for kind in found.kinds:
         if kind.note:
-            name = " ".join(part for part in (kind.probe, kind.model, kind.method) if part)
-            lines.append(f"{name}: {flat(kind.note.splitlines()[0])}")
+            lines.append(f"{_name(kind)}: {flat(kind.note.splitlines()[0])}")
     return lines

@@ -25,7 +25,10 @@ from workbench.errors import WorkbenchError
 from workbench.jobs.job import Job, is_key
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
+
+    from workbench.jobs.status import Status
 
 TABLE, JOB, PROVENANCE, SAVED = "result.parquet", "job.json", "provenance.json", "saved"
 HIDDEN = ".jobs"
@@ -150,6 +153,33 @@ class JobStore:
         from workbench.coders.folder import load_coder
 
         return load_coder(at)
+
+    # all cells
+
+    def status(self, grid: str | None = None) -> Status:
+        """How many cells of ``grid``, of all grids that ran here, are done, failed, running and missing."""
+        from workbench.jobs.status import status
+
+        return status(self, grid)
+
+    def cells(self) -> pd.DataFrame:
+        """One row per finished cell: what it computed, by what code, where, when, and how long it took."""
+        from workbench.jobs.index import cells
+
+        return cells(self)
+
+    def frame(self, where: str | Mapping[str, Any] | None = None, probe: str | None = None) -> pd.DataFrame:
+        """One row per result row, the fields of the cell's job as columns; ``workbench.jobs.index.frame``."""
+        from workbench.jobs.index import frame
+
+        return frame(self, where, probe)
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """The answer to a query over the views ``cells``, ``results``, ``failures``, ``grids`` and one per probe;
+        ``workbench.jobs.index.sql``."""
+        from workbench.jobs.index import sql
+
+        return sql(self, query)
 
     def _refuse_damaged(self, key: str) -> None:
         if reason := self.damage(key):
