@@ -67,7 +67,7 @@ _NAMES: dict[str, str] = {
     # batch jobs
     "Job": "workbench.jobs.job:Job",
     "JobStore": "workbench.jobs.store:JobStore",
-    "read_grid": "workbench.jobs.spec:read_grid",
+    "job_grid": "workbench.jobs.driver:job_grid",
     "run_jobs": "workbench.jobs.driver:run_jobs",
     "job_probes": "workbench.jobs.probes:probes",
     # analyses: all of them, and the instruments they share

@@ -67,7 +67,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_jobs(
-    grid: Grid | str | Path | Any,
+    grid: Any,
     store: JobStore | str | Path,
     *,
     workers: int | None = None,
@@ -92,13 +92,7 @@ def run_jobs(
     Tables do not depend on ``workers`` and ``engine``. ``threads`` can change the last bits of a number, and so can ``device``.
     Raises ``Unwritable`` if the store cannot be written, and ``Stopped`` after Ctrl-C or SIGTERM; what is done stays.
     """
-    from workbench.jobs.check import check_grid, pinned
-    from workbench.jobs.spec import Grid, read_grid
-
-    if not isinstance(grid, Grid):
-        grid = read_grid(grid)
-    check_grid(grid)
-    grid = pinned(grid)
+    grid = job_grid(grid)
     given = {
         "workers": workers, "engine": engine, "threads": threads, "timeout": timeout, "memory": memory, "device": device,
         "attempts": attempts, "address": address,
@@ -110,6 +104,18 @@ def run_jobs(
     place.open_for_writing()
     put_grid(place, grid.name, grid.jobs)
     return _Driver(grid, place, settings, watch or (lambda event: None)).run(retry)
+
+
+def job_grid(source: Any, *, name: str | None = None, overrides: Mapping[str, Any] | None = None) -> Grid:
+    """The cells of a spec as they will run: read (``workbench.jobs.spec.read_grid``), checked (``check_grid``), and with the
+    revision of every model filled in, which is part of their keys. ``source`` is a spec's path, a mapping, a list of mappings or
+    jobs, or a grid."""
+    from workbench.jobs.check import check_grid, pinned
+    from workbench.jobs.spec import Grid, read_grid
+
+    grid = source if isinstance(source, Grid) else read_grid(source, name=name, overrides=overrides)
+    check_grid(grid)
+    return pinned(grid)
 
 
 class _Driver:
