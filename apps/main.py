@@ -10,6 +10,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from workbench.apps.jobs_view import job_stores, jobs_page
 from workbench.apps.report import Numbers, Picture, Prose
 from workbench.apps.sections import parts_of
 from workbench.apps.store import Stored, account, stored
@@ -55,6 +56,12 @@ def page() -> None:
         st.error(str(error))
         return
     st.title("attention workbench")
+    grids = job_stores(store)
+    if grids and st.sidebar.toggle("batch jobs", value="jobs" in st.query_params or not things):
+        st.query_params["jobs"] = ""
+        jobs_page(grids)
+        return
+    st.query_params.pop("jobs", None)
     if not things:
         st.info(f"Nothing is saved in {store} yet. `make demo` saves results, and so does a command with `--out`.")
         return

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import WorkbenchError
+from workbench.jobs.job import is_key
+from workbench.jobs.store import HIDDEN
 
 if TYPE_CHECKING:
     from workbench.circuits import Circuit
@@ -44,7 +46,8 @@ class Stored:
 
 def stored(folder: str | Path) -> list[Stored]:
     """Everything saved in ``folder``, by name. A folder that holds any file of a result counts as one, so that a
-    half-written result is found and refused when it is loaded, not passed over. Temporary names are passed over."""
+    half-written result is found and refused when it is loaded, not passed over. Temporary names are passed over, and so are the
+    cells of batch jobs (``jobs_view``)."""
     root = Path(folder)
     if not root.is_dir():
         raise WorkbenchError(f"no results folder {root}; `make demo` makes one, or give --out to a command")
@@ -59,7 +62,9 @@ def stored(folder: str | Path) -> list[Stored]:
             name = root.resolve().name if at == root else str(at.relative_to(root))
             found.append(Stored(name, at, kinds[0]))
         elif depth < DEPTH:
-            pending += [(sub, depth + 1) for sub in at.iterdir() if sub.is_dir() and not _temporary(sub)]
+            jobs = (at / HIDDEN).is_dir()
+            inside = [p for p in at.iterdir() if not (_temporary(p) or (jobs and is_key(p.name)))]
+            pending += [(sub, depth + 1) for sub in inside if sub.is_dir()]
     return sorted(found, key=lambda s: s.name)
 
 
