@@ -52,8 +52,6 @@ def revision_of(model: str, revision: str | None = None) -> str:
     """
     folder = model_folder(model)
     if folder is None:
-        if revision and _COMMIT.fullmatch(revision):
-            return revision
         return _cached_commit(model, revision) or revision or "main"
     found = f"sha256:{_digest(_model_files(folder))}"
     if revision not in (None, found):
