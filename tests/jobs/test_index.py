@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from job_cells import sleepers, write_cell
 
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.jobs import index, index_packs
+from workbench.jobs import index, index_packs, index_writing
 from workbench.jobs.grids import put_grid
 from workbench.jobs.job import Job
 from workbench.jobs.store import PROVENANCE, TABLE, JobStore, Unwritable
@@ -140,8 +140,8 @@ def test_any_order_of_writing_packing_merging_and_removing_gives_what_stands(act
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
-        patch.setattr(index_packs, "PACKS", 2)
-        patch.setattr(index_packs, "KEPT", 1)
+        patch.setattr(index_writing, "PACKS", 2)
+        patch.setattr(index_writing, "KEPT", 1)
         store = JobStore(Path(folder) / "store")
         store.open_for_writing()
         packs = store.hidden / "index"
@@ -160,7 +160,7 @@ def test_any_order_of_writing_packing_merging_and_removing_gives_what_stands(act
             elif what == "pack":
                 index.pack(store, [jobs[i].key for i in given_[0]])
             elif what == "merge":
-                index_packs.merge(store, packs)
+                index_writing.merge(store, packs)
             elif what == "refresh":
                 index.refresh(store)
             elif what == "lose a pack" and (names := sorted(n for n in os.listdir(packs) if not n.startswith("."))):
@@ -240,8 +240,8 @@ def test_cells_that_are_not_there_cannot_be_packed(store: JobStore) -> None:
 
 
 def test_many_packs_are_merged_into_few(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_packs, "PACKS", 4)
-    monkeypatch.setattr(index_packs, "KEPT", 2)
+    monkeypatch.setattr(index_writing, "PACKS", 4)
+    monkeypatch.setattr(index_writing, "KEPT", 2)
     jobs = filled(store, 9)
     for each in jobs:
         index.pack(store, [each.key])
@@ -255,37 +255,37 @@ def test_a_merge_that_died_loses_and_doubles_nothing(store: JobStore, monkeypatc
     jobs = filled(store, 4)
     for each in jobs:
         index.pack(store, [each.key])
-    monkeypatch.setattr(index_packs, "PACKS", 2)
-    monkeypatch.setattr(index_packs, "KEPT", 1)
+    monkeypatch.setattr(index_writing, "PACKS", 2)
+    monkeypatch.setattr(index_writing, "KEPT", 1)
 
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_packs._Writer, "commit", die)
+        patch.setattr(index_writing._Writer, "commit", die)
         with pytest.raises(KeyboardInterrupt):
-            index_packs.merge(store, store.hidden / "index")
+            index_writing.merge(store, store.hidden / "index")
     assert len(pack_names(store)) == 4
     check(store)
     with monkeypatch.context() as patch:
         removals = iter([lambda folder: None, die])
-        patch.setattr(index_packs, "tidy", lambda folder: next(removals)(folder))
+        patch.setattr(index_writing, "tidy", lambda folder: next(removals)(folder))
         with pytest.raises(KeyboardInterrupt):
-            index_packs.merge(store, store.hidden / "index")
+            index_writing.merge(store, store.hidden / "index")
     assert len(pack_names(store)) == 5
     check(store)
     assert len(index_packs.packs(store.hidden / "index")) == 2
-    index_packs.merge(store, store.hidden / "index")
+    index_writing.merge(store, store.hidden / "index")
     assert len(pack_names(store)) == 2
     check(store)
 
 
 def test_large_packs_are_closed_and_left_alone(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_packs, "PACKS", 2)
-    monkeypatch.setattr(index_packs, "KEPT", 1)
+    monkeypatch.setattr(index_writing, "PACKS", 2)
+    monkeypatch.setattr(index_writing, "KEPT", 1)
     jobs = filled(store, 5)
-    monkeypatch.setattr(index_packs, "LARGE", 1)
-    monkeypatch.setattr(index_packs, "_ROWS", 1)
+    monkeypatch.setattr(index_writing, "LARGE", 1)
+    monkeypatch.setattr(index_writing, "_ROWS", 1)
     index.pack(store, [j.key for j in jobs])
     assert len(pack_names(store)) == 5
     check(store)
@@ -294,7 +294,7 @@ def test_large_packs_are_closed_and_left_alone(store: JobStore, monkeypatch: pyt
 def test_a_long_table_is_written_in_pieces(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(index_packs, "_ROWS", 100)
+    monkeypatch.setattr(index_writing, "_ROWS", 100)
     for i in range(4):
         write_cell(store, job(2 * i), pa.table({"n": list(range(70))}))
     index.refresh(store)
@@ -334,17 +334,17 @@ def test_packers_that_are_killed_and_readers_beside_them(store: JobStore, monkey
     filled(store, 40)
     program = textwrap.dedent("""
         import os, random, sys
-        from workbench.jobs import index, index_packs
+        from workbench.jobs import index, index_writing
         from workbench.jobs.store import JobStore
         os.fsync = lambda handle: None
-        index_packs.PACKS, index_packs.KEPT = 3, 1
+        index_writing.PACKS, index_writing.KEPT = 3, 1
         store, chance = JobStore(sys.argv[1]), random.Random(int(sys.argv[2]))
         keys = sorted(store.keys())
         print("ready", flush=True)
         while True:
             index.pack(store, chance.sample(keys, 12))
     """)
-    monkeypatch.setattr(index_packs, "PACKS", 3)
+    monkeypatch.setattr(index_writing, "PACKS", 3)
     workers: list[subprocess.Popen[str]] = []
 
     def start(seed: int) -> None:
@@ -659,15 +659,15 @@ def test_a_pack_that_is_merged_away_under_a_query(store: JobStore, monkeypatch: 
     jobs = filled(store, 4)
     for each in jobs:
         index.pack(store, [each.key])
-    monkeypatch.setattr(index_packs, "PACKS", 2)
-    monkeypatch.setattr(index_packs, "KEPT", 1)
+    monkeypatch.setattr(index_writing, "PACKS", 2)
+    monkeypatch.setattr(index_writing, "KEPT", 1)
     times = iter([True, False])
     current = index.current
 
     def merging(where: JobStore) -> Any:
         found = current(where)
         if next(times):
-            index_packs.merge(where, where.hidden / "index")
+            index_writing.merge(where, where.hidden / "index")
             assert not found[0].stands()
         return found
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.index_cells import marks
-from workbench.jobs.index_packs import MARKS, PLACES, Pack, Packed, Snapshot, matched, merge, packs, unread, write_packs
+from workbench.jobs.index_packs import MARKS, PLACES, Pack, Snapshot, matched, packs, unread
 from workbench.jobs.index_views import ROW, View, Views, literal, quoted
+from workbench.jobs.index_writing import Packed, merge, write_packs
 from workbench.jobs.store import JobStore, Unwritable, writing
 
 if TYPE_CHECKING:
