@@ -319,12 +319,13 @@ def test_without_blocks_the_place_of_a_cell_is_its_probe():
                 "threads": ("0",),
                 "attempts": ("-1",),
                 "timeout": ("0", "-1", "true", "soon"),
-                "device": ("tpu", "0", "'cuda:'"),
                 "address": ("3", "''"),
             }.items()
             for bad in bads
         ),
         ("probe: sleep\nrun: {engine: slurm}\n", "2: no engine 'slurm'; known: local, ray"),
+        *((f"probe: sleep\nrun: {{device: {bad}}}\n", "2: no device ") for bad in ("tpu", "0", "'cuda:0'", "[cpu]")),
+        ("probe: sleep\nrun: {engine: [local]}\n", "2: no engine "),
         ("probe: sleep\nrun: {memory: 4}\n", "2: an amount of memory is a number and a unit"),
         (
             "probe: sleep\n" + "".join(f"x{i}: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]\n" for i in range(7)),

@@ -11,6 +11,7 @@ from workbench.errors import UnknownName, WorkbenchError
 from workbench.jobs.spec_files import Marked, mistake
 
 ENGINES = ("local", "ray")
+DEVICES = ("cpu", "cuda")
 _UNITS = {
     "B": 1,
     "KB": 10**3,
@@ -23,7 +24,6 @@ _UNITS = {
     "TIB": 2**40,
 }
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)", re.ASCII)
-_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?", re.ASCII)
 
 
 def read_run(settings: Mapping[str, Marked]) -> dict[str, Any]:
@@ -70,9 +70,9 @@ def _memory(name: str, value: Any) -> int:
 
 
 def _device(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
-        raise WorkbenchError(f"{name} of a run is cpu, cuda or cuda:N; got {value!r}")
-    return value
+    if value not in DEVICES:
+        raise UnknownName("device", value, DEVICES)
+    return str(value)
 
 
 def _engine(name: str, value: Any) -> str:
