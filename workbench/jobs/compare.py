@@ -133,9 +133,9 @@ def compare(
     rest = tuple(name for name in differing if name not in aside and not _follows_model(table, name))
     groups = rest if chosen is None else chosen
     if left := [name for name in rest if name not in groups]:
-        known = ", ".join(map(str, _values(table, left[0])[:8]))
+        some = ", ".join(map(str, _values(table, left[0])[:8]))
         raise WorkbenchError(
-            f"the cells also differ in {left[0]} ({known}): name it in rows= or over=, or choose one by where="
+            f"the cells also differ in {left[0]} ({some}): name it in rows= or over=, or choose one by where="
         )
     labels = [name for name in (columns, *groups, *averaged) if name not in job]
     table = _one_row_each(table, value, labels, reduce)
@@ -224,8 +224,8 @@ def _one_row_each(table: pd.DataFrame, value: str, labels: Sequence[str], reduce
     sizes = grouped.size()
     if reduce is None:
         if int(sizes.max()) > 1:
-            key = sizes.idxmax()
-            key = key[0] if isinstance(key, tuple) else key
+            most: Any = sizes.idxmax()
+            key = most[0] if isinstance(most, tuple) else most
             raise WorkbenchError(
                 f"cell {key[:12]} has {int(sizes.max()):,} rows of {value}: say reduce= one of {', '.join(REDUCE)}, or name the "
                 "label that tells them apart in rows="

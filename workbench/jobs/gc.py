@@ -16,6 +16,7 @@ from pathlib import Path
 from workbench.errors import WorkbenchError
 from workbench.jobs import index, index_packs, index_writing, running
 from workbench.jobs.grids import grid_keys, grid_names
+from workbench.jobs.index_cells import marks
 from workbench.jobs.job import is_key
 from workbench.jobs.store import HIDDEN, JobStore, writing
 
@@ -118,6 +119,7 @@ def _traces(store: JobStore, sweep: _Sweep) -> None:
 
 def _damaged(store: JobStore, sweep: _Sweep) -> set[str]:
     """Move damaged cells away, except those that a process is about to write again; gives the keys of all."""
+    seen = marks(store.path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unreadable = index.damaged(store)
@@ -125,8 +127,8 @@ def _damaged(store: JobStore, sweep: _Sweep) -> set[str]:
     away = store.hidden / "damaged"
 
     def move(path: Path) -> bool:
-        if path.name not in unreadable and not store.damage(path.name):
-            return False  # finished since
+        if marks(store.path, [path.name]).get(path.name) != seen.get(path.name):
+            return False  # written again since
         away.mkdir(exist_ok=True)
         to = away / f"{path.name}.{time.time_ns():x}"
         path.rename(to)
