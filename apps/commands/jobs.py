@@ -31,7 +31,7 @@ _SHOWN = 5
 """Failures told at the end of a run."""
 
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes; by default one per GPU, or per thread budget.")
+    int | None, typer.Option("--workers", min=1, help="Processes; by default one per GPU, or cores over --threads.")
 ]
 EngineOption = Annotated[str | None, typer.Option("--engine", help="local or ray; local by default.")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="The Ray cluster to use, with --engine ray.")]
@@ -112,7 +112,10 @@ def retry(
     attempts: AttemptsOption = None,
     as_json: LinesOption = False,
 ) -> None:
-    """Compute failed cells again, with what else is missing of their grids. It needs no spec."""
+    """Compute failed cells again, without a spec.
+
+    What else is missing of their grids is computed with them. Exit code 1 if cells failed again.
+    """
     from workbench.jobs.grids import grid_jobs, grid_names
     from workbench.jobs.spec import Grid
     from workbench.jobs.status import status
@@ -173,12 +176,9 @@ def read(spec: Path, values: list[str] | None) -> Grid:
     """The grid of a spec, checked and with its revisions filled in."""
     overrides = inputs.assignments(values, "--set")
     with working(f"reading {spec}"):
-        from workbench.jobs.check import check_grid, pinned
-        from workbench.jobs.spec import read_grid
+        from workbench.jobs.driver import job_grid
 
-        grid = read_grid(spec, overrides=overrides)
-        check_grid(grid)
-        return pinned(grid)
+        return job_grid(spec, overrides=overrides)
 
 
 def compute(grid: Grid, store: JobStore, settings: dict[str, Any], *, retry: bool, as_json: bool, again: str) -> int:
@@ -264,4 +264,7 @@ jobs.command("run")(run)
 jobs.command("status")(jobs_store.status)
 jobs.command("show")(jobs_store.show)
 jobs.command("retry")(retry)
+jobs.command("export")(jobs_tables.export)
+jobs.command("compare")(jobs_tables.compare)
 jobs.command("sql")(jobs_tables.sql)
+jobs.command("gc")(jobs_store.gc)

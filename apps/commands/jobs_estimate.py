@@ -25,8 +25,8 @@ def dry_run(
     grid: Grid, store: Path, settings: Mapping[str, Any], *, retry: bool, calibrate: bool, as_json: bool
 ) -> None:
     """Tell the cells, the kinds of cells with their costs, and the totals. The store stays as it is."""
-    from workbench.jobs.settings import DEFAULTS, settled
     from workbench.jobs.estimate import BUDGET, estimate
+    from workbench.jobs.settings import DEFAULTS, settled
     from workbench.jobs.store import JobStore
 
     with working(f"{grid.name}: estimating") as tick:

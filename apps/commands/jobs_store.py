@@ -10,7 +10,7 @@ import typer
 
 from workbench.apps.inputs import JsonOption
 from workbench.apps.live import amount, flat, plural, span
-from workbench.apps.terminal import answer, table
+from workbench.apps.terminal import answer, table, working
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
@@ -188,3 +188,39 @@ def _told(about: dict[str, Any]) -> list[tuple[str, str]]:
         "note": flat(str(about.get("note") or "")),
     }
     return [(name, str(value)) for name, value in parts.items() if value]
+
+
+def gc(
+    store: StoreOption,
+    orphans: Annotated[
+        bool, typer.Option("--orphans", help="Remove finished cells, too, that no grid of the store names.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what killed processes left behind.
+
+    Damaged cells are moved away, so that the next run computes them again.
+    """
+    from workbench.jobs.gc import KINDS
+    from workbench.jobs.gc import gc as clean
+
+    place = opened(store)
+    with working("cleaning"):
+        found = clean(place, orphans=orphans, dry=dry_run)
+    payload = {
+        "command": "jobs gc",
+        "store": store,
+        "dry_run": dry_run,
+        "count": found.count,
+        "bytes": found.bytes,
+        "removed": found.removed,
+    }
+
+    def show(console: Console) -> None:
+        for kind, names in found.removed.items():
+            console.print(f"{len(names):,} {kind}: {KINDS.get(kind, '')}", soft_wrap=True)
+        would = "would free" if dry_run else "freed"
+        console.print(f"{would} {amount(found.bytes)}" if found.count else "nothing to remove")
+
+    answer(as_json, payload, show)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.apps.commands.jobs_store import StoreOption, opened
 from workbench.apps.inputs import JsonOption
-from workbench.apps.live import flat, plural
+from workbench.apps.live import amount, flat, plural
 from workbench.apps.terminal import answer, table, working
 from workbench.errors import WorkbenchError
 
@@ -18,8 +20,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from workbench.jobs.compare import Comparison
+
 RowsOption = Annotated[int | None, typer.Option("--rows", min=1, help="Rows that are shown to people.")]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout, all rows.")]
+WhereOption = Annotated[
+    str | None, typer.Option("--where", help="Only where this SQL condition holds, as \"method = 'eap' and seed < 3\".")
+]
+ProbeOption = Annotated[str | None, typer.Option("--probe", help="Only cells of this probe.")]
 _ROWS = 50
 _LONG_ROWS = 5
 """Rows shown to people where nothing else is said: as a table, and where a row takes many lines."""
@@ -40,6 +48,200 @@ def sql(
     with working("asking"):
         frame = ask(opened(store), query)
     put_frame(frame, "jobs sql", rows, as_csv, as_json)
+
+
+def export(
+    store: StoreOption,
+    to: Annotated[Path, typer.Option("--to", help="A file (.parquet, .csv), or a folder for circuits.")],
+    form: Annotated[
+        str | None,
+        typer.Option("--form", help="parquet, csv, mib, neuronpedia or eap-json; by the suffix if not given."),
+    ] = None,
+    where: WhereOption = None,
+    probe: ProbeOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write all result rows as one table, or the circuits as files."""
+    from workbench.jobs.export import TABLES
+    from workbench.jobs.export import export as write
+
+    place = opened(store)
+    with working(f"writing {to}") as tick:
+        try:
+            written = write(place, to, form=form, where=where, probe=probe, force=force, tick=tick)
+        except WorkbenchError as error:
+            raise _in_options(error) from error
+        files = [written] if written.is_file() else [p for p in written.rglob("*") if p.is_file()]
+        form = form or written.suffix.removeprefix(".").lower()
+        rows = _rows_of(written, form) if form in TABLES else None
+        size = sum(p.stat().st_size for p in files)
+    payload = {
+        "command": "jobs export",
+        "store": store,
+        "to": written,
+        "rows": rows,
+        "files": len(files),
+        "bytes": size,
+    }
+
+    def show(console: Console) -> None:
+        what = plural(rows, "row") if rows is not None else plural(len(files), "file")
+        console.print(f"{what}, {amount(size)}: {written}", soft_wrap=True)
+
+    answer(as_json, payload, show)
+
+
+def _rows_of(path: Path, form: str) -> int:
+    """Rows of an exported table."""
+    if form == "csv":
+        import csv
+
+        with path.open(newline="", encoding="utf-8") as file:
+            return sum(1 for _ in csv.reader(file)) - 1
+    import pyarrow.parquet as pq
+
+    return int(pq.ParquetFile(path).metadata.num_rows)
+
+
+def compare(
+    store: StoreOption,
+    value: Annotated[
+        str | None, typer.Option("--value", help="The number: a column of the results, seconds or peak_bytes.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="What is compared: a field or argument of the jobs, such as method.")
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", help="What tells the groups apart, as a,b; by default all in which cells differ."),
+    ] = None,
+    over: Annotated[str | None, typer.Option("--over", help="What is averaged, as a,b; the seed by default.")] = None,
+    best: Annotated[str | None, typer.Option("--best", help="max or min: name the best of each group.")] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option("--reduce", help="mean, median, min, max or sum: what becomes of several rows of a cell."),
+    ] = None,
+    where: WhereOption = None,
+    probe: ProbeOption = None,
+    other: Annotated[
+        Path | None, typer.Option("--with", help="In the place of all that: another store, to find cells that differ.")
+    ] = None,
+    as_csv: CsvOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare results between methods or models, or two stores.
+
+    One number of the results, side by side for the values of one column; or with --with the cells of two stores, bit by bit.
+    """
+    if as_csv and as_json:
+        raise WorkbenchError("--csv and --json are two forms of the same answer; give one")
+    if other is not None:
+        given = {
+            "--value": value,
+            "--columns": columns,
+            "--rows": rows,
+            "--over": over,
+            "--best": best,
+            "--reduce": reduce,
+        }
+        given |= {"--where": where, "--probe": probe}
+        if said := [name for name, found in given.items() if found is not None]:
+            raise WorkbenchError(f"--with compares two stores whole; it goes without {', '.join(said)}")
+        _compare_stores(store, other, as_csv, as_json)
+        return
+    if value is None or columns is None:
+        raise WorkbenchError(
+            "compare wants --value and --columns, such as --value cpr --columns method; or --with STORE"
+        )
+    from workbench.jobs.compare import compare as find
+
+    place = opened(store)
+    with working("comparing"):
+        names = None if rows is None else _names(rows)
+        averaged = _names(over) if over is not None else [n for n in ("seed",) if n not in (columns, *(names or ()))]
+        try:
+            found = find(
+                place, value=value, columns=columns, rows=names, over=averaged, best=best, reduce=reduce,
+                probe=probe, where=where,
+            )  # fmt: skip
+        except WorkbenchError as error:
+            raise _in_options(error) from error
+        frame = found.frame()
+    if as_csv:
+        put_frame(frame, "jobs compare", None, True, False)
+        return
+    payload = {
+        "command": "jobs compare", "store": store, "value": found.value, "columns": found.columns, "labels": found.labels,
+        "rows": found.rows, "over": found.over, "aside": found.aside, "best": found.best, "table": simple(frame),
+    }  # fmt: skip
+
+    def show(console: Console) -> None:
+        lines = [_comparison_row(found, i) for i in range(len(found.groups))]
+        sides = {**dict.fromkeys(found.rows, "left"), **dict.fromkeys(found.labels, "right")}
+        sides |= {"best": "left"} if found.best else {}
+        averaged = f" over {', '.join(found.over)}" if found.over else ""
+        console.print(table(f"{found.value} by {found.columns}: mean ±deviation (cells){averaged}", sides, lines))
+        if found.aside:
+            some = ", ".join(found.aside)
+            console.print(f"only some of the compared have {some}, which is not told apart", soft_wrap=True)
+
+    answer(as_json, payload, show)
+
+
+def _comparison_row(found: Comparison, i: int) -> list[str]:
+    """A group: its values, then mean, deviation and number of cells of each compared value, then the best."""
+    cells = []
+    for mean, sd, n in zip(found.mean[i].tolist(), found.sd[i].tolist(), found.n[i].tolist(), strict=True):
+        spread = "" if math.isnan(sd) else f" ±{sd:.2g}"
+        cells.append(f"{mean:.4g}{spread} ({n})" if n else "")
+    return [*map(_short, found.groups[i]), *cells, *([found.winners[i]] if found.best else [])]
+
+
+def _compare_stores(store: Path, other: Path, as_csv: bool, as_json: bool) -> None:
+    from workbench.jobs.compare import differences
+
+    first, second = opened(store), opened(other)
+    with working("comparing"):
+        frame = differences(first, second)
+    if as_csv:
+        put_frame(frame, "jobs compare", None, True, False)
+        return
+
+    def show(console: Console) -> None:
+        if frame.empty:
+            console.print(f"{store} and {other} hold the same cells with the same bits", soft_wrap=True)
+        else:
+            counts = ", ".join(f"{n:,} {what}" for what, n in frame["what"].value_counts().items())
+            console.print(f"{plural(len(frame), 'cell')} of {store} and {other} differ: {counts}", soft_wrap=True)
+            print_frame(console, frame.assign(key=frame["key"].str[:12]).dropna(axis="columns", how="all"), None)
+
+    payload = {"command": "jobs compare", "store": store, "with": other, "same": frame.empty, "rows": simple(frame)}
+    answer(as_json, payload, show)
+
+
+def _names(text: str) -> list[str]:
+    """``a,b`` as names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+_OPTIONS = {
+    r"\bform=": "--form ",
+    r"\bwith force\b": "with --force",
+    r"\breduce=": "--reduce ",
+    r"\brows=": "--rows",
+    r"\bover=": "--over",
+    r"\bwhere=": "--where",
+    r"\bcolumns=": "--columns",
+}
+
+
+def _in_options(error: WorkbenchError) -> WorkbenchError:
+    """An error of the library about its arguments, in the words of the command's options."""
+    text = str(error)
+    for argument, option in _OPTIONS.items():
+        text = re.sub(argument, option, text)
+    return WorkbenchError(text)
 
 
 def put_frame(frame: pd.DataFrame, name: str, rows: int | None, as_csv: bool, as_json: bool, title: str = "") -> None:

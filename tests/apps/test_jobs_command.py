@@ -274,6 +274,15 @@ def test_a_cell_is_shown_with_its_provenance_and_first_rows(workbench, mixed):
         (("retry", "--store", "STORE", "--kind", "tiemout"), "no kind of failure 'tiemout'; known: error, timeout"),
         (("sql", "--store", "STORE", "select * from nosuch"), "nosuch"),
         (("sql", "--store", "STORE", "select 1", "--csv", "--json"), "give one"),
+        (("export", "--store", "NOSUCH", "--to", "t.csv"), "is no store of jobs"),
+        (("export", "--store", "STORE", "--to", "t"), "or give --form one of mib, neuronpedia, eap-json"),
+        (("export", "--store", "STORE", "--to", "t.csv", "--form", "excel"), "no form of export 'excel'"),
+        (("export", "--store", "STORE", "--to", "t", "--form", "mib"), "circuit"),
+        (("compare", "--store", "STORE"), "compare wants --value and --columns"),
+        (("compare", "--store", "STORE", "--value", "x", "--columns", "seed"), "no result 'x'"),
+        (("compare", "--store", "STORE", "--with", "NOSUCH"), "is no store of jobs"),
+        (("compare", "--store", "STORE", "--with", "STORE", "--value", "value"), "it goes without --value"),
+        (("gc", "--store", "NOSUCH"), "is no store of jobs"),
         (("status",), "Missing option '--store'"),
         (("nosuch",), "No such command 'nosuch'"),
     ],
@@ -361,6 +370,73 @@ def test_values_that_json_does_not_know_are_texts(workbench, mixed):
     (row,) = workbench("jobs", "sql", "--store", mixed / "store", query, "--json").json["rows"]
     assert row["t"].startswith("2026-01-02 03:04:05")
     assert row | {"d": 1.5, "l": [1, None], "x": None, "n": None} == row
+
+
+# export, compare, gc
+
+
+def test_exports_are_tables_of_all_rows(workbench, mixed, tmp_path):
+    import pandas as pd
+
+    got = workbench("jobs", "export", "--store", mixed / "store", "--to", tmp_path / "t.parquet", "--json").json
+    frame = pd.read_parquet(tmp_path / "t.parquet")
+    assert (got["rows"], len(frame), got["files"]) == (4, 4, 1)
+    assert {"key", "probe", "seed", "rows", "value"} <= set(frame.columns)
+    words = ("jobs", "export", "--store", mixed / "store", "--to", tmp_path / "t.csv", "--where", "seed = 1")
+    out = workbench(*words, "--probe", "sleep").out
+    assert out.startswith("2 rows, ")
+    assert out.endswith(f": {tmp_path / 't.csv'}\n")
+    assert pd.read_csv(tmp_path / "t.csv")["seed"].tolist() == [1, 1]
+    assert "or replace it with --force" in workbench(*words).mistake()
+    assert workbench(*words, "--force").code == 0
+    odd = workbench("jobs", "export", "--store", mixed / "store", "--to", tmp_path / "odd", "--form", "csv")
+    assert odd.out.startswith("4 rows, ")
+
+
+def test_comparisons_name_the_best_of_each_group(workbench, tmp_path):
+    path = written(tmp_path, "name: c\nprobe: sleep\nrows: [1, 2]\nseconds: [0.0, 0.001]\nseed: [0, 1, 2]\n")
+    assert workbench("jobs", "run", path, "--store", tmp_path / "store", "--workers", "1").code == 0
+    words = ("jobs", "compare", "--store", tmp_path / "store", "--value", "value", "--columns", "rows")
+    got = workbench(*words, "--reduce", "max", "--best", "max", "--json").json
+    assert (got["rows"], got["labels"], got["over"]) == (["seconds"], ["1", "2"], ["seed"])
+    assert [row["seconds"] for row in got["table"]] == [0.0, 0.001]
+    assert [row["1 n"] for row in got["table"]] == [3, 3]
+    assert {row["best"] for row in got["table"]} <= {"1", "2", "1 = 2"}
+    out = workbench(*words, "--reduce", "max", "--best", "max", "--rows", "seconds").out
+    assert out.startswith("value by rows: mean ±deviation (cells) over seed\n")
+    assert f"{got['table'][0]['1']:.4g} ±" in out
+    assert " (3) " in out
+    csv = workbench(*words, "--reduce", "max", "--csv").out.splitlines()
+    assert csv[0] == "seconds,1,2,1 sd,2 sd,1 n,2 n"
+    assert "say --reduce one of mean, median, min, max, sum" in workbench(*words).mistake()
+    assert "name it in --rows or --over" in workbench(*words, "--reduce", "max", "--rows", "").mistake()
+
+
+def test_two_stores_are_compared_bit_by_bit(workbench, mixed, spec, tmp_path):
+    words = ("jobs", "compare", "--store", mixed / "store", "--with")
+    assert "hold the same cells with the same bits" in workbench(*words, mixed / "store").out
+    assert workbench(*words, mixed / "store", "--json").json["same"]
+    other = JobStore(tmp_path / "other")
+    other.open_for_writing()
+    got = workbench(*words, other.path, "--json").json
+    assert (got["same"], [row["what"] for row in got["rows"]]) == (False, ["only in first"] * 2)
+    assert "2 cells of " in workbench(*words, other.path).out
+
+
+def test_gc_tells_what_goes_and_removes_orphans_only_if_asked(workbench, tmp_path):
+    path = written(tmp_path, "name: naps\nprobe: sleep\nseed: [0, 1]\n")
+    store = JobStore(tmp_path / "store")
+    assert workbench("jobs", "run", path, "--store", store.path, "--workers", "1").code == 0
+    assert workbench("jobs", "gc", "--store", store.path).out == "nothing to remove\n"
+    assert workbench("jobs", "run", path, "--store", store.path, "--set", "seed=[1]", "--workers", "1").code == 0
+    assert workbench("jobs", "status", "--store", store.path).out.splitlines()[-1] == "1 finished cell of no grid"
+    dry = workbench("jobs", "gc", "--store", store.path, "--orphans", "--dry-run", "--json").json
+    assert (dry["count"], dry["dry_run"], len(dry["removed"]["orphans"])) == (1, True, 1)
+    assert len(store.keys()) == 2
+    out = workbench("jobs", "gc", "--store", store.path, "--orphans").out
+    assert out.splitlines()[0] == "1 orphans: finished cells and failures that no grid of the store names"
+    assert out.splitlines()[1].startswith("freed ")
+    assert len(store.keys()) == 1
 
 
 # processes and terminals
