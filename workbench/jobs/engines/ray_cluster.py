@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,20 +27,29 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEX
 _ADDRESS = re.compile(r"\[?[^\s/]+?\]?:\d{1,5}")
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 _CLEANER = """
-import os, shutil, sys
-folder, *pids = sys.argv[1:]
+import glob, os, shutil, sys, time
+folder = sys.argv[1]
 sys.stdin.read()
-for pid in pids:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            if b"ray" in file.read():
-                os.kill(int(pid), 9)
-    except OSError:
-        pass
+for _ in range(50):
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        pid = link.split("/")[2]
+        try:
+            if os.readlink(link).startswith(folder + os.sep) and pid not in found:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
+                    command = file.read()
+                if b"ray::" in command or b"/ray/" in command:
+                    os.kill(int(pid), 9)
+                    found.add(pid)
+        except OSError:
+            pass
+    if not found:
+        break
+    time.sleep(0.1)
 shutil.rmtree(folder, ignore_errors=True)
 """
-"""Waits for the driver to end, however that is. The kernel kills Ray's main processes with the driver, but their helpers take
-a minute to see that, and nobody removes the folder of the session."""
+"""Waits for the driver to end, however that is; then ends what of Ray still has files open in the session's folder, and
+removes it. The kernel kills Ray's main processes with the driver, but their helpers take a minute to see that."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,7 @@ class Cluster:
     def __init__(self, slots: int, share: Share, address: str | None) -> None:
         ray = _ray()
         self._share = share
-        self._folder = ""
-        self._cleaner: subprocess.Popen[str] | None = None
+        self._cleaner: subprocess.Popen[bytes] | None = None
         self._sigterm: Any = None
         self._ours = not ray.is_initialized()
         self.where = "this machine" if address is None else f"the Ray cluster {address}"
@@ -142,30 +149,21 @@ class Cluster:
         if self._cleaner is not None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._cleaner.communicate(timeout=_CONNECT)
-        elif self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, ray: Any, slots: int) -> None:
-        import psutil
-
         # Not below TMPDIR: the names of Ray's sockets must stay short.
         parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
-        self._folder = tempfile.mkdtemp(prefix="ray-workbench-", dir=parent)
+        folder = tempfile.mkdtemp(prefix="ray-workbench-", dir=parent)
+        command = [sys.executable, "-I", "-S", "-c", _CLEANER, folder]
+        self._cleaner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         ray.init(
             address="local",
             num_cpus=math.ceil(slots * self._share.cpus),
             num_gpus=None if self._share.gpus else 0,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE,
-            _temp_dir=self._folder,
+            _temp_dir=folder,
             **_QUIET,
-        )
-        pids = [str(process.pid) for process in psutil.Process().children(recursive=True) if "ray" in _command(process)]
-        self._cleaner = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CLEANER, self._folder, *pids],
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
         )
 
     def _check_room(self, slots: int) -> None:
@@ -261,15 +259,6 @@ def _nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _command(process: Any) -> str:
-    import psutil
-
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def _amounts(amounts: Mapping[str, float]) -> str:
