@@ -153,9 +153,9 @@ def test_a_full_disk_and_a_read_only_store(tmp_path: Path) -> None:
     script = (
         textwrap.dedent(IN_SMALL_DISK)
         .replace("set -e\n", "set -e\n", 1)
-        .format(size="8m", at=at, python=sys.executable, spec=spec, out=out)
+        .format(size="48m", at=at, python=sys.executable, spec=spec, out=out)
     )
-    script = script.replace(f"{sys.executable} -m", f"head -c 4000000 /dev/zero > {at}/ballast; {sys.executable} -m", 1)
+    script = script.replace(f"{sys.executable} -m", f"head -c 44000000 /dev/zero > {at}/ballast; {sys.executable} -m", 1)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(["unshare", "-rm", "bash", "-c", script], check=True, env=env, timeout=240)
     first, second, third = ((out / name).read_text() for name in ("first", "second", "third"))

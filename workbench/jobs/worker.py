@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import io
 import os
@@ -31,6 +32,7 @@ from workbench.jobs.store import SAVED, JobStore, Unwritable
 LIGHT = ("sleep", "fail")
 """Probes that need neither numbers nor models: their cells do not import torch."""
 _LOG = 20_000
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _guard: Guard | None = None
 _handle: int | None = None
 
@@ -98,22 +100,28 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
     assert _guard is not None
     _guard.reset()
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    log = _Tail()
+    log, loading = _Tail(), 0.0
     model: _Loaded | None = None
 
     def load() -> Any:
-        nonlocal model
+        nonlocal model, loading
+        before = time.perf_counter()
         _not_counting()
         model = _loaded(job, order)
         _counting()
+        loading += time.perf_counter() - before
         return model.model
+
+    def seconds() -> float:
+        return round(time.perf_counter() - clock - loading, 4)
 
     def facts() -> dict[str, Any]:
         _guard.measure() if _guard else None
         return {
             **_facts(job, order, model),
             "started": started.isoformat(timespec="milliseconds"),
-            "seconds": round(time.perf_counter() - clock, 4),
+            "seconds": seconds(),
+            "loading_seconds": round(loading, 4),
             "peak_bytes": _guard.peak if _guard else 0,
             "log": log.text(),
         }
@@ -124,16 +132,17 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
 
             probe = resolve(job.probe)
             _prepare(job, order)
+            loading = time.perf_counter() - clock
             _counting()
             outcome = probe.call(Cell(job, load))
             table = _parquet(outcome.table)
         with store.new_cell(job) as part:
             if outcome.saved is not None:
-                _save(outcome.saved, part / SAVED)
+                _save(outcome.saved, part / SAVED, store)
             rows = len(outcome.table)
             won = store.finish(job, part, table, {**facts(), "rows": rows, "note": outcome.note})
         _keep_if_untouched(model)
-        return {"state": "done" if won else "stood", "seconds": time.perf_counter() - clock}
+        return {"state": "done" if won else "stood", "seconds": seconds()}
     except Unwritable:
         raise
     except BaseException as error:
@@ -148,18 +157,18 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
             **facts(),
         }
         store.fail(job, record)
-        return {"state": "failed", "kind": kind, "message": message, "seconds": time.perf_counter() - clock}
+        return {"state": "failed", "kind": kind, "message": message, "seconds": seconds()}
 
 
-def _save(saved: Any, path: Path) -> None:
-    """A full disk is the store's trouble, not the cell's."""
+def _save(saved: Any, path: Path, store: JobStore) -> None:
+    """What the probe gave beside the table. A full or failing disk is the store's trouble, not the cell's."""
     try:
         saved.save(path)
     except (OSError, WorkbenchError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and cause.errno in _DISK:
             raise Unwritable(
-                f"cannot write to the store {path.parents[2]}: {cause.strerror or cause}; nothing that is stored is lost"
+                f"cannot write to the store {store.path}: {cause.strerror or cause}; nothing that is stored is lost"
             ) from error
         raise
 
@@ -268,7 +277,7 @@ def _forget_model() -> None:
 
 
 def _facts(job: Job, order: Mapping[str, Any], loaded: _Loaded | None) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Where the numbers come from. ``seconds`` is the cell's own time, ``loading_seconds`` what its start and model took."""
     from workbench.jobs.revisions import code_version, data_digest
 
     about = None
