@@ -125,6 +125,7 @@ def test_a_write_that_the_file_system_refuses_leaves_no_trace(store: JobStore, m
 IN_SMALL_DISK = """
     set -e
     mount -t tmpfs -o size={size} none {at}
+    head -c {ballast} /dev/zero > {at}/ballast
     {python} -m workbench jobs run {spec} --store {at}/store --workers 2 > {out}/first 2>&1 || echo "exit $?" >> {out}/first
     rm -f {at}/ballast
     {python} -m workbench jobs run {spec} --store {at}/store --workers 2 > {out}/second 2>&1 || echo "exit $?" >> {out}/second
@@ -150,12 +151,8 @@ def test_a_full_disk_and_a_read_only_store(tmp_path: Path) -> None:
     at, out, spec = tmp_path / "disk", tmp_path / "out", tmp_path / "spec.yaml"
     at.mkdir(), out.mkdir()
     spec.write_text("probe: sleep\nseed: [" + ", ".join(map(str, range(60))) + "]\nrows: 20000\n")
-    script = (
-        textwrap.dedent(IN_SMALL_DISK)
-        .replace("set -e\n", "set -e\n", 1)
-        .format(size="48m", at=at, python=sys.executable, spec=spec, out=out)
-    )
-    script = script.replace(f"{sys.executable} -m", f"head -c 44000000 /dev/zero > {at}/ballast; {sys.executable} -m", 1)
+    names = {"size": "48m", "ballast": 44_000_000, "at": at, "python": sys.executable, "spec": spec, "out": out}
+    script = textwrap.dedent(IN_SMALL_DISK).format(**names)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(["unshare", "-rm", "bash", "-c", script], check=True, env=env, timeout=240)
     first, second, third = ((out / name).read_text() for name in ("first", "second", "third"))
