@@ -125,7 +125,7 @@ def compare(
     where: WhereOption = None,
     probe: ProbeOption = None,
     other: Annotated[
-        Path | None, typer.Option("--with", help="In the place of all that: another store, to find cells that differ.")
+        Path | None, typer.Option("--with", help="Another store: tell the cells that differ from it, bit by bit.")
     ] = None,
     as_csv: CsvOption = False,
     as_json: JsonOption = False,
