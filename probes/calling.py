@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workbench.run import Run
 
 _RUNS, _MAP, _MODELS, _PAIRS, _EITHER = ("source", "run"), ("amap",), ("model",), ("pairs",), ("inputs",)
+Layers = Sequence[int | str] | int | str | None
 _MADE = (*_RUNS, *_MAP, *_MODELS, *_PAIRS, *_EITHER)
 _WRITTEN = (
     "int",
@@ -62,7 +63,7 @@ class Call:
     made: tuple[str, ...]
     options: Mapping[str, Any]
     captures: bool
-    layers: Sequence[int | str] | None = None
+    layers: Layers = None
     wording: Wording = field(default_factory=Wording)
 
     def __call__(self, model: Model, prompts: str | Sequence[str] | Pairs | None = None) -> Any:
@@ -110,7 +111,7 @@ def call_analysis(
     *,
     text: str | Sequence[str] | None = None,
     pairs: Pairs | None = None,
-    layers: Sequence[int | str] | None = None,
+    layers: Layers = None,
     options: Mapping[str, Any] | None = None,
     wording: Wording | None = None,
 ) -> Any:
@@ -136,7 +137,7 @@ def prepare(
     *,
     text: bool = False,
     pairs: bool = False,
-    layers: Sequence[int | str] | None = None,
+    layers: Layers = None,
     wording: Wording | None = None,
 ) -> Call:
     """Check a call of ``record`` that will have a text, or pairs, or neither; no model is needed for that.

@@ -65,11 +65,13 @@ def test_a_circuit_is_that_of_the_function(call: Any, models: dict[str, Any], tm
 def test_without_arguments_a_cell_does_what_the_command_does(call: Any, models: dict[str, Any]) -> None:
     want = wb.find_circuit(models["compiled-ioi"], pairs(models, 0, 64), metric=wb.task("ioi").metric)
     assert want.provenance["method"] == "eap-ig"
-    pd.testing.assert_frame_equal(call("find_circuit").table, want.frame())
+    got = call("find_circuit")
+    pd.testing.assert_frame_equal(got.table, want.frame())
+    assert got.saved.provenance["method"] == "eap-ig"
 
 
 def test_methods_that_compare_activations_get_the_negatives(call: Any, models: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"epochs": 2}
+    options: dict[str, Any] = {"epochs": 1, "features": 16, "trials": 1}
     got = call("find_circuit", seed=2, method="discrete-sae", examples=8, options={"examples": 4}, **options)
     negatives = wb.task("ioi").contrast().build(seed=2, tokenizer=models["compiled-ioi"].tokenizer, n=8)
     model, metric = models["compiled-ioi"], wb.task("ioi").metric
@@ -116,6 +118,25 @@ def test_a_score_is_one_row_from_pairs_of_the_next_seed(call: Any, models: dict[
     assert row["auroc"] > 0.99
     assert got.saved.names == found.names
     assert got.saved.kept.equal(found.kept)
+
+
+def test_a_score_is_about_other_prompts_than_those_that_found_the_circuit() -> None:
+    model, task = wb.load("tiny-softmax"), wb.task("ioi")
+    args: dict[str, Any] = {"method": "eap", "level": "node", "examples": 4, "controls": 0}
+    job = Job("circuit_score", model="tiny-softmax", task="ioi", args=args, seed=7)
+    got = resolve(job.probe).call(Cell(job, lambda: model))
+    of = {
+        seed: wb.faithfulness(
+            model,
+            got.saved,
+            task.build(seed=seed, tokenizer=model.tokenizer, n=4),
+            metric=task.metric,
+            controls=0,
+        ).cpr
+        for seed in (7, 8)
+    }
+    assert got.table["cpr"].tolist() == [of[8]]
+    assert of[7] != of[8]
 
 
 def test_the_last_seed_has_a_next_one(call: Any) -> None:

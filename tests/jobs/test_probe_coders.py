@@ -65,6 +65,7 @@ def test_of_a_file_the_last_tenth_is_kept_back(call: Any, model: Model, tmp_path
     lines = [f"The kind baker walked to the market {'again ' * i}." for i in range(20)]
     path.write_text("\n".join(lines))
     got = call(**SMALL, data=str(path))
+    assert got.saved.W_dec.equal(wb.train_sae(model, SITE, lines[:-2], seed=0, **SMALL).W_dec)
     assert "without its last 2 texts" in got.note
     want = wb.coder_quality(got.saved, model, first_pieces(model, lines[-2:], 64, context=32, bos=None))
     assert got.table["tokens"].tolist() == [want.tokens]

@@ -45,13 +45,12 @@ def analysis_probe(name: str) -> Probe:
         options = {key: value for key, value in job.args.items() if key not in (*own, "layers")}
         if "seed" in defaults:
             options["seed"] = job.seed
-        layers = job.args.get("layers")
         return calling.prepare(
             record,
             options,
             text="text" in job.args,
             pairs=job.task is not None,
-            layers=[layers] if isinstance(layers, int | str) else layers,
+            layers=job.args.get("layers"),
             wording=_wording(),
         )
 

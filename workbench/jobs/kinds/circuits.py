@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UnknownName, WorkbenchError
-from workbench.jobs.job import LARGEST_SEED, Job
+from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
 from workbench.jobs.kinds.checks import check_needs, check_value, whole
 from workbench.jobs.probes import Cell, Outcome, Probe
@@ -55,7 +55,7 @@ def circuit_score(cell: Cell) -> Outcome:
     found, task = _found(cell), cell.task
     assert task is not None
     args = {**_SCORE, **cell.job.args}
-    held = cell.pairs(args["examples"], (cell.job.seed + 1) % (LARGEST_SEED + 1))
+    held = cell.pairs(args["examples"], cell.job.seed + 1)
     judged = wb.faithfulness(
         cell.model,
         found,
