@@ -250,27 +250,21 @@ def _made(record: Analysis, chosen: Mapping[str, Any], prompts: bool, wording: W
 
 class _Names(dict[str, Any]):
     """The names of a module as its annotations use them: classes of its own as "an instance of it", so that their fields are
-    not looked into; names that exist for type checkers alone as something that nothing written down is."""
+    not looked into. What it imports for type checkers alone is looked for in ``typing``."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
     def __missing__(self, name: str) -> Any:
-        import builtins
-
         from pydantic import InstanceOf
 
-        for place in (self.module, typing, builtins):
+        for place in (self.module, typing):
             if hasattr(place, name):
                 found = getattr(place, name)
                 own = isinstance(found, type) and found.__module__ not in ("builtins", "typing", "collections.abc")
                 return InstanceOf[found] if own else found
-        return InstanceOf[_Unknown]
-
-
-class _Unknown:
-    """Of this class there is no instance."""
+        raise KeyError(name)
 
 
 @lru_cache(maxsize=1024)
@@ -282,7 +276,7 @@ def _kind(record: Analysis, name: str) -> TypeAdapter[Any] | None:
     function = record.function
     names = _Names(sys.modules[function.__module__])
     for config in (ConfigDict(arbitrary_types_allowed=True), None):  # a class with fields refuses the first
-        with suppress(PydanticUserError, AttributeError, TypeError):
+        with suppress(PydanticUserError, AttributeError, NameError, TypeError):
             return TypeAdapter(eval(str(function.__annotations__[name]), {}, names), config=config)
     return None
 

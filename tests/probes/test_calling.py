@@ -193,6 +193,7 @@ def test_what_prompts_an_analysis_takes() -> None:
         "zeroable": ("required", False),
         "recovery": ("required", True),
         "head-scores": ("optional", False),
+        "copy-suppression": ("optional", False),
         "retrieval-heads": ("no", False),
         "composition": ("no", False),
     }
