@@ -97,6 +97,15 @@ def test_a_table_does_not_depend_on_how_it_was_packed(
     assert len(pd.read_parquet(tmp_path / "two.parquet")) == 100
 
 
+def test_pieces_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_ROWS", 7)
+    table = pa.table({"x": list(range(31))})
+    batches = [batch for start, size in ((0, 3), (3, 18), (21, 10)) for batch in table.slice(start, size).to_batches()]
+    found = list(exporting._even(pa.RecordBatchReader.from_batches(table.schema, batches)))
+    assert [piece.num_rows for piece in found] == [7, 7, 7, 7, 3]
+    assert pa.concat_tables(found).equals(table)
+
+
 def test_a_selection(table_store: JobStore, tmp_path: Path) -> None:
     write_cell(table_store, Job("b"), pa.table({"y": [1]}))
     export(table_store, tmp_path / "a.parquet", probe="a", where={"n": [1, 2]})

@@ -168,6 +168,8 @@ def test_damaged_cells_are_moved_away_and_kept_for_a_week(store: JobStore, jobs:
     content = (store.folder(jobs[2].key) / TABLE).read_bytes()
     (store.folder(jobs[2].key) / TABLE).write_bytes(b"x" * len(content))
     os.utime(store.folder(jobs[2].key))
+    for job in jobs[:3]:
+        old(store.folder(job.key), 9 * DAY)
     store.fail(jobs[0], {"kind": "error"})
     report = both(store)
     assert report.removed == {"damaged": tuple(sorted(job.key for job in jobs[:3]))}
@@ -246,8 +248,10 @@ def test_orphans(store: JobStore, jobs: list[Job], dead: str) -> None:
     others = [Job("sleep", seed=100 + i) for i in range(3)]
     for job in others:
         write_cell(store, job, pa.table({"x": [1]}))
-    failed = Job("fail", seed=3)
-    store.fail(failed, {"kind": "error"})
+    failed, asked = Job("fail", seed=3), Job("fail", seed=4)
+    for job in (failed, asked):
+        store.fail(job, {"kind": "error"})
+    put_grid(store, "failing", [asked])
     folder(store.hidden / "part" / f"{others[0].key}.orphan.{dead}")
     assert set(both(store).removed) == {"unfinished"}
     with running.taken(store, others[0].key):
@@ -255,7 +259,7 @@ def test_orphans(store: JobStore, jobs: list[Job], dead: str) -> None:
     assert sorted(report.removed["orphans"]) == sorted([others[1].key, others[2].key, failed.key])
     assert report.bytes > 1000
     assert sorted(store.keys()) == sorted([others[0].key, *(job.key for job in jobs)])
-    assert store.failed_keys() == []
+    assert store.failed_keys() == [asked.key]
     assert os.listdir(store.hidden / "part") == []
     assert len(index.cells(store)) == 5
     put_grid(store, "others", others[:1])
