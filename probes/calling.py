@@ -259,11 +259,12 @@ class _Names(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         from pydantic import InstanceOf
 
+        instance: Any = InstanceOf  # of a class that is only known when this runs
         for place in (self.module, typing):
             if hasattr(place, name):
                 found = getattr(place, name)
                 own = isinstance(found, type) and found.__module__ not in ("builtins", "typing", "collections.abc")
-                return InstanceOf[found] if own else found
+                return instance[found] if own else found
         raise KeyError(name)
 
 
