@@ -269,3 +269,11 @@ print([m for m in ("torch", "pandas", "pyarrow", "transformers", "pydantic") if 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_an_analysis_has_one_name_in_keys() -> None:
+    dashed, plain = (
+        pinned(grid(f"probe: {name}\nmodel: tiny-softmax\n")) for name in ("retrieval-heads", "retrieval_heads")
+    )
+    assert dashed.jobs == plain.jobs
+    assert dashed.jobs[0].probe == "retrieval_heads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -249,3 +250,18 @@ def test_watching_can_stop_a_run(store: JobStore) -> None:
     assert stopped.value.run.stopped == "interrupted"
     assert stopped.value.run.computed == 1
     assert run_jobs(sleepers(5, 0.05), store, workers=1).stood >= 1
+
+
+def test_what_a_cell_read_beside_its_job_is_told(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_probes.py").write_text("def words(path):\n    return {'words': len(open(path).read().split())}\n")
+    (tmp_path / "text.txt").write_text("three small words")
+    job = Job("my_probes:words", args={"path": "text.txt"})
+    assert run_jobs([job], store, workers=1).computed == 1
+    assert store.table(job.key)["words"].to_pylist() == [3]
+    inputs = store.provenance(job.key)["data"]["inputs"]
+    assert inputs["text.txt"] == hashlib.sha256(b"three small words").hexdigest()
+    assert str(tmp_path / "my_probes.py") in inputs

@@ -47,13 +47,16 @@ def check_grid(grid: Grid) -> None:
 
 
 def pinned(grid: Grid) -> Grid:
-    """The grid with the revision of every model filled in: the digest of its files, or its commit on the hub.
+    """The grid with the revision of every model filled in: the digest of its files, or its commit on the hub. Analyses take
+    the name of their function (``retrieval_heads``), so that one cell has one key however it was written.
 
     Raises for models that do not exist and for revisions that they do not have. Imports no torch, unless the hub has to be asked.
     """
     known: dict[tuple[str, str | None], str] = {}
     jobs = []
     for job in grid.jobs:
+        if "-" in job.probe and ":" not in job.probe:
+            job = _with(job, probe=job.probe.replace("-", "_"))
         if job.model is None:
             jobs.append(job)
             continue

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import hashlib
 import io
 import os
 import platform
@@ -299,12 +300,26 @@ def _facts(job: Job, order: Mapping[str, Any], loaded: _Loaded | None) -> dict[s
         "code": code_version(),
         "versions": _versions(job.probe in LIGHT),
         "model": about,
-        "data": {"digest": data_digest()},
+        "data": {"digest": data_digest(), "inputs": _inputs(job)},
         "seed": job.seed,
         "threads": order.get("threads", 1),
         "hardware": _hardware(str(order.get("device") or "cpu")),
         "engine": order.get("engine", ""),
     }
+
+
+def _inputs(job: Job) -> dict[str, str]:
+    """SHA-256 of what a cell reads that its key does not know: files that its arguments name, the module of a function."""
+    named = [value for value in job.args.values() if isinstance(value, str) and len(value) < 4096]
+    if ":" in job.probe:
+        named += [getattr(sys.modules.get(job.probe.partition(":")[0]), "__file__", None) or ""]
+    found = {}
+    for name in named:
+        with contextlib.suppress(OSError, ValueError):
+            if name and os.path.isfile(name):
+                with open(name, "rb") as content:
+                    found[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def _dtype(loaded: _Loaded) -> str:
