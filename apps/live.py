@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -140,8 +139,6 @@ class JsonLines:
             self._out.flush()
         except BrokenPipeError:
             self._gone = True
-            with contextlib.suppress(OSError):  # what is still buffered goes nowhere, without complaint at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
             print("workbench: nobody reads the events any more; the grid goes on", file=sys.stderr)
 
 

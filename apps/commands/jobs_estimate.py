@@ -35,7 +35,7 @@ def dry_run(
         chosen = settled({**DEFAULTS, **grid.run, **settings}, grid)
         budget = BUDGET if calibrate else 0.0
         found = estimate(grid, place, workers=chosen["workers"], retry=retry, budget=budget, settings=chosen, tick=tick)
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"key": job.key, "title": job.title, "state": state, "job": job.dict()}
         for job, state in zip(grid.jobs, found.states, strict=True)
     ]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from workbench.jobs.spec import Grid
 
+KindName = tuple[str | None, str, str | None]
+"""Model, probe and method."""
 BUDGET = 60.0
 """Seconds that a calibration may take in all."""
 SOURCES = ("store", "calibration", "same probe", "unknown")
@@ -170,26 +172,30 @@ def estimate(
     costs = _finished(place, {kind_of(job) for job in missing}) if done else []
     known = {kind_of(cost.job) for cost in costs}
     unknown = [job for job in missing if kind_of(job) not in known]
-    start, notes = math.nan, {}
+    start = math.nan
+    notes: dict[KindName, str] = {}
     calibrated: list[Cost] = []
     if unknown and budget > 0:
         calibrated, start, notes = calibrate(unknown, budget, settings or {}, tick)
     kinds = []
     for kind, jobs in _by(grid.jobs, kind_of).items():
-        counts = {
-            "cells": len(jobs),
-            "done": sum(j.key in done for j in jobs),
-            "failed": sum(j.key in failed for j in jobs),
-        }
         rest = [j for j in jobs if j.key not in done and j.key not in failed]
-        kinds.append(
-            _priced(Kind(*kind, **counts, missing=len(rest), note=notes.get(kind, "")), rest, costs, calibrated)
+        count = Kind(
+            kind[0],
+            kind[1],
+            kind[2],
+            cells=len(jobs),
+            done=sum(j.key in done for j in jobs),
+            failed=sum(j.key in failed for j in jobs),
+            missing=len(rest),
+            note=notes.get(kind, ""),
         )
+        kinds.append(_priced(count, rest, costs, calibrated))
     states = ("done" if j.key in done else "failed" if j.key in failed else "missing" for j in grid.jobs)
     return Estimate(grid.name, workers, tuple(kinds), tuple(states), start)
 
 
-def kind_of(job: Job) -> tuple[str | None, str, str | None]:
+def kind_of(job: Job) -> KindName:
     """Model, probe and method: cells that agree in these are taken to cost alike."""
     method = job.args.get("method")
     return job.model, job.probe, method if method is None else str(method)
@@ -234,7 +240,7 @@ class _Enough(Exception):
 
 def calibrate(
     jobs: Sequence[Job], budget: float, settings: Mapping[str, Any], tick: Callable[[int, int], None] | None = None
-) -> tuple[list[Cost], float, dict[tuple[str | None, str, str | None], str]]:
+) -> tuple[list[Cost], float, dict[KindName, str]]:
     """Compute one cell of each kind with one local worker into a temporary store. No cell gets more than half the budget, and
     none begins after it is half spent, so that the whole takes ``budget`` seconds at most.
 
@@ -328,15 +334,15 @@ def _standing(store: JobStore) -> tuple[set[str], set[str]]:
     return done, set(store.failed_keys()) - done
 
 
-def _finished(store: JobStore, kinds: set[tuple[str | None, str, str | None]]) -> list[Cost]:
+def _finished(store: JobStore, kinds: set[KindName]) -> list[Cost]:
     """What finished cells took: of the kinds asked for the last ``_LOOKED_AT`` each, of their probes' other kinds likewise."""
     from workbench.jobs.index import cells
 
     frame = cells(store)
     frame = frame[frame["probe"].isin({probe for _, probe, _ in kinds})].sort_values("started", ascending=False)
     found: list[Cost] = []
-    counts: dict[tuple[str | None, str, str | None], int] = {}
-    sizes: dict[tuple[str | None, str, str | None], list[float]] = {}
+    counts: dict[KindName, int] = {}
+    sizes: dict[KindName, list[float]] = {}
     for row in frame.to_dict("records"):
         args = json.loads(row["args"])
         task = {"name": row["task"], **json.loads(row["task_options"])} if _text(row["task"]) else None
