@@ -86,7 +86,14 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
 
 def facts(order: dict[str, Any]) -> dict[str, Any]:
     """What a worker sees."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    names = (
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "TOKENIZERS_PARALLELISM",
+        "CUDA_VISIBLE_DEVICES",
+        "CUBLAS_WORKSPACE_CONFIG",
+    )
     import numpy  # noqa: F401
     import threadpoolctl
 
