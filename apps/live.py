@@ -305,11 +305,13 @@ def _outlook(pace: Pace, counts: Counts, now: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """A time for people: ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
+    """A time for people: ``35 ms``, ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
     if math.isnan(seconds):
         return "unknown time"
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0005 else "<1 ms"
     if seconds < 9.95:
-        return f"{seconds:.1f} s" if seconds >= 0.05 or seconds <= 0 else "<0.1 s"
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     for size, unit, small, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
