@@ -77,7 +77,8 @@ def sql(store: JobStore, query: str) -> pd.DataFrame:
     """Answer one reading query in DuckDB's SQL over the views ``cells``, ``results`` (every result row of every probe), one view
     per probe under its name, ``failures`` and ``grids`` (``workbench.jobs.index_views``).
 
-    A wrong query raises with DuckDB's message and the names of the views. Nothing is written, and no other file is read."""
+    Rows come in no order but the one that the query names. A wrong query raises with DuckDB's message and the names of the
+    views. Nothing is written, and no other file is read."""
     import duckdb
 
     def work(views: Views) -> pd.DataFrame:
