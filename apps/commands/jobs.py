@@ -17,7 +17,7 @@ from workbench.apps.commands import jobs_estimate, jobs_store, jobs_tables
 from workbench.apps.commands.jobs_store import StoreOption
 from workbench.apps.live import JsonLines, flat, plural, span, view
 from workbench.apps.terminal import Commands, answer, quiet, working
-from workbench.errors import WorkbenchError
+from workbench.errors import UnknownName, WorkbenchError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from workbench.jobs.store import JobStore
 
 INTERRUPTED = 130
+BUNDLED = Path(__file__).parents[1] / "jobs"
+"""Grids for the bundled models."""
 _SHOWN = 5
 """Failures told at the end of a run."""
 
@@ -52,7 +54,10 @@ LinesOption = Annotated[
 
 
 def run(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="The grid, a YAML or JSON file.")],
+    spec: Annotated[
+        Path,
+        typer.Argument(metavar="SPEC", help="The grid: a YAML or JSON file, or demo, leaderboard, retrieval, sae."),
+    ],
     store: StoreOption,
     workers: WorkersOption = None,
     engine: EngineOption = None,
@@ -146,8 +151,6 @@ def retry(
 
 def _failures(store: JobStore, failed: Sequence[str], keys: Sequence[str], kind: str | None) -> list[str]:
     """Those of the failed cells that are asked for."""
-    from workbench.errors import UnknownName
-
     if kind is not None and kind not in jobs_store.FAILURES:
         raise UnknownName("kind of failure", kind, jobs_store.FAILURES)
     named = [jobs_store.key_of(key, failed, "failed cell", store) for key in keys] or list(failed)
@@ -173,8 +176,13 @@ def _settings(*values: Any) -> dict[str, Any]:
 
 
 def read(spec: Path, values: list[str] | None) -> Grid:
-    """The grid of a spec, checked and with its revisions filled in."""
+    """The grid of a spec, checked and with its revisions filled in; a bundled one by its name where no file has that name."""
     overrides = inputs.assignments(values, "--set")
+    bundled = {path.stem: path for path in sorted(BUNDLED.glob("*.yaml"))}
+    if not spec.exists() and len(spec.parts) == 1 and not spec.suffix:
+        if spec.name not in bundled:
+            raise UnknownName("grid", spec.name, [*bundled, "a YAML or JSON file"])
+        spec = bundled[spec.name]
     with working(f"reading {spec}"):
         from workbench.jobs.driver import job_grid
 

@@ -562,3 +562,13 @@ def test_a_reader_that_goes_away_does_not_stop_the_grid(start, tmp_path, workben
     ]
     got = workbench("jobs", "status", "--store", tmp_path / "store", "--json").json
     assert (got["done"], got["failed"], got["missing"]) == (2, 3, 0)
+
+
+def test_bundled_grids_run_by_name(workbench, tmp_path):
+    told = workbench(
+        "jobs", "run", "retrieval", "--store", tmp_path / "store", "--dry-run", "--no-calibrate", "--json"
+    ).json
+    assert told["grid"] == "retrieval"
+    assert told["cells"]
+    wrong = workbench("jobs", "run", "retrievl", "--store", tmp_path / "store").mistake()
+    assert "no grid 'retrievl'; known: demo, leaderboard, retrieval, sae" in wrong

@@ -215,7 +215,8 @@ class _Driver:
             **{name: self.settings[name] for name in ("threads", "device", "memory", "engine")},
         }
         self.engine.submit(slot, order)
-        self._tell("started", slot, job)
+        if job.key not in self.others:
+            self._tell("started", slot, job)
 
     def _ask_again(self) -> None:
         """Cells that another driver had a while ago wait again: it may have finished or died."""

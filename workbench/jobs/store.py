@@ -212,9 +212,9 @@ class JobStore:
         with writing(self.path):
             files: dict[str, list[Any]] = {}
             for path in sorted(p for p in part.rglob("*") if p.is_file()):
-                with open(path, "rb") as content:
-                    digest = hashlib.file_digest(content, "sha256").hexdigest()
-                    os.fsync(content.fileno())
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
                 files[str(path.relative_to(part))] = [path.stat().st_size, digest]
             for name, content in ((TABLE, table), (JOB, encoded(job.dict()))):
                 write_durably(part / name, content)

@@ -6,11 +6,13 @@ known.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
+import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,7 +39,8 @@ class LocalEngine:
         order = {**order, "parent": os.getpid()}
         for attempt in (0, 1):
             try:
-                future = self._executor(slot).submit(work, order)
+                with _no_interrupts() if slot not in self._executors else contextlib.nullcontext():
+                    future = self._executor(slot).submit(work, order)
                 break
             except Exception:  # the idle process died: loky tells on the next call
                 self._drop(slot)
@@ -115,6 +118,19 @@ class LocalEngine:
             threading.Thread(
                 target=executor.shutdown, kwargs={"wait": False, "kill_workers": True}, daemon=True
             ).start()
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that start in this block ignore Ctrl-C from their first moment; it is the driver's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _keep_large_processes() -> None:
