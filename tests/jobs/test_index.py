@@ -378,6 +378,24 @@ def test_an_index_that_cannot_be_written_serves_this_process(store: JobStore, mo
     assert len(os.listdir(folder)) == 1
 
 
+def test_folders_of_killed_processes_go_with_the_next_one(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(index, "_temporary", {})
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, living = (tmp_path / f"{index._prefix()}{pid}-abc" for pid in (dead.pid, os.getppid()))
+    others = (tmp_path / f"workbench-index-else-{dead.pid}-abc", tmp_path / f"{index._prefix()}x")
+    for folder in (left, living, *others):
+        (folder / "pack").mkdir(parents=True)
+    filled(store, 1)
+    assert len(index.cells(store)) == 1
+    assert not left.exists()
+    assert all(folder.exists() for folder in (living, *others))
+    assert len(list(tmp_path.glob(f"{index._prefix()}{os.getpid()}-*"))) == 1
+
+
 def test_packers_that_are_killed_and_readers_beside_them(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(store, 40)
     program = textwrap.dedent("""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import tempfile
 import threading
 import warnings
@@ -236,8 +238,27 @@ def _fill(store: JobStore, keys: Sequence[str], keep: bool) -> Packed:
             return _write(store, keys, store.hidden / "index")
     with _making:
         if (here := _here(store)) not in _temporary:
-            _temporary[here] = tempfile.TemporaryDirectory(prefix="workbench-index-", ignore_cleanup_errors=True)
+            _remove_left()
+            _temporary[here] = tempfile.TemporaryDirectory(
+                prefix=f"{_prefix()}{os.getpid()}-", ignore_cleanup_errors=True
+            )
     return _write(store, keys, Path(_temporary[here].name))
+
+
+def _prefix() -> str:
+    return f"workbench-index-{socket.gethostname()}-"
+
+
+def _remove_left() -> None:
+    """Remove the folders of processes that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+        pid = path.name.removeprefix(_prefix()).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError, OverflowError):
+            continue  # another user's, or no process
 
 
 def _here(store: JobStore) -> tuple[int, str]:
