@@ -317,12 +317,12 @@ class _Driver:
         """Cells of one grid that different code computed are not told apart by their keys: say so."""
         if not done:
             return
-        from workbench.jobs.index import cells
+        from workbench.jobs.index import sql
         from workbench.jobs.revisions import code_version
 
         with warnings.catch_warnings():  # of damaged cells, which this run computes again
             warnings.simplefilter("ignore")
-            known = cells(self.store)
+            known = sql(self.store, "SELECT key, code_digest FROM cells")
         other = int((known["key"].isin(done) & (known["code_digest"] != code_version()["digest"])).sum())
         if other:
             said = (

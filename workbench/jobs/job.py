@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ KEY_LENGTH = 32
 LARGEST_SEED = 2**32 - 1
 """What every random generator of the dependencies takes."""
 _FORMAT = 1
+_KEY = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}").fullmatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,4 +121,4 @@ def plain(value: Any, where: str) -> Any:
 
 def is_key(name: str) -> bool:
     """Whether ``name`` has the form of a job's key."""
-    return len(name) == KEY_LENGTH and not set(name) - set("0123456789abcdef")
+    return _KEY(name) is not None

@@ -8,12 +8,14 @@ table, ``saved/`` in the format of its type. ``STORE/.jobs/`` holds the rest: ``
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,9 +71,8 @@ class JobStore:
             mark = self.hidden / "format.json"
             if not mark.exists():
                 put(mark, json.dumps({"format": _FORMAT}).encode())
-            probe = self.hidden / "part" / f".write.{os.getpid()}"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.hidden / "part") as probe:
+                probe.write(b"x")
         self.check_format()
 
     def check_format(self) -> None:
@@ -247,8 +248,9 @@ class JobStore:
 
     def fail(self, job: Job, record: Mapping[str, Any]) -> None:
         """Record that ``job`` failed: ``kind`` (error, died, timeout, memory), ``message``, ``traceback``, ``attempts`` ..."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with writing(self.path):
-            put(self.hidden / "failed" / f"{job.key}.json", encoded({"job": job.dict(), **record}))
+            put(self.hidden / "failed" / f"{job.key}.json", encoded({"job": job.dict(), "when": now, **record}))
 
     def failed_keys(self) -> list[str]:
         try:
