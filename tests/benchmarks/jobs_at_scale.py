@@ -3,8 +3,9 @@
     python tests/benchmarks/jobs_at_scale.py [--parts workers,capacity,trivial,store,again] [--folder DIR] [--json]
 
 ``workers``: a cluster simulated on this machine. Ray is told of as many CPUs as there are workers; every worker is a real actor
-process (about 70 MB), its cells sleep and write real results. The overhead is the time between two results of a worker beyond the
-sleep. The sleep is so long that the processors are not the limit; they would be 200 times as many on a cluster.
+process (about 70 MB, and 0.5% of a processor when idle), its cells sleep and write real results. The overhead is the time between
+two results of a worker beyond the sleep, once all have started. The sleep is so long that the processors, which are many more on
+a cluster, are not the limit.
 
 ``capacity``: the driver alone against workers that do nothing: cells per second at most. Here 20 processes stand for all workers,
 each with many threads.
@@ -32,13 +33,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 PARTS = ("workers", "capacity", "trivial", "store", "again")
-PER_SECOND = 20.0
+PER_SECOND = 10.0
 """Cells per second that simulated workers finish together: two processors write as many results with time to spare."""
 HOSTS = 20
 """Processes that stand for all workers where these do nothing."""
@@ -60,24 +60,31 @@ def sleepers(number: int, seconds: float) -> list[Any]:
 
 
 class Gaps:
-    """Watches a run: when each worker finished each of its cells."""
+    """Watches a run: when each of ``workers`` finished its cells. With ``enough``, ends the run once it has seen so many gaps
+    between two cells of a worker since all have started."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int, enough: int | None = None) -> None:
+        self.workers, self.enough = workers, enough
         self.times: dict[int, list[float]] = {}
+        self.warm = math.inf
+        self.gaps: list[float] = []
 
     def __call__(self, event: Any) -> None:
-        if event.kind == "done":
-            self.times.setdefault(event.slot, []).append(event.elapsed)
-
-    def between(self) -> list[float]:
-        """Seconds between the results of a worker, from its second to its last; the first waits for the worker to start."""
-        return [b - a for times in self.times.values() for a, b in pairwise(times[1:])]
+        if event.kind != "done":
+            return
+        times = self.times.setdefault(event.slot, [])
+        if times and times[-1] >= self.warm:
+            self.gaps.append(event.elapsed - times[-1])
+        times.append(event.elapsed)
+        if len(self.times) == self.workers:
+            self.warm = min(self.warm, event.elapsed)
+        if self.enough is not None and len(self.gaps) >= self.enough:
+            raise KeyboardInterrupt
 
     def warm_rate(self) -> float:
         """Cells per second from when every worker has finished one, without the last tenth, when workers run out of cells."""
         ends = sorted(end for times in self.times.values() for end in times)
-        warm = max(times[0] for times in self.times.values())
-        later = [end for end in ends if end >= warm]
+        later = [end for end in ends if end >= self.warm]
         later = later[: len(later) - len(ends) // 10]
         if len(later) < 20:
             raise SystemExit("the last worker started when the cells were nearly done: give more cells")
@@ -85,21 +92,26 @@ class Gaps:
 
 
 def run_workers(counts: list[int], folder: Path) -> Iterator[dict[str, Any]]:
-    from workbench.jobs.driver import run_jobs
+    from workbench.jobs.driver import Stopped, run_jobs
 
     for workers in counts:
         sleep = max(0.5, workers / PER_SECOND)
-        gaps = Gaps()
+        gaps = Gaps(workers, enough=max(20, 3 * workers))
         with fresh(folder) as store:
-            run = run_jobs(sleepers(6 * workers, sleep), store, workers=workers, engine="ray", watch=gaps)
-        over = [gap - sleep for gap in gaps.between()]
+            try:
+                run_jobs(sleepers(50 * workers + 50, sleep), store, workers=workers, engine="ray", watch=gaps)
+            except Stopped:
+                pass
+            else:
+                raise SystemExit(f"{workers} workers did not start before the cells were done")
+        over = [gap - sleep for gap in gaps.gaps]
         yield {
             "workers": workers,
-            "cells": run.computed,
+            "cells": len(over),
             "sleep": sleep,
             "overhead": median(over),
-            "p95": quantiles(over, n=20)[-1] if len(over) > 1 else over[0],
-            "started": max(times[0] for times in gaps.times.values()) - sleep,
+            "p95": quantiles(over, n=20)[-1],
+            "started": gaps.warm - sleep,
             "load": os.getloadavg()[0],
         }
 
@@ -112,7 +124,7 @@ def run_capacity(counts: list[int], folder: Path) -> Iterator[dict[str, Any]]:
     ray_engine.RayEngine = crowd(engine)  # type: ignore[misc]
     try:
         for workers in counts:
-            gaps = Gaps()
+            gaps = Gaps(workers)
             with fresh(folder) as store:
                 run_jobs(sleepers(max(3000, 20 * workers), 0.0), store, workers=workers, engine="ray", watch=gaps)
             rate = gaps.warm_rate()
@@ -154,7 +166,7 @@ def run_trivial(number: int, folder: Path) -> Iterator[dict[str, Any]]:
 
     for engine in ("local", "ray"):
         for workers in (1, 2):
-            gaps = Gaps()
+            gaps = Gaps(workers)
             with fresh(folder) as store:
                 run_jobs(sleepers(number, 0.0), store, workers=workers, engine=engine, watch=gaps)
             each = 1 / gaps.warm_rate()
@@ -166,12 +178,11 @@ def run_store(number: int, folder: Path) -> Iterator[dict[str, Any]]:
 
     with fresh(folder) as path:
         yield {
-            "what": "write the files of the store (not timed elsewhere)",
+            "what": "write the files",
             "call": timed(lambda: make_store(path, number)),
         }
         yield {"what": "pack all of it into the index", "call": timed(lambda: refresh(opened(path)))}
-        bytes_used, files = size(path)
-        yield {"what": f"size: {files:,} files, {bytes_used / 2**20:.0f} MiB of content"}
+        yield {"what": size(path)}
         for what, expression in ASKED.items():
             yield {"what": what, "asked": True, **in_fresh_process(path, expression)}
 
@@ -258,9 +269,11 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def size(path: Path) -> tuple[int, int]:
-    found = [os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names]
-    return sum(found), len(found)
+def size(path: Path) -> str:
+    """Files, their content and what they take on the disk."""
+    found = [os.lstat(os.path.join(at, name)) for at, names, files in os.walk(path) for name in [*names, *files]]
+    content, disk = sum(f.st_size for f in found), 512 * sum(f.st_blocks for f in found)
+    return f"{len(found):,} files and folders, {content / 2**20:.0f} MiB of content, {disk / 2**20:.0f} MiB on the disk"
 
 
 def over_limits(part: str, row: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from workbench.jobs.engines.protocol import Order, Reply
 from workbench.jobs.engines.ray_cluster import Cluster, Share, last_line
 
 PATIENCE = 120.0
-"""Seconds that orders wait for their workers to start before somebody is told."""
+"""Seconds without a worker that starts, while some have yet to, before somebody is told."""
 _STARTS = 3
 """Workers in a row that may die before they are there."""
 
@@ -60,6 +60,7 @@ class RayEngine:
         self._settings = {"work": work, "cwd": os.getcwd(), "path": _own_path(), "env": self._share.environment()}
         self._slots = {slot: _Slot() for slot in range(slots)}
         self._failed_starts = 0
+        self._last_start = 0.0
         self._told = False
         self._heard: queue.SimpleQueue[tuple[str, int, Any, Any]] = queue.SimpleQueue()
         self._cluster = Cluster(slots, self._share, address)
@@ -144,7 +145,7 @@ class RayEngine:
         at = self._slots[slot]
         error = future.exception()
         if error is None:
-            at.place, self._failed_starts = future.result(), 0
+            at.place, self._failed_starts, self._last_start = future.result(), 0, time.monotonic()
             if at.order is not None:
                 self._send(slot)
             return
@@ -164,7 +165,7 @@ class RayEngine:
 
     def _complain_of_waiting(self) -> None:
         busy = [at for at in self._slots.values() if at.order is not None]
-        late = [at for at in busy if at.place is None and time.monotonic() - at.since > PATIENCE]
+        late = [at for at in busy if at.place is None and time.monotonic() - max(at.since, self._last_start) > PATIENCE]
         if not late:
             return
         said = f"{len(late)} of {self.slots} Ray workers do not start since {PATIENCE:g} s; there are {self._cluster.room()}"
