@@ -318,8 +318,8 @@ for slot, what in enumerate(["hang-in-c", "loop", "wait", "say"]):
     engine.submit(slot, {"do": what, "began": f"{sys.argv[1]}/{slot}", "for": "never"})
 while not engine.wait(1.0):
     pass
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     while True:
         engine.wait(1.0)
 finally:
@@ -364,7 +364,7 @@ def test_everything_that_a_driver_started_ends_with_it(tmp_path: Path, end: sign
         else:
             driver.send_signal(end)
         printed, complaints = driver.communicate(timeout=60)
-        assert printed == ("" if end == signal.SIGKILL else "closed\n")
+        assert printed == ("" if end == signal.SIGKILL else "closed\n"), complaints
         assert "SIGTERM received" not in complaints
         assert until(lambda: not any(map(is_alive, started)))
         assert until(lambda: not list(folder.iterdir()))
