@@ -153,9 +153,12 @@ class Cluster:
     def _start(self, ray: Any, slots: int) -> None:
         # Not below TMPDIR: the names of Ray's sockets must stay short.
         parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.path.isdir("/tmp") else None)
-        folder = tempfile.mkdtemp(prefix="ray-workbench-", dir=parent)
+        folder = os.path.abspath(tempfile.mkdtemp(prefix="ray-workbench-", dir=parent))
         command = [sys.executable, "-I", "-S", "-c", _CLEANER, folder]
-        self._cleaner = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        nothing = subprocess.DEVNULL  # who reads the driver's output must not wait for the cleaner
+        self._cleaner = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True
+        )
         ray.init(
             address="local",
             num_cpus=math.ceil(slots * self._share.cpus),
