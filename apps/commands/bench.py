@@ -28,6 +28,7 @@ NAMES = (
     "circuit-speed",
     "sae-formats",
     "sae-training",
+    "jobs",
 )
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "benchmarks"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -308,7 +308,7 @@ def test_what_vanishes_meanwhile_is_no_error(
 
     def twice(path: Path, *words: object, **more: object) -> None:
         rmtree(path)
-        rmtree(path, *words, **more)  # type: ignore[arg-type]
+        rmtree(path, *words, **more)
 
     monkeypatch.setattr(shutil, "rmtree", twice)
     assert gc(store).count == 0

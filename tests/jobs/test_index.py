@@ -416,7 +416,7 @@ def test_packers_that_are_killed_and_readers_beside_them(store: JobStore, monkey
     def start(seed: int) -> None:
         words = [sys.executable, "-c", program, str(store.path), str(seed)]
         workers.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
-        assert workers[-1].stdout.readline() == "ready\n"  # type: ignore[union-attr]
+        assert workers[-1].stdout.readline() == "ready\n"
 
     try:
         for seed in range(3):

@@ -1,6 +1,6 @@
 """Grids at scale: what a cell costs beside its own work, and how fast a store of many cells answers.
 
-    python tests/benchmarks/jobs_at_scale.py [--parts workers,capacity,trivial,store,again] [--folder DIR] [--json]
+    workbench bench jobs [--parts workers,capacity,trivial,store,again] [--folder DIR] [--json]
 
 ``workers``: a cluster simulated on this machine. Ray is told of as many CPUs as there are workers; every worker is a real actor
 process (about 70 MB, and 0.5% of a processor when idle), its cells sleep and write real results. The overhead is the time between
@@ -231,7 +231,7 @@ def in_fresh_process(path: Path, expression: str) -> dict[str, Any]:
     code = f"""
 import json, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from jobs_at_scale import sleepers
+from {Path(__file__).stem} import sleepers
 from workbench.jobs.driver import run_jobs
 from workbench.jobs.index import cells, frame, sql
 from workbench.jobs.status import status
