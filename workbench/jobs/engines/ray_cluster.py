@@ -242,7 +242,8 @@ def _join(ray: Any, address: str) -> None:
         ray.init(address=asked, **_QUIET)
     except Exception as error:
         raise WorkbenchError(
-            f"cannot join the Ray cluster {address}: {last_line(error)}; if it wants a token, set RAY_AUTH_MODE=token"
+            f"cannot join the Ray cluster {address}: {last_line(error)}; the port is the head's, 6379 unless told "
+            "otherwise; if the cluster wants a token, set RAY_AUTH_MODE=token"
         ) from error
 
 
