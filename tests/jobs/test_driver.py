@@ -182,7 +182,10 @@ def test_a_stopped_driver_takes_its_workers_along_and_loses_nothing(store: JobSt
         done += line == "done\n"
         if done == 6:
             break
-    workers = {pid for key in running.running_keys(store) if (pid := running.owner(store, key))}
+    deadline = time.time() + 10
+    workers: set[int] = set()
+    while not workers and time.time() < deadline:  # between two cells nobody is at work
+        workers = {pid for key in running.running_keys(store) if (pid := running.owner(store, key))}
     assert workers
     os.killpg(driver.pid, sign) if sign == signal.SIGINT else os.kill(driver.pid, sign)
     rest = driver.stdout.read()

@@ -93,9 +93,9 @@ class RayEngine:
 
     def kill(self, slot: int) -> None:
         """See ``Engine.kill``. Ray kills the process from outside its interpreter, so that a stuck one dies as well."""
-        self._drop(slot)
-        if self._slots[slot].order is not None:
+        if self._slots[slot].order is not None:  # first, so that the news of the death comes after it
             self._heard.put(("killed", slot, self._slots[slot].serial, None))
+        self._drop(slot)
 
     def close(self) -> None:
         """See ``Engine.close``. Also ends the Ray that this engine started."""
