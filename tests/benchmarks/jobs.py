@@ -121,7 +121,7 @@ def run_capacity(counts: list[int], folder: Path) -> Iterator[dict[str, Any]]:
     from workbench.jobs.driver import run_jobs
 
     engine = ray_engine.RayEngine
-    ray_engine.RayEngine = crowd(engine)  # type: ignore[misc]
+    ray_engine.RayEngine = crowd(engine)
     try:
         for workers in counts:
             gaps = Gaps(workers)
@@ -130,13 +130,13 @@ def run_capacity(counts: list[int], folder: Path) -> Iterator[dict[str, Any]]:
             rate = gaps.warm_rate()
             yield {"workers": workers, "rate": rate, "each": 1 / rate, "load": os.getloadavg()[0]}
     finally:
-        ray_engine.RayEngine = engine  # type: ignore[misc]
+        ray_engine.RayEngine = engine
 
 
 def crowd(engine: type) -> type:
     """The Ray engine with many slots in each of ``HOSTS`` processes. Its workers answer that a cell is done and do nothing."""
 
-    class Crowd(engine):  # type: ignore[misc, valid-type]
+    class Crowd(engine):
         def __init__(self, slots: int, **options: Any) -> None:
             import ray
 

@@ -207,7 +207,7 @@ def test_names_that_do_not_exist(scores: JobStore) -> None:
         ({"where": "nosuch > 77"}, "Binder Error"),
     ):
         with pytest.raises(WorkbenchError, match=said) as error:
-            compare(scores, **{"value": "score", "columns": "method", **words})  # type: ignore[arg-type]
+            compare(scores, **{"value": "score", "columns": "method", **words})
         assert "\n" not in str(error.value)
         assert isinstance(error.value, UnknownName) == ("; known: " in str(error.value))
 

@@ -76,7 +76,7 @@ def test_every_probe_is_told() -> None:
         assert {probe.needs_model, probe.needs_task} <= set(NEEDS)
         assert probe.arguments is not None
         assert "seed" not in probe.arguments
-    assert known["eviction"].arguments["window"] is REQUIRED  # type: ignore[index]
+    assert known["eviction"].arguments["window"] is REQUIRED
 
 
 def test_an_unknown_probe_lists_those_there_are() -> None:
@@ -95,10 +95,10 @@ def test_analyses_are_found_by_the_name_of_their_function() -> None:
 
 def test_a_cell_loads_its_model_once_and_says_what_it_lacks() -> None:
     loads: list[int] = []
-    cell = Cell(Job("sleep", model="m"), lambda: loads.append(1))  # type: ignore[arg-type, func-returns-value]
+    cell = Cell(Job("sleep", model="m"), lambda: loads.append(1))
     assert cell.model is cell.model is None
     assert loads == [1]
-    bare = Cell(Job("sleep"), lambda: loads.append(1))  # type: ignore[arg-type, func-returns-value]
+    bare = Cell(Job("sleep"), lambda: loads.append(1))
     assert bare.task is None
     with pytest.raises(WorkbenchError, match="names none; add model:"):
         _ = bare.model
