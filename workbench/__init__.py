@@ -26,6 +26,9 @@ _NAMES: dict[str, str] = {
     "generate": "workbench.models.generation:generate",
     "Generation": "workbench.run:Generation",
     "open_maps": "workbench.stored:open_maps",
+    "open_run": "workbench.stored_run:open_run",
+    "StoredRun": "workbench.stored_run:StoredRun",
+    "zoom": "workbench.zoom:zoom",
     "Capture": "workbench.captures:Capture",
     "capture": "workbench.captures:capture",
     # maps and mods

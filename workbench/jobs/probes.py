@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from workbench.errors import UnknownName, WorkbenchError
@@ -27,6 +28,7 @@ _KINDS = {
     "find_circuit": "circuits",
     "circuit_score": "circuits",
     "train_sae": "coders",
+    "capture": "capture",
 }
 """The module in ``kinds/`` whose ``PROBES`` holds the probe. Analyses and functions are made from their names."""
 
@@ -53,11 +55,22 @@ class Outcome:
 
 
 class Cell:
-    """One job under way: what a probe reads. ``load`` gives the job's model; it is called when the model is first asked for."""
+    """One job under way: what a probe reads. ``load`` gives the job's model; it is called when the model is first asked for.
+    ``scratch`` is where a probe may write what is too large for memory: a new folder on the disk of the store, gone after the
+    cell."""
 
-    def __init__(self, job: Job, load: Callable[[], Model]) -> None:
+    def __init__(self, job: Job, load: Callable[[], Model], scratch: Path | None = None) -> None:
         self.job = job
         self._load = load
+        self._scratch = scratch
+
+    @cached_property
+    def scratch(self) -> Path:
+        """A folder to write to; what ``save`` moves out of it stays."""
+        if self._scratch is None:
+            raise WorkbenchError(f"{self.job.probe} writes to disk, and this cell has no folder; run it with run_jobs")
+        self._scratch.mkdir(parents=True)
+        return self._scratch
 
     @cached_property
     def model(self) -> Model:

@@ -138,7 +138,8 @@ class JobStore:
             raise WorkbenchError(f"{self.folder(key) / TABLE} is damaged: {type(error).__name__}: {error}") from error
 
     def load(self, key: str) -> Any:
-        """What the probe gave beside the table, read back by its type: a circuit, a saved result, or a coder."""
+        """What the probe gave beside the table, read back by its type: a circuit, a saved result, a run with its
+        maps, or a coder."""
         at = self.folder(key) / SAVED
         self._refuse_damaged(key)
         if not at.is_dir():
@@ -151,6 +152,10 @@ class JobStore:
             from workbench.results import load_result
 
             return load_result(at)
+        if (at / "run.json").is_file():
+            from workbench.stored_run import open_run
+
+            return open_run(at)
         from workbench.coders.folder import load_coder
 
         return load_coder(at)
@@ -193,6 +198,10 @@ class JobStore:
             raise WorkbenchError(f"no result {key} in {self.path}") from None
         except ValueError as error:
             raise WorkbenchError(f"{self.folder(key) / name} is damaged: {error}") from error
+
+    def scratch(self, job: Job) -> Path:
+        """A name for a folder that a cell may write to while it is computed."""
+        return self.hidden / "part" / f"{job.key}.scratch.{socket.gethostname()}.{os.getpid()}"
 
     @contextmanager
     def new_cell(self, job: Job) -> Iterator[Path]:

@@ -15,6 +15,7 @@ import io
 import os
 import platform
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -102,6 +103,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
     _guard.reset()
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     log, loading = _Tail(), 0.0
+    scratch = store.scratch(job)
     model: _Loaded | None = None
 
     def load() -> Any:
@@ -135,7 +137,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
             _prepare(job, order)
             loading = time.perf_counter() - clock
             _counting()
-            outcome = probe.call(Cell(job, load))
+            outcome = probe.call(Cell(job, load, scratch))
             table = _parquet(outcome.table)
         with store.new_cell(job) as part:
             if outcome.saved is not None:
@@ -159,6 +161,8 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
         }
         store.fail(job, record)
         return {"state": "failed", "kind": kind, "message": message, "seconds": seconds()}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _save(saved: Any, path: Path, store: JobStore) -> None:
