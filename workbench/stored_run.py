@@ -80,7 +80,9 @@ def open_run(folder: str | Path) -> Run:
         for layer, raw in stored.open_maps(folder / RAW).items():
             gated = maps.get(layer)
             if not isinstance(gated, GatedMap):
-                raise WorkbenchError(f"{folder / RAW} holds layer {layer}, which {folder / MAPS} does not have as gated")
+                raise WorkbenchError(
+                    f"{folder / RAW} holds layer {layer}, which {folder / MAPS} does not have as gated"
+                )
             gated.raw._memo.update(raw._memo)
     try:
         tensors = load_file(folder / TOKENS)

@@ -184,9 +184,7 @@ def _stored(
         values = found if grow == 1 else _pooled(found.nan_to_num(neginf=0.0), grow, "max")
     else:
         rows, columns = -(-found.shape[0] // grow), -(-found.shape[1] // grow)
-        padded = torch.nn.functional.pad(
-            found, (0, columns * grow - found.shape[1], 0, rows * grow - found.shape[0])
-        )
+        padded = torch.nn.functional.pad(found, (0, columns * grow - found.shape[1], 0, rows * grow - found.shape[0]))
         values = padded.view(rows, grow, columns, grow).sum((1, 3)) / _rows(q1 - q0, step)[:, None]
     return Zoom(values, (q0, q1), (k0, k1), step, False, way)
 

@@ -125,15 +125,22 @@ def report(
 def app(
     store: StoreOption = Path("results"),
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option("--models", help="A folder of models, or of folders of models, that the app may load; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Open the app on a results folder.
+    """Open the app on a results folder, which is made when something is saved.
 
-    It listens on 127.0.0.1 only and sends no usage statistics.
+    It listens on 127.0.0.1 only and sends no usage statistics. It loads the bundled models and those in the folders of --models.
     """
-    from workbench.apps.store import stored
-
-    stored(store)
+    if store.exists() and not store.is_dir():
+        raise WorkbenchError(f"--store wants a folder; {store} is a file")
+    for folder in models or ():
+        if not folder.is_dir():
+            raise WorkbenchError(f"--models wants a folder; there is none at {folder}")
+    inputs.writable(store)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -156,7 +163,9 @@ def app(
         "browser.gatherUsageStats": "false",
         "server.fileWatcherType": "none",
         "client.toolbarMode": "minimal",
+        "theme.primaryColor": "#1b7f9e",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     arguments = [sys.executable, "-m", "streamlit", "run", str(page), *flags, "--", "--store", str(store.absolute())]
+    arguments += [part for folder in models or () for part in ("--models", str(folder.absolute()))]
     os.execv(sys.executable, arguments)

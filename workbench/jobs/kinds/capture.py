@@ -21,7 +21,7 @@ _CELLS, _LEAST = 512, 4
 
 
 def block_size(tokens: int) -> int:
-    """The side of the finest block maps that are kept, in tokens: a power of two, at most 512 blocks a side, at least 4 tokens."""
+    """The side of the finest block maps that are kept, in tokens: a power of two from 4, at most 512 blocks a side."""
     size = _LEAST
     while tokens > size * _CELLS:
         size *= 2
@@ -50,7 +50,11 @@ def capture(cell: Cell) -> Outcome:
     layers = args["layers"]
     folder = cell.scratch / "maps"
     request = wb.capture(
-        layers=layers, blocks=size, reduce=("sum", "max"), stats=("received", "entropy", "distance", "top1"), store=folder
+        layers=layers,
+        blocks=size,
+        reduce=("sum", "max"),
+        stats=("received", "entropy", "distance", "top1"),
+        store=folder,
     )
     started = time.perf_counter()
     with torch.no_grad():
