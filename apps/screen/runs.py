@@ -11,8 +11,9 @@ import streamlit as st
 
 from workbench.apps.screen import place, state
 from workbench.apps.screen.need import Done, job, need
+from workbench.apps.screen.text import literal
 from workbench.errors import WorkbenchError
-from workbench.jobs.job import Job
+from workbench.jobs.job import Job, is_key
 from workbench.jobs.store import JOB, SAVED
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def current(key: str = "run", label: str = "Run", where: Any = None, models: Any
     whether the page can look at it."""
     known = {one.key: one for one in captured() if models is None or models(one.job.model)}
     asked = st.query_params.get(key)
-    if asked and asked not in known and place.cells().damage(asked):
-        st.warning(f"The run of this link is not complete: {place.cells().damage(asked)}")
+    if asked and asked not in known and is_key(asked) and (why := place.cells().damage(asked)):
+        st.warning(literal(f"The run of this link is not complete: {why}"))
     if not known:
         done = first()
         known = {done.key: Captured(done.key, done.job)}

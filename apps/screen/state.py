@@ -60,7 +60,7 @@ def number(
     def read(asked: str) -> int | None:
         return int(asked) if asked.lstrip("-").isdigit() and low <= int(asked) <= high else None
 
-    _adopt(label, key, read, [f"{low} .. {high}"])
+    _adopt(key, key, read, [f"{low} .. {high}"])
     held = st.session_state.get(key)
     if not isinstance(held, int) or not low <= held <= high:
         st.session_state[key] = min(max(default, low), high)
@@ -87,7 +87,7 @@ def fraction(
         except ValueError:
             return None
 
-    _adopt(label, key, read, [f"{low} .. {high}"])
+    _adopt(key, key, read, [f"{low} .. {high}"])
     if not low <= st.session_state.get(key, low - 1) <= high:
         st.session_state[key] = min(max(default, low), high)
     return _written(key, float(where.slider(label, low, high, key=key, step=step, help=help, persist_state="session")))
