@@ -127,7 +127,9 @@ def app(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
     models: Annotated[
         list[Path] | None,
-        typer.Option("--models", help="A folder of models, or of folders of models, that the app may load; repeatable."),
+        typer.Option(
+            "--models", help="A folder of models, or of folders of models, that the app may load; repeatable."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
