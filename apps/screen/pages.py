@@ -7,4 +7,9 @@ PAGES = {
     "See": [
         ("sinks", "Sinks", ":material/vertical_align_bottom:"),
     ],
+    "Work": [
+        ("jobs", "Jobs", ":material/lists:"),
+        ("results", "Saved results", ":material/folder_open:"),
+        ("report", "Report", ":material/description:"),
+    ],
 }
