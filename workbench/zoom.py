@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from torch import Tensor
 from workbench.attention_map import AttentionMap
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import GatedMap
+from workbench.results import Result, axis
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 EXACT = 2**22
 """Weights of one head that a view may compute: 2,048 x 2,048 tokens."""
@@ -22,7 +28,7 @@ WAYS = ("mass", "max")
 
 
 @dataclass(frozen=True)
-class Zoom:
+class Zoom(Result):
     """``values`` ``[rows, columns]`` float32: cells of ``size`` x ``size`` tokens of the view ``queries`` x ``keys`` (half-open
     ranges counted from the first row and column of the map; the last cells may be cut). NaN where no query sees a key.
 
@@ -36,6 +42,42 @@ class Zoom:
     size: int
     exact: bool
     way: str
+    title: str = ""
+
+    def frame(self) -> pd.DataFrame:
+        """One row per cell that can be seen: ``query`` and ``key`` where it begins, ``value``."""
+        import pandas as pd
+
+        rows, columns = self.values.shape
+        found = pd.DataFrame(
+            {
+                "query": (self.queries[0] + self.size * torch.arange(rows)).repeat_interleave(columns).numpy(),
+                "key": (self.keys[0] + self.size * torch.arange(columns)).repeat(rows).numpy(),
+                "value": self.values.flatten().numpy(),
+            }
+        )
+        return found.dropna(subset=["value"]).reset_index(drop=True)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Queries downwards, keys to the right, in tokens; signed values from blue to orange."""
+        ax = axis(ax, 6.0, 5.0)
+        top = float(self.values.nan_to_num().abs().max()) or 1.0
+        signed = bool((self.values.nan_to_num() < 0).any())
+        extent = (self.keys[0], self.keys[1], self.queries[1], self.queries[0])
+        colours, least = ("PuOr_r", -top) if signed else ("magma", 0.0)
+        image = ax.imshow(
+            self.values.numpy(),
+            extent=extent,
+            cmap=colours,
+            vmin=least,
+            vmax=top,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        ax.set(xlabel="key", ylabel="query", title=self.title)
+        unit = "weight" if self.size == 1 else "largest weight" if self.way == "max" else "mass per query"
+        ax.figure.colorbar(image, ax=ax, label=unit)
+        return ax
 
 
 def zoom(

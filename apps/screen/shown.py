@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,13 @@ from workbench.apps.screen.text import literal
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 _SHOWN = 1000
+_DPI = 200
 _INK = {"light": "#1d2328", "dark": "#f0f2f6"}
+_MIME = {"png": "image/png", "svg": "image/svg+xml"}
+_drawing = threading.Lock()
+"""matplotlib's settings belong to the process, and sessions are its threads."""
 
 
 def dark() -> bool:
@@ -27,86 +31,86 @@ def dark() -> bool:
 def figure(
     draw: Callable[[], Any], frame: pd.DataFrame, *, name: str, python: str, caption: str = "", width: Any = "content"
 ) -> None:
-    """Draw with matplotlib (``draw`` gives an axis or a figure) in the page's colours; below it ``downloads``."""
-    found = drawn(draw)
-    st.image(_bytes(found, "png", 200), width=width)
+    """Draw with matplotlib (``draw`` gives an axis or a figure) in the page's colours; below it ``downloads``.
+
+    A figure with the same ``name`` and ``python`` is drawn once: the code says what it shows."""
+    st.image(_drawn(name, python, dark(), "png", draw), width=width)
     if caption:
         st.caption(literal(caption))
-    downloads(frame, name=name, python=python, picture=found)
+    downloads(frame, name=name, python=python, draw=draw)
 
 
-def drawn(draw: Callable[[], Any]) -> Figure:
-    """The figure of ``draw`` in the colours of the page."""
+def downloads(
+    frame: pd.DataFrame | Callable[[], pd.DataFrame],
+    *,
+    name: str,
+    python: str,
+    draw: Callable[[], Any] | None = None,
+) -> None:
+    """The row below every figure: its numbers (to read, as CSV, as Parquet), its image, the code that makes it again.
+
+    ``name`` is the files' name and, with it, the key of the row in the page. A ``frame`` that is called is made when a file is
+    asked for, and not shown. ``draw`` draws the image with matplotlib; a table has none."""
+    from workbench.results import uniform_columns
+
+    made = frame if callable(frame) else lambda: frame
+    files: dict[str, tuple[str, Callable[[], Any]]] = {
+        "csv": ("text/csv", lambda: made().to_csv(index=False)),
+        "parquet": ("application/vnd.apache.parquet", lambda: uniform_columns(made()).to_parquet()),
+    }
+    images = {} if draw is None else {form: (mime, partial(_file, draw, form)) for form, mime in _MIME.items()}
+    with st.popover("numbers, image, code", icon=":material/download:", type="tertiary"):
+        numbers, image, code = st.tabs(["Numbers", "Image", "Python"])
+        with numbers:
+            if not callable(frame):
+                st.dataframe(frame.head(_SHOWN), hide_index=True)
+                if len(frame) > _SHOWN:
+                    st.caption(f"first {_SHOWN:,} of {len(frame):,} rows; the files hold all of them")
+            _buttons(name, files)
+        with image:
+            if images:
+                _buttons(name, images)
+            else:
+                st.caption("This is a table; it has no image.")
+        with code:
+            st.code(python, language="python")
+
+
+def _buttons(name: str, files: dict[str, tuple[str, Callable[[], Any]]]) -> None:
+    with st.container(horizontal=True):
+        for form, (mime, content) in files.items():
+            label = form.upper() if form != "parquet" else "Parquet"
+            st.download_button(
+                label,
+                content,
+                f"{name}.{form}",
+                mime,
+                key=f"{form} {name}",
+                on_click="ignore",
+                icon=":material/download:",
+            )
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _drawn(name: str, python: str, is_dark: bool, form: str, _draw: Callable[[], Any]) -> bytes:
+    return _picture(_draw, form, _INK["dark" if is_dark else "light"])
+
+
+def _file(draw: Callable[[], Any], form: str) -> bytes:
+    """The image for a paper: dark ink on white."""
+    return _picture(draw, form, _INK["light"], "white")
+
+
+def _picture(draw: Callable[[], Any], form: str, ink: str, ground: str = "none") -> bytes:
     import matplotlib as mpl
 
     from workbench.apps.svg import INK, style
 
-    ink = _INK["dark" if dark() else "light"]
-    with style():
+    with _drawing, style():
         names = [name for name, value in mpl.rcParams.items() if isinstance(value, str) and value == INK]
         with mpl.rc_context(dict.fromkeys(names, ink)):
             found = draw()
-            made: Figure = found if hasattr(found, "savefig") else found.figure
-            return made
-
-
-def _bytes(picture: Figure, form: str, dpi: int = 200) -> bytes:
-    out = io.BytesIO()
-    picture.savefig(out, format=form, dpi=dpi, bbox_inches="tight")
+            made = found if hasattr(found, "savefig") else found.figure
+            out = io.BytesIO()
+            made.savefig(out, format=form, dpi=_DPI, bbox_inches="tight", facecolor=ground)
     return out.getvalue()
-
-
-def downloads(
-    frame: pd.DataFrame,
-    *,
-    name: str,
-    python: str,
-    picture: Figure | None = None,
-    image: Callable[[], bytes] | None = None,
-) -> None:
-    """The row below every figure: its numbers (to read, as CSV, as Parquet), its image, the code that makes it again.
-
-    ``name`` is the files' name and, with it, the key of the row in the page; ``image`` gives a PNG where the figure is not
-    matplotlib's."""
-    from workbench.results import uniform_columns
-
-    with st.popover("numbers, image, code", icon=":material/download:", type="tertiary"):
-        tabs = st.tabs(["Numbers", "Image", "Python"])
-        with tabs[0]:
-            st.dataframe(frame.head(_SHOWN), hide_index=True)
-            if len(frame) > _SHOWN:
-                st.caption(f"first {_SHOWN:,} of {len(frame):,} rows; the files hold all of them")
-            left, right = st.columns(2)
-            left.download_button(
-                "CSV",
-                lambda: frame.to_csv(index=False),
-                f"{name}.csv",
-                "text/csv",
-                key=f"csv {name}",
-                on_click="ignore",
-            )
-            right.download_button(
-                "Parquet",
-                lambda: uniform_columns(frame).to_parquet(),
-                f"{name}.parquet",
-                "application/vnd.apache.parquet",
-                key=f"parquet {name}",
-                on_click="ignore",
-            )
-        with tabs[1]:
-            if picture is not None:
-                for form, mime in (("png", "image/png"), ("svg", "image/svg+xml")):
-                    st.download_button(
-                        form.upper(),
-                        partial(_bytes, picture, form),
-                        f"{name}.{form}",
-                        mime,
-                        key=f"{form} {name}",
-                        on_click="ignore",
-                    )
-            elif image is not None:
-                st.download_button("PNG", image, f"{name}.png", "image/png", key=f"png {name}", on_click="ignore")
-            else:
-                st.caption("This is a table; it has no image.")
-        with tabs[2]:
-            st.code(python, language="python")
