@@ -1,7 +1,8 @@
 """One interactive part in four places: a Streamlit app, a notebook's saved output, a live notebook, a file of its own.
 
-A component is one JavaScript file beside this one that defines ``draw(root, data, send)``. Joined with ``shared.js``
-and ``component.css`` it is one module without imports, so nothing is fetched, and the same text serves every place.
+A component is a JavaScript file beside this one that defines ``draw(root, data, send)``; ``<name>.<part>.js`` holds a
+part of a long one. Joined with ``shared.js`` and ``component.css`` it is one module without imports, so nothing is
+fetched, and the same text serves every place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 LIMIT = 2_500_000
 """Characters of the longest message to a browser: one picture of 2 MB, and the words around it."""
 _HERE = Path(__file__).parent
-_STREAMLIT = "export default ({data, parentElement, setTriggerValue}) => mount(parentElement, data, setTriggerValue);"
+_STREAMLIT = """
+export default ({data, parentElement, setTriggerValue}) =>
+  mount(parentElement, data.data, (event, value) => data.events.includes(event) && setTriggerValue(event, value));
+"""
 _WIDGET = """
 let sent = 0;
 export default {
@@ -65,7 +69,8 @@ class Component:
 
     def show(self, data: Mapping[str, Any], *, key: str, on: Mapping[str, Callable[[Any], None]] | None = None) -> None:
         """Show it in a Streamlit script. ``on[event]`` is called with the event's value before the next run of the
-        script (of the fragment, inside one). ``key`` names the instance: with the same key it is updated in place."""
+        script (of the fragment, inside one); other events run nothing. ``key`` names the instance: with the same key
+        it is updated in place."""
         import streamlit as st
 
         def react(event: str, call: Callable[[Any], None]) -> None:
@@ -73,7 +78,7 @@ class Component:
 
         _message(self.name, data)
         calls = {f"on_{event}_change": functools.partial(react, event, call) for event, call in (on or {}).items()}
-        _streamlit(self.name)(key=key, data=dict(data), **calls)
+        _streamlit(self.name)(key=key, data={"data": dict(data), "events": list(on or {})}, **calls)
 
     def html(self, data: Mapping[str, Any], *, title: str = "") -> str:
         """A fragment for the saved output of a notebook: an element and the script that draws into it.
@@ -96,23 +101,13 @@ class Component:
     def widget(self, data: Mapping[str, Any]) -> anywidget.AnyWidget:
         """Live in a notebook: set ``.data`` to update it; ``.event`` is the last event, ``{event, value, number}``
         (``number`` counts, so that equal events are told apart): ``widget.observe(f, "event")``."""
-        try:
-            import anywidget
-            import traitlets
-        except ModuleNotFoundError:
-            raise WorkbenchError(
-                "live components in notebooks need the package anywidget: pip install 'attention-workbench[notebook]'"
-            ) from None
-
         _message(self.name, data)
-        traits = {"data": traitlets.Dict(dict(data)).tag(sync=True), "event": traitlets.Dict({}).tag(sync=True)}
-        kind = type(self.name.title(), (anywidget.AnyWidget,), {"_esm": _module(self.name) + _WIDGET, **traits})
-        return kind()
+        return _widget(self.name)(data=dict(data))
 
 
 def names() -> list[str]:
     """The components there are."""
-    return sorted(path.stem for path in _HERE.glob("*.js") if path.stem != "shared")
+    return sorted({path.name.split(".")[0] for path in _HERE.glob("*.js")} - {"shared"})
 
 
 @functools.cache
@@ -122,8 +117,8 @@ def _module(name: str) -> str:
     if name not in names():
         raise UnknownName("component", name, names())
     style = (_HERE / "component.css").read_text(encoding="utf-8")
-    scripts = [(_HERE / file).read_text(encoding="utf-8") for file in ("shared.js", f"{name}.js")]
-    return "\n".join([f"const STYLE = {_inline(json.dumps(style))};", *scripts])
+    files = [_HERE / "shared.js", *sorted(_HERE.glob(f"{name}.*js"))]
+    return "\n".join([f"const STYLE = {_inline(json.dumps(style))};", *(file.read_text("utf-8") for file in files)])
 
 
 @functools.cache
@@ -132,6 +127,20 @@ def _streamlit(name: str) -> Callable[..., Any]:
     import streamlit as st
 
     return st.components.v2.component(f"workbench-{name}", js=_module(name) + _STREAMLIT)
+
+
+@functools.cache
+def _widget(name: str) -> type[anywidget.AnyWidget]:
+    try:
+        import anywidget
+        import traitlets
+    except ModuleNotFoundError:
+        raise WorkbenchError(
+            "live components in notebooks need the package anywidget: pip install 'attention-workbench[notebook]'"
+        ) from None
+
+    traits = {"data": traitlets.Dict({}).tag(sync=True), "event": traitlets.Dict({}).tag(sync=True)}
+    return type(name.title(), (anywidget.AnyWidget,), {"_esm": _module(name) + _WIDGET, **traits})
 
 
 def _message(name: str, data: Mapping[str, Any]) -> str:

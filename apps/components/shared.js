@@ -185,13 +185,15 @@ function colour(value, top, scale, colours) {
 // Black or white, whichever is read better on [r, g, b].
 const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#111318" : "#ffffff");
 
-// The colours of the page, as the style gives them to `root`: {ink, dim, paper, line, accent, dark}.
+// The colours of the page, as the style gives them to `root`; `dark` says whether its text is bright.
 function theme(root) {
-  const style = getComputedStyle(root);
-  const probe = (name) => style.getPropertyValue(name);
-  const ink = style.color, [r, g, b] = ink.match(/[\d.]+/g).map(Number);
-  return {ink, dim: style.outlineColor, paper: style.backgroundColor, line: style.borderTopColor,
-    accent: style.caretColor, dark: 0.299 * r + 0.587 * g + 0.114 * b > 140, font: probe("font-family")};
+  const style = getComputedStyle(root), ink = style.color, [r, g, b] = channels(ink);
+  return {ink, paper: style.backgroundColor, line: style.borderTopColor, dim: style.outlineColor, accent: style.caretColor,
+    shade: style.textDecorationColor, font: style.fontFamily, dark: 0.299 * r + 0.587 * g + 0.114 * b > 140};
+}
+function channels(css) {
+  const numbers = css.match(/[\d.]+/g).slice(0, 3).map(Number);
+  return css.startsWith("color(") ? numbers.map((share) => 255 * share) : numbers;
 }
 
 // ---- Words
@@ -203,18 +205,19 @@ function number(value) {
   return String(Number(value.toPrecision(4))).replace("-", "\u2212");
 }
 
+const count = (whole) => whole.toLocaleString("en");
+
 // A token as it can be read: what cannot be seen gets a sign, and the marks tokenizers use for spaces and bytes go.
-const SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u200b": "∅", "\u200d": "‿", "\ufeff": "∅"};
+const SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽", "\u007f": "␡"};
 function readable(token) {
-  let text = String(token);
-  if (text === "") return "∅";
-  text = text.replace(/\u0120/g, " ").replace(/\u010a/g, "\n").replace(/\u2581/g, " ");
+  const text = String(token).replace(/[\u0120\u2581]/g, " ").replace(/\u010a/g, "\n").replace(/^##(?=[\p{L}\p{N}])/u, "");
+  if (/^[\p{Cf}\u200b]*$/u.test(text)) return "∅";
   if (/^ +$/.test(text)) return "␣".repeat(text.length);
-  return text.replace(/[\n\r\t\u00a0\u200b\ufeff]/g, (sign) => SIGNS[sign]).replace(/[\u0000-\u001f\u007f]/g, (c) =>
-    String.fromCharCode(c === "\u007f" ? 0x2421 : 0x2400 + c.charCodeAt(0)));
+  return text.replace(/[\u0000-\u001f\u007f\u00a0]/g, (sign) => SIGNS[sign] ?? String.fromCharCode(0x2400 + sign.charCodeAt(0)));
 }
-// At most `length` letters of it; letters, not bytes, so that no emoji is cut.
+// At most `length` letters of it; letters as a reader counts them, so that no emoji is cut.
+const letters = new Intl.Segmenter(undefined, {granularity: "grapheme"});
 function shortened(text, length) {
-  const letters = [...text];
-  return letters.length > length ? letters.slice(0, length - 1).join("") + "…" : text;
+  const parts = Array.from(letters.segment(text), (part) => part.segment);
+  return parts.length > length ? parts.slice(0, length - 1).join("") + "…" : text;
 }

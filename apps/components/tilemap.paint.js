@@ -1,0 +1,198 @@
+// How the tile map is painted: pictures, numbers, crosses, axes and the bar of colours, all on one canvas.
+const EDGE = {left: 100, right: 78, top: 8, bottom: 98}; // pixels around the map
+const LABELLED = 64; // tokens on a side that are shown as text
+const LETTERS = 72; // pixels for a token and its position on an axis
+
+// Where the map lies on the canvas, in CSS pixels: as wide as fits, as high as its shape asks for.
+function place(map) {
+  const wide = clamp((map.root.clientWidth || 640) - EDGE.left - EDGE.right, 120, 640);
+  return {wide, high: clamp((wide * map.data.queries) / map.data.keys, Math.min(wide, 140), 640)};
+}
+
+function paint(map) {
+  const {canvas, root, data} = map, {wide, high} = place(map), look = theme(root), ratio = devicePixelRatio || 1;
+  const width = EDGE.left + wide + EDGE.right, height = EDGE.top + high + EDGE.bottom;
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+  }
+  const pen = canvas.getContext("2d"), [q0, q1, k0, k1] = map.view;
+  const x = (k) => EDGE.left + ((k - k0) / (k1 - k0)) * wide, y = (q) => EDGE.top + ((q - q0) / (q1 - q0)) * high;
+  const frame = {x, y, wide, high, look, ratio, colours: palette(data.signed, look.dark)};
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  pen.save();
+  pen.beginPath();
+  pen.rect(EDGE.left, EDGE.top, wide, high);
+  pen.clip();
+  for (const layer of map.layers) paintLayer(pen, map, layer, frame);
+  paintNumbers(pen, map, frame);
+  paintCrosses(pen, map, frame);
+  pen.restore();
+  pen.strokeStyle = look.line;
+  pen.strokeRect(EDGE.left - 0.5, EDGE.top - 0.5, wide + 1, high + 1);
+  paintAxis(pen, map, frame, 0);
+  paintAxis(pen, map, frame, 1);
+  paintBar(pen, map, frame);
+}
+
+function paintLayer(pen, map, layer, {x, y, look, colours, ratio}) {
+  const {data} = map, [q0, q1, k0, k1] = layer.view, made = [data.top, map.scale, data.signed, look.dark].join();
+  if (layer.made !== made) {
+    layer.cells = coloured(layer, data.top, map.scale, colours);
+    layer.made = made;
+  }
+  const left = x(k0), upper = y(q0), cell = x(k0 + layer.size) - left;
+  pen.save();
+  pen.beginPath();
+  pen.rect(left, upper, x(k1) - left, y(q1) - upper);
+  pen.clip();
+  pen.fillStyle = look.shade;
+  pen.fillRect(left, upper, x(k1) - left, y(q1) - upper);
+  pen.imageSmoothingEnabled = cell * ratio < 1;
+  pen.drawImage(layer.cells, left, upper, x(k0 + layer.columns * layer.size) - left, y(q0 + layer.rows * layer.size) - upper);
+  pen.restore();
+}
+
+function coloured({rows, columns, values}, top, scale, colours) {
+  const cells = new OffscreenCanvas(columns, rows), pen = cells.getContext("2d"), pixels = pen.createImageData(columns, rows);
+  for (let i = 0; i < values.length; i++) {
+    if (Number.isNaN(values[i])) continue; // stays transparent
+    const table = values[i] < 0 ? colours.minus : colours.plus, from = 3 * Math.round(255 * level(values[i], top, scale));
+    pixels.data[4 * i] = table[from];
+    pixels.data[4 * i + 1] = table[from + 1];
+    pixels.data[4 * i + 2] = table[from + 2];
+    pixels.data[4 * i + 3] = 255;
+  }
+  pen.putImageData(pixels, 0, 0);
+  return cells;
+}
+
+// Where cells are large, their values stand in them.
+function paintNumbers(pen, map, {x, y, look, colours}) {
+  const {data, layer} = map, [q0, q1, k0, k1] = map.view;
+  if (layer.size > 1 || x(1) - x(0) < 46 || y(1) - y(0) < 18) return;
+  pen.font = `11px ${look.font}`;
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  for (let q = Math.floor(q0); q < q1; q++)
+    for (let k = Math.floor(k0); k < k1; k++) {
+      const shown = found(map, q, k), rgb = shown && colour(shown.value, data.top, map.scale, colours);
+      if (!rgb || shown.layer.size > 1) continue;
+      pen.fillStyle = inkOn(rgb);
+      pen.fillText(brief(shown.value), x(k + 0.5), y(q + 0.5));
+    }
+}
+
+function paintCrosses(pen, map, {x, y, wide, high, look}) {
+  const lines = ([q, k], size, style, dash) => {
+    pen.strokeStyle = style;
+    pen.setLineDash(dash);
+    const [left, right, upper, lower] = [x(k), x(k + size), y(q), y(q + size)];
+    if (right - left > 6) pen.strokeRect(left, upper, right - left, lower - upper);
+    for (const across of right - left > 6 ? [left, right] : [(left + right) / 2]) stroke(pen, across, EDGE.top, across, EDGE.top + high);
+    for (const down of lower - upper > 6 ? [upper, lower] : [(upper + lower) / 2]) stroke(pen, EDGE.left, down, EDGE.left + wide, down);
+    pen.setLineDash([]);
+  };
+  const twice = (cell, size, style, dash) => { // a halo, so that the line is seen on dark and on bright cells
+    pen.lineWidth = 3;
+    lines(cell, size, look.dark ? "#0008" : "#fff8", []);
+    pen.lineWidth = 1;
+    lines(cell, size, style, dash);
+  };
+  const focused = map.root.getRootNode().activeElement === map.canvas && map.cursor;
+  if (map.data.cross) twice(map.data.cross, 1, look.accent, []);
+  if (map.cursor && (focused || !map.data.cross)) twice(map.cursor, 1, look.accent, []);
+  const under = map.hover && found(map, ...map.hover);
+  if (under) twice([under.rows[0], under.columns[0]], under.layer.size, look.ink, [3, 3]);
+  if (!map.box) return;
+  const [a, b] = map.box;
+  pen.fillStyle = look.dark ? "#fff3" : "#0002";
+  pen.fillRect(a.offsetX, a.offsetY, b.offsetX - a.offsetX, b.offsetY - a.offsetY);
+  pen.strokeStyle = look.accent;
+  pen.strokeRect(a.offsetX, a.offsetY, b.offsetX - a.offsetX, b.offsetY - a.offsetY);
+}
+function stroke(pen, ...[x0, y0, x1, y1]) {
+  pen.beginPath();
+  pen.moveTo(x0, y0);
+  pen.lineTo(x1, y1);
+  pen.stroke();
+}
+
+// Queries (side 0) down the left edge, keys (side 1) along the lower one. Keys are drawn with the page turned.
+function paintAxis(pen, map, {x, y, wide, high, look}, side) {
+  const [from, to] = map.view.slice(2 * side, 2 * side + 2), long = side ? wide : high, token = long / (to - from);
+  const words = to - from <= LABELLED && (side ? map.data.key_labels : map.data.query_labels).length > 0;
+  const step = words ? Math.max(1, Math.ceil(10 / token)) : tickStep((to - from) * ((side ? 54 : 26) / long));
+  pen.save();
+  pen.textBaseline = "middle";
+  pen.font = `600 12px ${look.font}`;
+  pen.fillStyle = look.dim;
+  pen.textAlign = "center";
+  if (side) pen.fillText("key (attended to)", EDGE.left + wide / 2, EDGE.top + high + (words ? EDGE.bottom - 8 : 36));
+  else {
+    pen.translate(9, EDGE.top + high / 2);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText("query (attends)", 0, 0);
+    pen.setTransform(devicePixelRatio || 1, 0, 0, devicePixelRatio || 1, 0, 0);
+  }
+  pen.font = `${words && token < 12 ? 10 : 11}px ${look.font}`;
+  for (let position = Math.ceil(from / step) * step; position < to; position += step) {
+    const middle = side ? x(position + 0.5) : y(position + 0.5), start = side ? EDGE.left : EDGE.top;
+    if (middle < start || middle > start + long) continue;
+    pen.strokeStyle = look.line;
+    if (side) stroke(pen, middle, EDGE.top + high, middle, EDGE.top + high + 4);
+    else stroke(pen, EDGE.left - 4, middle, EDGE.left, middle);
+    const word = words ? label(map, side, position) : undefined;
+    pen.save();
+    pen.translate(side ? middle : EDGE.left - 7, side ? EDGE.top + high + 7 : middle);
+    if (side && words) pen.rotate(-Math.PI / 2);
+    pen.textAlign = side && !words ? "center" : "right";
+    if (side && !words) pen.translate(0, 6);
+    pen.fillStyle = word === undefined ? look.dim : look.ink;
+    if (word === undefined) pen.fillText(count(position), 0, 0);
+    else {
+      const text = shortened(readable(word), 8), where = count(position);
+      const [long, short] = [text, where].map((part) => pen.measureText(part).width);
+      pen.fillText(text, 0, 0);
+      pen.fillStyle = look.dim;
+      if (long + short + 6 < LETTERS) pen.fillText(where, short - LETTERS, 0);
+    }
+    pen.restore();
+  }
+  pen.restore();
+}
+const tickStep = (least) => {
+  const ten = 10 ** Math.floor(Math.log10(Math.max(least, 1)));
+  return [1, 2, 5, 10].map((times) => times * ten).find((step) => step >= least - 1e-9);
+};
+
+function paintBar(pen, map, {wide, high, look, colours}) {
+  const {top, signed, unit} = map.data, left = EDGE.left + wide + 14, tall = Math.min(high, 260);
+  for (let line = 0; line < tall; line++) {
+    const share = signed ? 1 - (2 * line) / (tall - 1) : 1 - line / (tall - 1), at = 3 * Math.round(255 * Math.abs(share));
+    pen.fillStyle = `rgb(${(share < 0 ? colours.minus : colours.plus).slice(at, at + 3)})`;
+    pen.fillRect(left, EDGE.top + line, 12, 1.5);
+  }
+  pen.strokeStyle = look.line;
+  pen.strokeRect(left - 0.5, EDGE.top - 0.5, 13, tall + 1);
+  pen.font = `11px ${look.font}`;
+  pen.fillStyle = look.ink;
+  pen.textAlign = "left";
+  pen.textBaseline = "middle";
+  for (const share of signed ? [1, 0.5, 0, -0.5, -1] : [1, 0.75, 0.5, 0.25, 0]) {
+    const middle = EDGE.top + clamp((signed ? (1 - share) / 2 : 1 - share) * tall, 5, tall - 5);
+    const value = Math.sign(share || 1) * (share || map.scale === "log" ? valueAt(Math.abs(share), top, map.scale) : 0);
+    pen.fillText((map.scale === "log" && !share ? "≤ " : "") + brief(value), left + 17, middle);
+  }
+  pen.fillStyle = look.dim;
+  pen.fillText(shortened(unit, 12), left, EDGE.top + tall + 12);
+}
+
+function brief(value) {
+  const size = Math.abs(value);
+  if (size && (size < 0.001 || size >= 1e4)) return value.toExponential(0).replace(/-/g, "−");
+  return String(Number(value.toPrecision(2))).replace("-", "−");
+}
