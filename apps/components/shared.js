@@ -205,6 +205,12 @@ function number(value) {
   return String(Number(value.toPrecision(4))).replace("-", "\u2212");
 }
 
+// The same where there is little room.
+function brief(value) {
+  const size = Math.abs(value);
+  if (size && (size < 0.001 || size >= 1e4)) return value.toExponential(0).replace(/-/g, "−");
+  return String(Number(value.toPrecision(2))).replace("-", "−");
+}
 const count = (whole) => whole.toLocaleString("en");
 
 // A token as it can be read: what cannot be seen gets a sign, and the marks tokenizers use for spaces and bytes go.

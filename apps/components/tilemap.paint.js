@@ -190,9 +190,3 @@ function paintBar(pen, map, {wide, high, look, colours}) {
   pen.fillStyle = look.dim;
   pen.fillText(shortened(unit, 12), left, EDGE.top + tall + 12);
 }
-
-function brief(value) {
-  const size = Math.abs(value);
-  if (size && (size < 0.001 || size >= 1e4)) return value.toExponential(0).replace(/-/g, "−");
-  return String(Number(value.toPrecision(2))).replace("-", "−");
-}
