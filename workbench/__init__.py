@@ -76,6 +76,7 @@ _NAMES: dict[str, str] = {
     # analyses: all of them, and the instruments they share
     "analyses": "workbench.probes.catalogue:analyses",
     "Analysis": "workbench.probes.catalogue:Analysis",
+    "atlas": "workbench.probes.atlas:atlas",
     "ablation_curve": "workbench.probes.ablation:ablation_curve",
     "map_error": "workbench.probes.map_errors:map_error",
     "held_key_errors": "workbench.probes.map_errors:held_key_errors",

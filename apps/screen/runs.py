@@ -134,3 +134,20 @@ def _atlas(folder: str, key: str) -> Any:
     from workbench.stored_run import about_run, open_run
 
     return atlas(open_run(folder), about_run(folder)["blocks"])
+
+
+def disk_use() -> tuple[int, int]:
+    """Bytes and number of the cells in the app's store, from what their provenance says."""
+    cells = place.cells()
+    sizes = [_size(str(cells.path), key) for key in cells.keys()]  # noqa: SIM118
+    return sum(sizes), len(sizes)
+
+
+@st.cache_data(max_entries=10_000, show_spinner=False)
+def _size(store: str, key: str) -> int:
+    from workbench.jobs.store import JobStore
+
+    try:
+        return sum(size for size, _ in JobStore(store).provenance(key)["files"].values())
+    except (WorkbenchError, KeyError, TypeError, ValueError):
+        return 0

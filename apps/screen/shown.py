@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def downloads(
             st.code(python, language="python")
 
 
-def _buttons(name: str, files: dict[str, tuple[str, Callable[[], Any]]]) -> None:
+def _buttons(name: str, files: Mapping[str, tuple[str, Callable[[], Any]]]) -> None:
     with st.container(horizontal=True):
         for form, (mime, content) in files.items():
             label = form.upper() if form != "parquet" else "Parquet"
@@ -104,7 +104,7 @@ def _file(draw: Callable[[], Any], form: str) -> bytes:
 def _picture(draw: Callable[[], Any], form: str, ink: str, ground: str = "none") -> bytes:
     import matplotlib as mpl
 
-    from workbench.apps.svg import INK, style
+    from workbench.figure_html import INK, style
 
     with _drawing, style():
         names = [name for name, value in mpl.rcParams.items() if isinstance(value, str) and value == INK]

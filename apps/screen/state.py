@@ -117,6 +117,15 @@ def put(key: str, value: Any) -> None:
     st.session_state[key] = value
 
 
+def forget_unless(key: str, value: str, names: Sequence[str]) -> None:
+    """Give the values ``names`` their defaults if ``value`` is another than at the last run: a view belongs to its run. What the
+    address says anew stays."""
+    if st.session_state.setdefault(key, value) != value:
+        for name in names:
+            st.session_state.pop(name, None)
+        st.session_state[key] = value
+
+
 def _adopt(label: str, key: str, read: Callable[[str], Any], known: Sequence[str]) -> None:
     """Take the value from the address if it was changed there: a link, or the back button."""
     asked = st.query_params.get(key)
