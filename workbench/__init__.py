@@ -28,7 +28,7 @@ _NAMES: dict[str, str] = {
     "open_maps": "workbench.stored:open_maps",
     "open_run": "workbench.stored_run:open_run",
     "StoredRun": "workbench.stored_run:StoredRun",
-    "zoom": "workbench.zoom:zoom",
+    "zoom": "workbench.zooming:zoom",
     "Capture": "workbench.captures:Capture",
     "capture": "workbench.captures:capture",
     # maps and mods

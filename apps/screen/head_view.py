@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from workbench.attention_map import AttentionMap
     from workbench.run import Run
-    from workbench.zoom import Zoom
+    from workbench.zooming import Zoom
 
 CELLS = 512
 PAGE = 256
@@ -80,6 +80,12 @@ def is_gated(amap: Any) -> bool:
     return isinstance(amap, GatedMap)
 
 
+def is_causal(amap: Any) -> bool:
+    """Whether the map is one of a self-attention in which no query sees a later key."""
+    mask = getattr(getattr(amap, "raw", amap), "mask", None)
+    return bool(mask is not None and mask.causal and not amap.offset)
+
+
 def fitted(view: Sequence[int], amap: AttentionMap) -> tuple[int, int, int, int]:
     """``view`` moved and cut so that it lies in the map."""
     _, _, q, k = amap.shape
@@ -90,7 +96,7 @@ def fitted(view: Sequence[int], amap: AttentionMap) -> tuple[int, int, int, int]
 
 def part(run: Run, look: Look) -> Zoom:
     """The part of the map that is in view."""
-    from workbench.zoom import zoom
+    from workbench.zooming import zoom
 
     q0, q1, k0, k1 = look.view
     found = zoom(
@@ -126,7 +132,7 @@ def token_names(run: Run, layer: int | str) -> tuple[tuple[str, ...], tuple[str,
 
 def weights_of(run: Run, look: Look, focus: int, direction: str) -> Tensor:
     """Weights of the query ``focus`` on every key (``from``), or of every query on the key ``focus`` (``to``)."""
-    from workbench.zoom import column, row
+    from workbench.zooming import column, row
 
     amap = look.map(run)
     _, _, q, k = amap.shape

@@ -19,4 +19,4 @@ def _imports() -> None:
 
     import workbench.probes.atlas
     import workbench.stored_run
-    import workbench.zoom  # noqa: F401
+    import workbench.zooming  # noqa: F401
