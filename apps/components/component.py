@@ -40,6 +40,7 @@ export default {
   },
 };
 """
+_UNSEEN = "<p>This figure is drawn by a script, which did not run here. A notebook runs it once it is trusted.</p>"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -88,7 +89,8 @@ class Component:
         mark = f"workbench-{uuid.uuid4().hex}"
         label = f' aria-label="{html.escape(title)}"' if title else ""
         return (
-            f'<div data-figure="{mark}" role="group"{label}></div>\n<script type="module">\n{_module(self.name)}\n'
+            f'<div data-figure="{mark}" role="group"{label}>{_UNSEEN}</div>\n'
+            f'<script type="module">\n{_module(self.name)}\n'
             f"for (const place of document.querySelectorAll('[data-figure=\"{mark}\"]'))\n"
             f"  mount(place, {_inline(_message(self.name, data))}, (event, value) => place.dispatchEvent(\n"
             '    new CustomEvent("workbench", {detail: {event, value}, bubbles: true})));\n</script>'

@@ -5,7 +5,7 @@ const roots = new WeakMap();
 function mount(place, data, send) {
   let root = roots.get(place);
   if (!root) {
-    const inside = place instanceof ShadowRoot ? place : place.attachShadow({mode: "open"});
+    const inside = place instanceof ShadowRoot ? place : place.shadowRoot ?? place.attachShadow({mode: "open"});
     root = element("div", {class: "workbench"});
     inside.append(element("style", {}, STYLE), root);
     roots.set(place, root);

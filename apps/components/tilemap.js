@@ -18,7 +18,10 @@ async function updated(map, data, send) {
   map.layers = [...kept, layer].slice(-LAYERS).sort((a, b) => b.size - a.size);
   map.data = data;
   map.layer = layer;
-  if (!before || adopted(map, before)) map.view = [...data.view];
+  if (!before || adopted(map, before)) {
+    map.view = [...data.view];
+    map.asked = [];
+  }
   if (before?.scale !== data.scale) map.scale = data.scale;
   if (!map.cursor || String(before?.cross) !== String(data.cross)) map.cursor = data.cross ?? null;
   map.title.textContent = data.title;
@@ -252,7 +255,7 @@ function tell(map, cell) {
     const name = (side, [from, to]) => {
       const word = ["query", "key"][side], token = label(map, side, from);
       if (to - from > 1) return `${side ? "keys" : "queries"} ${count(from)}–${count(to - 1)}`;
-      return token === undefined ? `${word} ${count(from)}` : `${word} ${count(from)} \u2068${readable(token)}\u2069`;
+      return token === undefined ? `${word} ${count(from)}` : `${word} ${count(from)} \u2068${shortened(readable(token).trim(), 24)}\u2069`;
     };
     const there = !Number.isNaN(shown.value);
     text = `${name(0, shown.rows)} · ${name(1, shown.columns)}: ${number(shown.value)}${there ? ` ${map.data.unit}` : ""}`;

@@ -100,11 +100,11 @@ function paint(text) {
     return `rgb(${(share < 0 ? colours.minus : colours.plus).slice(at, at + 3)})`;
   })})`;
   low.textContent = data.signed ? brief(-data.top) : "0";
-  high.textContent = brief(data.top);
+  high.textContent = `${brief(data.top)} (square-root scale)`;
 }
 
 // Isolated, so that a word read from right to left leaves the sentence around it as it is.
-const quoted = (label) => `“\u2068${shortened(readable(label), 24)}\u2069”`;
+const quoted = (label) => `“\u2068${shortened(readable(label).trim(), 24)}\u2069”`;
 
 function tell(text) {
   const {data, near} = text;
