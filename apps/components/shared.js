@@ -205,6 +205,12 @@ function number(value) {
   return String(Number(value.toPrecision(4))).replace("-", "\u2212");
 }
 
+// A value that came in a packed picture with this `top`: only the digits that the picture keeps.
+function measured(value, top) {
+  if (!value) return number(value);
+  const steps = 65535 * Math.sqrt(clamp(Math.abs(value) / top, 0, 1));
+  return number(Number(value.toPrecision(clamp(Math.floor(Math.log10(steps)) + 1, 1, 4))));
+}
 // The same where there is little room.
 function brief(value) {
   const size = Math.abs(value);

@@ -258,7 +258,7 @@ function tell(map, cell) {
       return token === undefined ? `${word} ${count(from)}` : `${word} ${count(from)} \u2068${shortened(readable(token).trim(), 24)}\u2069`;
     };
     const there = !Number.isNaN(shown.value);
-    text = `${name(0, shown.rows)} · ${name(1, shown.columns)}: ${number(shown.value)}${there ? ` ${map.data.unit}` : ""}`;
+    text = `${name(0, shown.rows)} · ${name(1, shown.columns)}: ${measured(shown.value, shown.layer.top)}${there ? ` ${map.data.unit}` : ""}`;
   }
   map.status.textContent = text;
   map.tip.textContent = text;

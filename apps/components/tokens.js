@@ -114,7 +114,7 @@ function tell(text) {
   }
   const place = data.start + near, parts = [`token ${count(place)} ${quoted(data.labels[near])}`];
   const focus = data.focus - data.start, weight = data.weights[near];
-  const known = (value) => (value === null ? "not there" : number(value));
+  const known = (value) => (value === null ? "not there" : measured(value, data.top));
   parts.push(data.direction === "from" ? `from focus ${count(data.focus)}: ${known(weight)}` : `to focus ${count(data.focus)}: ${known(weight)}`);
   if (text.tile && focus >= 0 && focus < data.labels.length) {
     const back = between(text, focus, near, data.direction === "from" ? "to" : "from");
@@ -124,7 +124,7 @@ function tell(text) {
     const row = data.labels.map((_, i) => between(text, near, i, data.direction));
     const most = row.reduce((best, value, i) => (value !== null && (best < 0 || Math.abs(value) > Math.abs(row[best])) ? i : best), -1);
     if (most >= 0) parts.push(`${data.direction === "from" ? "attends most to" : "most attended by"} ${count(data.start + most)} ` +
-      `${quoted(data.labels[most])}: ${number(row[most])}`);
+      `${quoted(data.labels[most])}: ${known(row[most])}`);
   }
   text.status.textContent = parts.join(" · ");
 }

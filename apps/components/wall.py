@@ -17,8 +17,8 @@ WALL = Component("wall")
 Ctrl and click, Space, a rectangle drawn with the pointer)."""
 LIMIT = 1_200_000
 """Characters of the longest picture of a wall."""
-SMALL, LARGE = 48, 96
-"""Pixels of one head's picture where nothing speaks against it; walls of many heads have smaller ones."""
+LEAST, SMALL, LARGE = 4, 48, 96
+"""Pixels a side of one head's picture: at least; at least and at most where nothing speaks against it."""
 FIELDS = ("layer", "head", "text", "value")
 
 
@@ -35,8 +35,8 @@ def wall_data(
     An item holds ``layer``, ``head``, ``text`` (what is said about it) and ``value`` (the number it is sorted by, or
     None). Each picture is coloured on its own scale from 0 to its largest absolute value, by the square root; NaN is
     what is not there. A picture larger than ``side`` keeps the largest value of every region, so that a thin line
-    stays visible. Without ``side`` every cell takes a whole number of pixels, on ``SMALL`` to ``LARGE`` of them for a
-    head, or as many as the wall may have so that it stays under ``LIMIT``.
+    stays visible. Without ``side`` the cells of a head take whole pixels, ``SMALL`` to ``LARGE`` a side, and fewer where
+    the picture of the wall would be longer than ``LIMIT``.
     """
     if len(pictures) != len(items) or not items:
         raise WorkbenchError(f"a wall needs one picture per head, got {len(pictures)} pictures and {len(items)} heads")
@@ -45,6 +45,8 @@ def wall_data(
             raise WorkbenchError(
                 f"an item of a wall has {', '.join(FIELDS)}; got {', '.join(map(str, item)) or 'nothing'}"
             )
+    if side is not None and side < LEAST:
+        raise WorkbenchError(f"side: a head's picture has at least {LEAST} pixels a side, got {side}")
     chosen = sorted(set(selected))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < len(items):
         raise WorkbenchError(f"selected {chosen} are not all heads of a wall of {len(items)}")
@@ -52,7 +54,7 @@ def wall_data(
     columns = _columns(items)
     image = ""
     tried = side or _side(grids)
-    while tried >= 4:
+    while tried >= LEAST:
         image = png(_sprite([_square(values, tried) for values in grids], columns))
         if len(image) <= LIMIT or side is not None:
             break
