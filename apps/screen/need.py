@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,30 +112,33 @@ def _failed(wanted: Job, what: str, message: str) -> None:
 
 @st.fragment(run_every=_EVERY)
 def _under_way(wanted: Job, what: str) -> None:
+    guarded(lambda: _told(wanted, what))
+
+
+def _told(wanted: Job, what: str) -> None:
     state = work().state(wanted.key)
     if state.kind in ("done", "failed"):
         st.rerun()
     if state.kind == "missing":
         work().submit(wanted)
-    said = (
-        f"{state.seconds:.0f} s"
-        if state.kind == "running"
-        else f"waits behind {state.ahead}"
-        if state.ahead
-        else "starts"
-    )
+    if state.kind == "running":
+        said = f"{state.seconds:.0f} s" + (", in another process" if state.elsewhere else "")
+    else:
+        said = f"waits behind {state.ahead}" if state.ahead else "starts"
     left, right = st.columns([6, 1], vertical_alignment="center")
     left.info(
         f"{literal(what)}: {said}. The page stays usable; its link brings you back here.", icon=":material/hourglass:"
     )
+    if state.elsewhere:
+        return
     if right.button("Stop", key=f"stop {wanted.key}"):
         work().cancel(wanted.key)
         st.rerun()
 
 
-def guarded(draw: Any) -> None:
-    """Run a page; a user's mistake or a damaged file is one line in the page."""
+def guarded(draw: Callable[[], None]) -> None:
+    """Run a page; a user's mistake, a damaged file or a disk that cannot be read is one line in the page."""
     try:
         draw()
-    except WorkbenchError as error:
+    except (WorkbenchError, OSError) as error:
         st.error(literal(str(error)))

@@ -54,7 +54,14 @@ def _model_folders(root: Path) -> list[Path]:
 
 def confined(path: str | Path, *roots: Path) -> Path:
     """``path`` with links and dots resolved, if it lies in the results folder, the models' folders or ``roots``; else refused."""
-    found = Path(path).expanduser().resolve()
+    try:
+        found = Path(path).expanduser().resolve()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a name too long, a zero byte, a home or link that leads nowhere
+        raise WorkbenchError(f"{str(path)[:200]!r} names no file: {error}") from None
     allowed = [root.resolve() for root in (store(), *_given()[1], *roots)]
     if not any(found == root or root in found.parents for root in allowed):
         said = ", ".join(map(str, allowed))

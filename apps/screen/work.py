@@ -7,8 +7,10 @@ opened again, by its link or by another person, finds it there. A worker that di
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,31 +27,36 @@ _POLL = 0.05
 _MEMORY = 0.8
 """The part of the machine's memory that the worker may take."""
 _AGAIN = 1.0
+_STOPPED = "it was stopped from the page"
 
 
 @dataclass(frozen=True)
 class State:
     """How far a cell is: ``kind`` is ``done``, ``failed``, ``running`` (for ``seconds``), ``waiting`` (behind ``ahead``
-    others) or ``missing``. ``message`` says why it failed."""
+    others) or ``missing``. ``message`` says why it failed. ``elsewhere``: another process computes it, which this one cannot
+    stop."""
 
     kind: str
     message: str = ""
     seconds: float = 0.0
     ahead: int = 0
+    elsewhere: bool = False
 
 
 class Work:
-    """The queue and its worker. Safe to call from several sessions at once."""
+    """The queue and its worker, which may take ``memory`` bytes. Safe to call from several sessions at once."""
 
-    def __init__(self, store: JobStore, *, engine: Callable[[], Any] | None = None) -> None:
+    def __init__(self, store: JobStore, *, engine: Callable[[], Any] | None = None, memory: int | None = None) -> None:
         self.store = store
         self._engine = (engine or (lambda: LocalEngine(1, threads=os.cpu_count() or 1)))()
+        self._memory = memory or int(_MEMORY * total_memory())
         self._waiting: deque[Job] = deque()
         self._now: tuple[Job, float] | None = None
         self._said: dict[str, str] = {}
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._asked = threading.Event()
+        self._open = True
         self._thread = threading.Thread(target=self._loop, name="work", daemon=True)
         self._thread.start()
 
@@ -71,14 +78,15 @@ class Work:
         self.submit(job)
 
     def cancel(self, key: str) -> None:
-        """Take a cell out of the queue; if it is being computed, end its worker."""
+        """Take a cell out of the queue; if it is being computed, end its worker. The cell then counts as failed until it is
+        tried again, so that no page starts it once more by itself."""
         with self._lock:
-            self._waiting = deque(job for job in self._waiting if job.key != key)
-            now = self._now is not None and self._now[0].key == key
-            if now:
+            if self._now is not None and self._now[0].key == key:
                 self._cancelled.add(key)
-        if now:
-            self._engine.kill(0)
+                self._engine.kill(0)  # under the lock: the worker of the next cell must not be the one that ends
+            elif any(job.key == key for job in self._waiting):
+                self._waiting = deque(job for job in self._waiting if job.key != key)
+                self._said[key] = _STOPPED
 
     def state(self, key: str) -> State:
         """How far the cell is."""
@@ -90,14 +98,17 @@ class Work:
             for ahead, job in enumerate(self._waiting):
                 if job.key == key:
                     return State("waiting", ahead=ahead + (self._now is not None))
-        if key in self._said:
-            return State("failed", self._said[key])
+            if key in self._said:
+                return State("failed", self._said[key])
         try:
             record = self.store.failure(key)
-        except WorkbenchError:
-            busy = running.is_taken(self.store, key)
-            return State("running", seconds=running.since(self.store, key) or 0.0) if busy else State("missing")
-        return State("failed", str(record["message"]))
+        except NotADirectoryError:  # the store is a file: ``submit`` refuses it
+            return State("missing")
+        except WorkbenchError:  # none, or a damaged one, which the next try replaces
+            if running.is_taken(self.store, key):
+                return State("running", seconds=running.since(self.store, key) or 0.0, elsewhere=True)
+            return State("done" if self.store.is_done(key) else "missing")
+        return State("failed", str(record.get("message", "nothing is known about why")))
 
     def queue(self) -> list[Job]:
         """The cell that is being computed, if any, and those that wait."""
@@ -106,58 +117,63 @@ class Work:
 
     def close(self) -> None:
         """End the worker."""
+        self._open = False
         self._engine.close()
 
     def _on_its_way(self, key: str) -> bool:
         return (self._now is not None and self._now[0].key == key) or any(job.key == key for job in self._waiting)
 
     def _loop(self) -> None:
-        while True:
-            if self._now is None:
-                with self._lock:
-                    job = self._waiting.popleft() if self._waiting else None
-                    self._now = (job, time.monotonic()) if job is not None else None
-                    if job is None:
-                        self._asked.clear()
-                if job is None:
-                    self._asked.wait(timeout=_AGAIN)
-                    continue
-                self._give(job)
-            for reply in self._engine.wait(_POLL):
-                self._hear(reply)
+        while self._open:
+            try:
+                self._turn()
+            except Exception as error:  # this thread must live: every later cell needs it
+                traceback.print_exc(file=sys.stderr)
+                if self._now is not None:
+                    self._end(self._now[0], f"the queue met an error of its own: {type(error).__name__}: {error}")
+                time.sleep(_POLL)
 
-    def _give(self, job: Job) -> None:
-        order = {
-            "do": "cell",
-            "store": str(self.store.path.absolute()),
-            "job": job.dict(),
-            "attempt": 1,
-            "threads": os.cpu_count() or 1,
-            "device": "cpu",
-            "memory": int(_MEMORY * total_memory()),
-            "engine": "app",
-        }
-        try:
-            self._engine.submit(0, order)
-        except Exception as error:
-            self._end(job, f"the worker did not start: {type(error).__name__}: {error}")
+    def _turn(self) -> None:
+        if self._now is None and not self._next():
+            self._asked.wait(timeout=_AGAIN)
+            return
+        for reply in self._engine.wait(_POLL):
+            self._hear(reply)
+
+    def _next(self) -> bool:
+        """Give the worker the cell that waits longest; whether there was one."""
+        with self._lock:
+            if not self._waiting:
+                self._asked.clear()
+                return False
+            job = self._waiting.popleft()
+            order = {
+                "do": "cell",
+                "store": str(self.store.path.absolute()),
+                "job": job.dict(),
+                "attempt": 1,
+                "threads": os.cpu_count() or 1,
+                "device": "cpu",
+                "memory": self._memory,
+                "engine": "app",
+            }
+            try:
+                self._engine.submit(0, order)
+                self._now = (job, time.monotonic())
+            except Exception as error:
+                self._said[job.key] = f"the worker did not start: {type(error).__name__}: {error}"
+        return True
 
     def _hear(self, reply: Any) -> None:
         if self._now is None:
             return
         job = self._now[0]
-        if reply.answer is not None:
-            said = reply.answer.get("message", "") if reply.answer["state"] == "unwritable" else ""
-            if reply.answer["state"] == "elsewhere":
-                time.sleep(_AGAIN)
-                with self._lock:
-                    self._waiting.append(job)
-            self._end(job, said)
+        if reply.answer is not None:  # of a cell that is computed elsewhere its lock tells the state from now on
+            self._end(job, reply.answer.get("message", "") if reply.answer["state"] == "unwritable" else "")
             return
         words = running.last_words(self.store, job.key)
         if job.key in self._cancelled:
-            self._cancelled.discard(job.key)
-            self._end(job, "it was stopped from the page")
+            self._end(job, _STOPPED)
         elif words.get("ended") == "memory":
             limit = (words.get("limit") or 0) / 2**30
             self._record(job, "memory", f"the worker ended itself: it needed more than {limit:.1f} GB of memory")
@@ -174,6 +190,7 @@ class Work:
     def _end(self, job: Job, message: str) -> None:
         """The cell is over. ``message``: why it did not come to be, where no record in the store says so."""
         with self._lock:
+            if message:
+                self._said[job.key] = message
             self._now = None
-        if message:
-            self._said[job.key] = message
+            self._cancelled.discard(job.key)
