@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import streamlit as st
 
+from workbench.apps.screen.look import ICON, STYLE
 from workbench.apps.screen.pages import PAGES
 from workbench.apps.screen.warm import warm
 
 
 def main() -> None:
     """Choose the page by the address and draw it."""
-    st.set_page_config(page_title="attention workbench", page_icon=":material/grid_on:", layout="wide")
+    st.set_page_config(page_title="attention workbench", page_icon=ICON, layout="wide")
+    st.html(STYLE)
     pages = {
         group: [
             st.Page(f"views/{name}.py", title=title, icon=icon, url_path=name, default=name == "home")
@@ -22,7 +24,7 @@ def main() -> None:
         ]
         for group, members in PAGES.items()
     }
-    chosen = st.navigation(pages)
+    chosen = st.navigation(pages, expanded=True)
     warm()
     chosen.run()
 

@@ -165,7 +165,9 @@ def app(
         "browser.gatherUsageStats": "false",
         "server.fileWatcherType": "none",
         "client.toolbarMode": "minimal",
-        "theme.primaryColor": "#1b7f9e",
+        "runner.magicEnabled": "false",
+        "theme.light.primaryColor": "#1b7f9e",
+        "theme.dark.primaryColor": "#4cb3d4",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     arguments = [sys.executable, "-m", "streamlit", "run", str(page), *flags, "--", "--store", str(store.absolute())]

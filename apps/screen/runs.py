@@ -80,8 +80,8 @@ def first() -> Done:
 
 
 def current(key: str = "run", label: str = "Run", where: Any = None, models: Any = None) -> Captured:
-    """The run that is looked at: a choice in the sidebar that stands in the address. ``models`` tells of a job's model name
-    whether the page can look at it."""
+    """The run that is looked at: a choice that stands in the address. ``models`` tells of a job's model name whether the page can
+    look at it."""
     known = {one.key: one for one in captured() if models is None or models(one.job.model)}
     asked = st.query_params.get(key)
     if asked and asked not in known and is_key(asked) and (why := place.cells().damage(asked)):
@@ -90,7 +90,11 @@ def current(key: str = "run", label: str = "Run", where: Any = None, models: Any
         done = first()
         known = {done.key: Captured(done.key, done.job)}
     chosen = state.choose(
-        label, list(known), key, show=lambda k: known[k].title if k in known else k, where=where or st.sidebar
+        label,
+        list(known),
+        key,
+        show=lambda k: known[k].title if k in known else k,
+        where=where or st.container(width=560),
     )
     return known[chosen]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import streamlit as st
+import torch
 
 from workbench.apps.components.wall import WALL, wall_data
-from workbench.apps.screen import runs, scores, state
+from workbench.apps.screen import head_view, runs, scores, state
 from workbench.apps.screen.need import guarded
 from workbench.apps.screen.runs import Captured
 from workbench.apps.screen.shown import downloads
@@ -60,7 +61,7 @@ def _wall(run: Captured) -> None:
     chosen = state.held("heads", lambda text: _read(text, heads), (), say=_say)
     WALL.show(
         wall_data(
-            [found.blocks[layer][head] for layer, head in heads],
+            [_picture(run, found, layer, head) for layer, head in heads],
             [
                 {"layer": layer, "head": head, "text": _told(found, layer, head), "value": value}
                 for (layer, head), value in zip(heads, ranked["value"], strict=True)
@@ -95,6 +96,14 @@ def _wall(run: Captured) -> None:
         python=f"{run.python}\nfound = wb.atlas(run, blocks={size})\nfound.plot()\nfound.frame()",
         draw=found.plot,
     )
+
+
+def _picture(run: Captured, found: Any, layer: int | str, head: int) -> Any:
+    """The head's block map; NaN where causality lets no query of a block see a key."""
+    blocks = found.blocks[layer][head]
+    if not head_view.is_causal(runs.opened(run).maps[layer]) or blocks.shape[0] != blocks.shape[1]:
+        return blocks
+    return blocks.masked_fill(blocks.new_ones(blocks.shape, dtype=torch.bool).triu(1), float("nan"))
 
 
 def _scores(run: Captured, name: str) -> Any:

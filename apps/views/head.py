@@ -15,7 +15,7 @@ from workbench.apps.screen.need import guarded
 from workbench.apps.screen.runs import Captured
 from workbench.apps.screen.shown import downloads
 from workbench.apps.screen.text import literal, readable
-from workbench.errors import Refused, WorkbenchError
+from workbench.errors import WorkbenchError
 
 _SINK = {"show": "sink shown", "hide": "sink hidden", "renormalise": "rest renormalised"}
 _WAYS = {"mass": "mass per query", "max": "largest weight"}
@@ -44,22 +44,22 @@ def _head(ours: Captured) -> None:
 def _controls(ours: Captured) -> None:
     run = runs.opened(ours)
     state.forget_unless("run of the view", ours.key, ("view", "focus", "key", "start"))
-    row = st.columns([1, 1, 1.4, 1.6, 1.8, 1.6], vertical_alignment="bottom")
+    row = st.columns([1, 1, 1.6, 1.6, 3], vertical_alignment="bottom")
     layer = state.choose("Layer", list(run.maps), "layer", where=row[0])
     amap = run.maps[layer]
     heads = state.choose(
         "Head", head_view.heads_of(amap), "head", where=row[1], help="kv0 is the mean of a group of heads."
     )
     way = state.choose("Cells show", list(_WAYS), "way", show=_WAYS.__getitem__, where=row[2])
-    scale = state.choose("Colours", list(SCALES), "scale", default="sqrt", kind="segmented_control", where=row[3])
-    sink = state.choose("First token", list(_SINK), "sink", show=_SINK.__getitem__, where=row[4])
+    scale = state.held("scale", lambda text: text if text in SCALES else None, "sqrt")
+    sink = state.choose("First token", list(_SINK), "sink", show=_SINK.__getitem__, where=row[3])
     others = {one.key: one for one in runs.captured() if one.key != ours.key}
     other = state.choose(
         "Beside it",
         [_NONE, *others],
         "other",
         show=lambda key: others[key].title if key in others else key,
-        where=row[5],
+        where=row[4],
         help="A second run, of another text or another model, at the same layer and head.",
     )
     raw = head_view.is_gated(amap) and state.flag(
@@ -117,7 +117,11 @@ def _draw(run: Captured, look: Look, found: Any, scale: str, name: str, signed: 
             source=f"{run.key} {look.layer} {look.heads.name} {look.way} {look.raw} {look.hide} {look.renormalise}",
         ),
         key=f"tilemap {name}",
-        on={"view": lambda value: state.put("view", tuple(map(int, value))), "cell": _cell},
+        on={
+            "view": lambda value: state.put("view", tuple(map(int, value))),
+            "cell": _cell,
+            "scale": lambda value: state.put("scale", value),
+        },
     )
 
 
@@ -139,7 +143,7 @@ def _text(run: Captured, look: Look) -> None:
     )
     length = q if direction == "from" else k
     focus = min(_focus(q), length - 1)
-    shown, other = (keys, queries) if direction == "from" else (queries, keys)
+    shown = keys if direction == "from" else queries
     weights = head_view.weights_of(opened, look, focus, direction)
     start = state.held("start", _read_start, _FOLLOW)
     if start == _FOLLOW:
@@ -157,7 +161,6 @@ def _text(run: Captured, look: Look) -> None:
             top=float(weights.abs().max()) or 1.0,
             tile=head_view.square(opened, look, start, end),
             signed=amap.sign == "signed",
-            title=f"token {focus:,} {readable(other[focus])}: {_DIRECTION[direction]}",
         ),
         key="tokens",
         on={
@@ -204,11 +207,12 @@ def _beside(ours: Captured, theirs: Captured, look: Look, scale: str) -> None:
         b = _map(theirs, second, scale, "other")
         st.caption(literal(theirs.title))
     with right:
-        try:
-            apart = head_view.difference(a, b)
-        except Refused as error:
-            st.info(literal(str(error)), icon=":material/info:")
+        lengths = [tuple(shown.map(runs.opened(run)).shape[2:]) for run, shown in ((ours, look), (theirs, second))]
+        if lengths[0] != lengths[1]:
+            said = " and ".join(f"{q:,} x {k:,}" for q, k in lengths)
+            st.info(f"The maps are {said} tokens: a difference needs runs of one length.", icon=":material/info:")
             return
+        apart = head_view.difference(a, b)
         _draw(ours, look, apart, scale, "difference", signed=True)
         heads = list(look.heads.indices)
         python = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -46,3 +47,11 @@ def under_way(page: AppTest) -> bool:
 def python_of(page: AppTest) -> list[str]:
     """The code of every "copy as Python" of the page."""
     return [code.value for code in page.code if code.language == "python"]
+
+
+def drawn(page: AppTest, key: str) -> dict[str, Any]:
+    """What the component with that key was given to draw."""
+    found = {one.key: one.proto for one in page.get("bidi_component")}
+    assert key in found, f"no component {key!r}; the page has {sorted(found)}"
+    data: dict[str, Any] = json.loads(found[key].json)["data"]
+    return data
