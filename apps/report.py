@@ -52,7 +52,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Picture:
-    """A matplotlib figure drawn within ``svg.style()``; ``alt`` says in words what it shows."""
+    """A matplotlib figure drawn within ``figure_html.style()``; ``alt`` says in words what it shows."""
 
     figure: Figure
     caption: str
@@ -95,7 +95,7 @@ def render(sections: Sequence[Section], *, title: str, facts: Iterable[tuple[str
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from workbench.apps.svg import inline
+    from workbench.figure_html import inline
 
     def view(section: Section, number: int) -> dict[str, Any]:
         parts: list[dict[str, Any]] = []

@@ -12,9 +12,9 @@ import pandas as pd
 from workbench.apps import figures
 from workbench.apps.report import Numbers, Part, Picture, Prose, Section, write_report
 from workbench.apps.store import DEPTH, Stored, account, stored
-from workbench.apps.svg import style
 from workbench.circuits import Circuit
 from workbench.errors import WorkbenchError
+from workbench.figure_html import style
 from workbench.probes.atlas import draw_tile, draw_wall
 from workbench.results import SavedResult
 

@@ -89,9 +89,9 @@ class Analyses(Mapping[str, Analysis]):
         return pd.DataFrame([{column: getattr(record, column) for column in columns} for record in self.values()])
 
     def _repr_html_(self) -> str:
-        from workbench.results import table_html
+        from workbench.fragments import table_view
 
-        return table_html(self.frame(), "Analyses", rows=len(self))
+        return table_view(self.frame(), "Analyses", rows=len(self))
 
 
 @cache

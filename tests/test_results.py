@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workbench.errors import WorkbenchError
-from workbench.results import Result, axis, head_map, load_result, table_html, wrapped
+from workbench.results import Result, axis, head_map, load_result, wrapped
 from workbench.run import Provenance
 
 
@@ -115,18 +115,6 @@ def test_another_format_is_refused_and_named(tmp_path, form):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(WorkbenchError, match="no result folder"):
         load_result(tmp_path / "nowhere")
-
-
-def test_tables_are_escaped_and_say_how_long_they_are():
-    frame = pd.DataFrame({"token": ["<script>"] * 3, "share": [0.123456, float("nan"), 1.0]})
-    html = table_html(frame, "a < b", rows=2)
-    assert "<script>" not in html
-    assert "&lt;script&gt;" in html
-    assert "a &lt; b" in html
-    assert "3 rows, first 2 shown" in html
-    assert "0.1235" in html
-    assert "undefined" in html
-    assert "first" not in table_html(frame, "x", rows=3)
 
 
 def test_head_maps_leave_undefined_heads_blank():

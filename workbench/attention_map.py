@@ -376,6 +376,11 @@ class AttentionMap(ABC):
         told = f"{self.domain}, {self.sign}, row sum {self.row_sum!r}, {self.exactness}"
         return f"{type(self).__name__}({list(self.shape)}, {told})"
 
+    def _repr_html_(self) -> str:
+        from workbench.summaries import map_html
+
+        return map_html(self)
+
 
 def block_cells(queries: int, keys: int, size: int, like: Tensor) -> Tensor:
     """Number of cells in each block, ``[Q/size, K/size]`` rounded up."""

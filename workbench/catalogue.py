@@ -236,7 +236,9 @@ class Variants(Sequence[Variant]):
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        return self.frame().to_html(escape=True)
+        from workbench.fragments import table_view
+
+        return table_view(self.frame(), "Variants", rows=len(self))
 
     def __repr__(self) -> str:
         return f"Variants({len(self)} mechanisms: {', '.join(self.names[:4])}, ...)"

@@ -54,7 +54,8 @@ def draw_edges(circuit: Circuit, ax: Axes, limit: int) -> Axes:
         colour = _POSITIVE if circuit.scores[i] >= 0 else _NEGATIVE
         ax.plot([x0, x1], [y0, y1], color=colour, linewidth=0.5 + 3 * float(scores[i]) / strongest, alpha=0.6, zorder=1)
     for end, (x, y) in spots.items():
-        ax.text(x, y, end, ha="center", va="center", fontsize=8, zorder=2, bbox={"boxstyle": "round", "fc": "white"})
+        box = {"boxstyle": "round", "facecolor": "white"}
+        ax.text(x, y, end, ha="center", va="center", fontsize=8, color="black", zorder=2, bbox=box)
     left = f", strongest {limit} drawn" if len(circuit) > limit else ""
     ax.set_xlim(-2, 1 + max((x for x, _ in spots.values()), default=0))
     ax.set_ylim(-1.5, top + 0.5)

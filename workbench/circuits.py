@@ -229,10 +229,16 @@ class Circuit:
             raise WorkbenchError(f"{path} is damaged: {error}; save it again") from error
 
     def _repr_html_(self) -> str:
-        table = self.frame()
-        order = table["score"].abs().sort_values(ascending=False, kind="stable").index[:60]
-        head = f"<p>{len(self):,} of {len(self.names):,} {self.level}s kept</p>"
-        return head + table.loc[order].to_html(escape=True, index=False, float_format=lambda x: f"{x:.4g}")
+        """The picture, and the table from the largest absolute score down."""
+        from workbench.figure_html import picture
+        from workbench.fragments import ROWS, table, view
+
+        rows = self.frame()
+        order = rows["score"].abs().sort_values(ascending=False, kind="stable").index[:ROWS]
+        said = f"{len(self):,} of {len(self.names):,} {self.level}s kept"
+        method = f", {self.provenance['method']}" if "method" in self.provenance else ""
+        first = f", the {ROWS} largest scores shown" if len(rows) > ROWS else ""
+        return view("Circuit", picture(self.plot, "circuit"), table(rows.loc[order]), said=said + method + first)
 
     def __repr__(self) -> str:
         method = self.provenance.get("method")

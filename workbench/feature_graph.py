@@ -283,9 +283,9 @@ class FeatureGraph(Result):
         return draw(self, axis(ax, 8, 5))
 
     def _repr_html_(self) -> str:
-        from workbench.feature_graph_plot import picture_html
+        from workbench.feature_graph_plot import graph_html
 
-        return picture_html(self)
+        return graph_html(self)
 
     def save(self, path: str | Path) -> Path:
         """Write ``nodes.parquet``, ``edges.parquet`` and ``graph.json`` into the new folder ``path``."""

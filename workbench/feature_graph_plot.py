@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from workbench.feature_graph import NODE_KINDS, FeatureGraph
-from workbench.results import table_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +21,7 @@ _COLOURS = {
     "attention feature": "#3f8f4f",
     "head": "#8a5ea8",
     "bias": "#9a8a5e",
-    "logit": "#222222",
+    "logit": "#b0407e",
     "residual feature": "#b8860b",
 }
 
@@ -67,27 +63,24 @@ def draw(graph: FeatureGraph, ax: Axes) -> Axes:
     return ax
 
 
-def picture_html(graph: FeatureGraph) -> str:
-    """The picture as an image inside of the text, and the nodes that carry most."""
+def graph_html(graph: FeatureGraph) -> str:
+    """The prompt, the scores of the graph, its picture, and the nodes that carry most."""
     from matplotlib.figure import Figure
 
+    from workbench.figure_html import picture
+    from workbench.fragments import line, table_view
+
     wide = min(14.0, max(6.4, 1.5 + 0.4 * len(graph.tokens)))
-    figure = Figure(figsize=(wide, 4.8), layout="constrained")
-    draw(graph, figure.subplots())
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=110)
-    image = base64.b64encode(held.getvalue()).decode()
     frame = graph.frame()
     if len(frame) and not frame["influence"].isna().all():
         frame = frame.sort_values("influence", ascending=False, kind="stable")
     told = "; ".join(f"{name.replace('_', ' ')} {graph.meta[name]:.3f}" for name in _SCORES if name in graph.meta)
     prompt = " ".join(graph.tokens[-LABELS:])
-    columns = [name for name in frame.columns if not frame[name].isna().all()]
-    return (
-        f"<div><p>{escape(prompt)}</p><p>{escape(told)}</p>"
-        f'<img alt="feature graph" style="max-width:100%" src="data:image/png;base64,{image}">'
-        f"{table_html(frame[columns], 'FeatureGraph', 20)}</div>"
+    drawn = picture(
+        lambda: draw(graph, Figure(figsize=(wide, 4.8), layout="constrained").subplots()), "attribution graph"
     )
+    known = [name for name in frame.columns if not frame[name].isna().all()]
+    return table_view(frame[known], "FeatureGraph", line(prompt), line(told) if told else "", drawn, rows=20)
 
 
 _SCORES = ("replacement_score", "completeness_score")

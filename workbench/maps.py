@@ -243,10 +243,7 @@ class SummaryMap(AttentionMap):
     @property
     def has(self) -> tuple[str, ...]:
         """The calls that this map answers."""
-        calls = (
-            ("distance", "moment=2") if key == ("distance2",) else (key[0], *map(repr, key[1:])) for key in self._memo
-        )
-        return tuple(f"{name}({', '.join(part for part in parts if part != 'None')})" for name, *parts in calls)
+        return answered(self)
 
     def rows(self, lo: int, hi: int) -> Tensor:
         raise Refused(
@@ -262,6 +259,12 @@ class SummaryMap(AttentionMap):
 
     def heads(self, indices: Sequence[int]) -> AttentionMap:
         raise Refused("a summary cannot select heads; take them from its answers: axis 1 is the head")
+
+
+def answered(amap: AttentionMap) -> tuple[str, ...]:
+    """The calls that a map answers without further work: what was captured, and what was asked of it since."""
+    calls = (("distance", "moment=2") if key == ("distance2",) else (key[0], *map(repr, key[1:])) for key in amap._memo)
+    return tuple(f"{name}({', '.join(part for part in parts if part != 'None')})" for name, *parts in calls)
 
 
 def state_metadata(amap: AttentionMap, metadata: Mapping[str, str]) -> None:

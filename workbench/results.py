@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 FILES = ("table.parquet", "tensors.safetensors", "result.json")
 _FORMAT = 1
-_SHOWN = 60
+_REASONS = 20
 
 
 @contextmanager
@@ -80,7 +79,14 @@ class Result(ABC):
         return path
 
     def _repr_html_(self) -> str:
-        return table_html(self.frame(), type(self).__name__)
+        """The figure, the table, and why what is undefined is so; a figure that fails is one line that says why."""
+        from workbench.figure_html import picture
+        from workbench.fragments import facts, table_view
+
+        name = type(self).__name__
+        reasons = getattr(self, "undefined", None)
+        told = facts({f"undefined: {what}": why for what, why in list(reasons.items())[:_REASONS]}) if reasons else ""
+        return table_view(self.frame(), name, picture(self.plot, name), told)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class SavedResult:
         return self.table.copy()
 
     def _repr_html_(self) -> str:
-        return table_html(self.table, self.type)
+        from workbench.fragments import facts, table_view
+
+        tensors = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
+        return table_view(self.table, self.type, facts({"tensors": tensors}))
 
 
 def load_result(path: str | Path) -> SavedResult:
@@ -129,13 +138,6 @@ def load_result(path: str | Path) -> SavedResult:
     except Exception as error:
         raise WorkbenchError(f"{path / name} is damaged: {type(error).__name__}: {error}") from error
     return SavedResult(kind, table, tensors, labels)
-
-
-def table_html(frame: pd.DataFrame, title: str, rows: int = _SHOWN) -> str:
-    """A table as escaped HTML: the first ``rows`` rows, and a line that says how many there are."""
-    body = frame.head(rows).to_html(escape=True, index=False, border=0, na_rep="undefined", float_format=_number)
-    more = f", first {rows} shown" if len(frame) > rows else ""
-    return f"<div><p><b>{escape(title)}</b>: {len(frame):,} rows{more}</p>{body}</div>"
 
 
 def axis(ax: Axes | None, width: float = 6.0, height: float = 4.0) -> Axes:
@@ -179,10 +181,6 @@ def wrapped(text: str, inches: float) -> str:
     """A label in lines that fit on ``inches`` of a figure, at matplotlib's own size; its own line breaks are kept."""
     width = max(12, int(inches * 10))
     return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def _write(folder: Path, frame: pd.DataFrame, tensors: dict[str, torch.Tensor], text: str) -> None:

@@ -102,6 +102,11 @@ class Maps(Mapping["int | str", "AttentionMap"]):
     def __repr__(self) -> str:
         return "Maps(" + ", ".join(f"{k}: {m!r}" for k, m in self._maps.items()) + ")"
 
+    def _repr_html_(self) -> str:
+        from workbench.summaries import maps_html
+
+        return maps_html(self)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -126,6 +131,11 @@ class Run:
         object.__setattr__(self, "acts", self.acts if isinstance(self.acts, Activations) else Activations(self.acts))
         object.__setattr__(self, "maps", self.maps if isinstance(self.maps, Maps) else Maps(self.maps))
 
+    def _repr_html_(self) -> str:
+        from workbench.summaries import run_html
+
+        return run_html(self)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -146,6 +156,11 @@ class Generation:
     def new(self) -> Tensor:
         """The generated tokens, ``[B, S]``."""
         return self.tokens.ids[:, self.prompt :]
+
+    def _repr_html_(self) -> str:
+        from workbench.summaries import run_html
+
+        return run_html(self)
 
 
 EMPTY: Mapping[Any, Any] = MappingProxyType({})

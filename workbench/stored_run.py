@@ -65,6 +65,11 @@ class StoredRun:
             (part / DESCRIPTION).write_text(json.dumps(told, allow_nan=False), encoding="utf-8")
         return path
 
+    def _repr_html_(self) -> str:
+        from workbench.summaries import stored_html
+
+        return stored_html(self)
+
 
 def open_run(folder: str | Path) -> Run:
     """The run that stands in ``folder``: tokens, provenance and memory-mapped maps, which every analysis of maps takes.

@@ -83,7 +83,7 @@ def graph(
             inputs.writable(file.absolute().parent)
     with working(f"{model}: attribution graph"):
         import workbench as wb
-        from workbench.feature_graph_plot import picture_html
+        from workbench.feature_graph_plot import graph_html
         from workbench.probes.features.influence import pruned
         from workbench.probes.features.subgraph import path_text, strongest_paths
 
@@ -99,7 +99,7 @@ def graph(
         if html is not None:
             html.absolute().parent.mkdir(parents=True, exist_ok=True)
             html.write_text(
-                f"<!doctype html><meta charset='utf-8'><title>{_slug(model)}</title>{picture_html(small)}\n"
+                f"<!doctype html><meta charset='utf-8'><title>{_slug(model)}</title>{graph_html(small)}\n"
             )
         if json_graph is not None:
             json_graph.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, UnknownName, WorkbenchError
+from workbench.fragments import table_view
 from workbench.models.protocol import Model
 from workbench.probes.features.heat import heat_limits, plain, token_heat
 from workbench.probes.features.layer_weights import layer_weights
 from workbench.probes.features.reading import check_features
 from workbench.probes.features.stream import Layer, Point, Stream, agrees, point_of
-from workbench.results import Result, axis, table_html
+from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site
 
@@ -147,7 +148,7 @@ class FeatureAttribution(Result):
             for j, position in enumerate(self.positions[:3]):
                 caption = f"feature {feature} of {self.site} at {position}: pre-activation {float(self.pre[i, j]):.4g}"
                 parts.append(token_heat(self.tokens, self.by_source[i, j], caption, position))
-        return "".join(parts) + table_html(self.frame(), type(self).__name__, 20)
+        return "".join(parts) + table_view(self.frame(), type(self).__name__, rows=20)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ class FeatureEffects(Result):
         ax = axis(ax, 6, 1.2 + 0.22 * len(top))
         colours = ["#c1502e" if f == ERROR else "#1f6f8b" for f in top.feature.tolist()]
         ax.barh(list(top.names), top.effect.numpy(), color=colours)
-        ax.axvline(0, color="black", linewidth=0.5)
+        ax.axvline(0, color="grey", linewidth=0.5)
         ax.set(xlabel="indirect effect", title=f"{min(_DRAWN, len(self))} of {len(self):,} features and errors")
         return ax
 

@@ -94,7 +94,7 @@ class FeatureFaithfulness(Result):
             ax.plot(x, inside.numpy(), marker="o", markersize=3, color=colour, label=name)
             ax.plot(x, outside.numpy(), marker="o", markersize=3, color=colour, linestyle="--")
         for level in (0.0, 1.0):
-            ax.axhline(level, color="black", linewidth=0.5)
+            ax.axhline(level, color="grey", linewidth=0.5)
         ax.set_xscale("symlog", linthresh=1)
         ax.set(xlabel="nodes", ylabel="share of the behaviour", title="kept alone (solid), taken away (dashed)")
         ax.legend()

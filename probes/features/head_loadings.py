@@ -26,12 +26,13 @@ from torch import Tensor
 
 from workbench.errors import UnknownName, WorkbenchError
 from workbench.feature_graph import FeatureGraph, kind_code
+from workbench.fragments import table_view
 from workbench.models.protocol import Model
 from workbench.probes.features.edge_paths import EdgePaths
 from workbench.probes.features.frozen import frozen_model
 from workbench.probes.features.heat import heat_limits, plain, token_heat
 from workbench.probes.features.replacement import Coders, replacement
-from workbench.results import Result, axis, table_html
+from workbench.results import Result, axis
 from workbench.run import Provenance
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class HeadLoadings(Result):
             edge = f"{self.sources[m]} to {self.targets[m]}: {float(self.weight[m]):.4g}"
             caption = f"{edge}, by the token that the last head reads"
             parts.append(token_heat(self.tokens, self.last[m].sum((0, 1)), caption, self.target_positions[m]))
-        return "".join(parts) + table_html(self.frame(), type(self).__name__, 20)
+        return "".join(parts) + table_view(self.frame(), type(self).__name__, rows=20)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ def token_heat(tokens: Sequence[str], values: Tensor, caption: str, mark: int | 
     spans = []
     for i, (token, value) in enumerate(zip(tokens, values.tolist(), strict=True)):
         red, green, blue = _RAISES if value >= 0 else _LOWERS
-        frame = "outline:2px solid #222;" if i == mark else ""
+        frame = "outline:2px solid currentColor;" if i == mark else ""
         style = f"background:rgba({red},{green},{blue},{abs(value) / size:.3f});{frame}padding:1px 2px"
         spans.append(f'<span title="{i}: {value:.4g}" style="{style}">{escape(token)}</span>')
     return f'<div><p>{escape(caption)}</p><p style="font-family:monospace;line-height:1.8">{"".join(spans)}</p></div>'

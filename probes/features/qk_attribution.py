@@ -26,7 +26,7 @@ from workbench.probes.features.heat import heat_limits
 from workbench.probes.features.layer_weights import layer_weights
 from workbench.probes.features.qk_operator import Rotations, Side
 from workbench.probes.features.stream import Point, Stream, agrees
-from workbench.results import Result, axis, table_html
+from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site
 
@@ -126,9 +126,6 @@ class QKAttribution(Result):
     def _title(self) -> str:
         names = [repr(self.tokens[t])[1:-1] for t in (self.query, self.key)]
         return f"head {self.layer}.{self.head}: {names[0]} @ {self.query} to {names[1]} @ {self.key}, score {self.score:.4g}"
-
-    def _repr_html_(self) -> str:
-        return table_html(self.frame(), self._title(), 20)
 
 
 @torch.no_grad()

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from workbench.errors import Refused, WorkbenchError
+from workbench.fragments import table_view
 from workbench.models.protocol import Model
 from workbench.probes.features.feature_attribution import Component, Reader, coder_constant, own_pre, site_of
 from workbench.probes.features.heat import heat_limits, plain, token_heat
 from workbench.probes.features.reading import check_features
 from workbench.probes.features.stream import Point, point_of
 from workbench.probes.features.upstream import Part, Upstream
-from workbench.results import Result, axis, table_html
+from workbench.results import Result, axis
 from workbench.run import Provenance
 from workbench.sites import Site
 
@@ -151,7 +152,7 @@ class RecursiveAttribution(Result):
             lines.append(f"{pad}{escape(self.name(node))}: {float(self.value[node]):.4g}")
             stack += sorted(children.get(node, []), key=lambda i: abs(float(self.value[i])))
         tree = "<br>".join(lines)
-        return f'{heat}<p style="font-family:monospace">{tree}</p>' + table_html(self.leaves(), "leaves", 12)
+        return f'{heat}<p style="font-family:monospace">{tree}</p>' + table_view(self.leaves(), "leaves", rows=12)
 
 
 @torch.no_grad()

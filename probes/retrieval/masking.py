@@ -88,7 +88,14 @@ class MaskingResult(Result):
         spread = [(mean - table.min()).clip(lower=0).to_numpy(), (table.max() - mean).clip(lower=0).to_numpy()]
         ax = axis(ax)
         names = {"none": "nothing", "top": "retrieval heads", "random": "random heads"}
-        ax.bar([names[name] for name in mean.index], mean.to_numpy(), yerr=spread, capsize=4, color="tab:blue")
+        ax.bar(
+            [names[name] for name in mean.index],
+            mean.to_numpy(),
+            yerr=spread,
+            capsize=4,
+            ecolor="grey",
+            color="tab:blue",
+        )
         title = f"Answer probability after removing heads\n{self.provenance.model}"
         ax.set(ylabel="probability of the answer", xlabel="removed (bars: range over draws)", title=title, ylim=(0, 1))
         return ax

@@ -63,7 +63,7 @@ class Perturbation(Result):
         ax = axis(ax, 3.6, 3.0)
         found = [self.mean(group) for group in GROUPS]
         spread = [[max(0.0, m - low) for m, low, _ in found], [max(0.0, high - m) for m, _, high in found]]
-        ax.bar(GROUPS, [m for m, _, _ in found], yerr=spread, capsize=4, color=["tab:green", "0.6"])
+        ax.bar(GROUPS, [m for m, _, _ in found], yerr=spread, capsize=4, ecolor="grey", color=["tab:green", "0.6"])
         ax.set(ylabel="Jaccard index of the continuations", xlabel="FAI of the exchanged tokens", ylim=(0, 1))
         ax.set_title(self.provenance.model)
         return ax

@@ -79,7 +79,7 @@ class MassiveEffect(Result):
         ax = axis(ax, 4.8, 3.2)
         table = self.frame()
         ax.bar(table["intervention"], table["value"], color=["0.6", "C3", "C0", "0.8", "0.8"])
-        ax.vlines(range(len(table)), table["value_low"], table["value_high"], color="k")
+        ax.vlines(range(len(table)), table["value_low"], table["value_high"], color="grey")
         ax.set(ylabel=self.metric, title=f"Massive activations set to a constant\n{self.provenance.model}")
         ax.tick_params(axis="x", labelsize=8)
         return ax

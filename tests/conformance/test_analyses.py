@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fragment_checks import Fragment
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.mask import Mask
@@ -62,7 +63,18 @@ def test_the_example_is_drawn_and_saved(name, answered, tmp_path):
     pd.testing.assert_frame_equal(
         saved.frame().reset_index(drop=True).astype(str), result.frame().reset_index(drop=True).astype(str)
     )
-    assert "<table" in result._repr_html_()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_notebook_shows_the_figure_and_the_table(name, answered):
+    result = answered(name)
+    if isinstance(result, torch.Tensor):
+        return
+    html = result._repr_html_()
+    shown = Fragment(html)
+    assert {"svg", "table"} <= set(shown.tags), shown.text[:300]
+    assert "no figure" not in shown.text
+    assert not set(shown.ids) & set(Fragment(result._repr_html_()).ids), "two views in one notebook share an id"
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -56,6 +56,11 @@ class JobStore:
     def __repr__(self) -> str:
         return f"JobStore({str(self.path)!r})"
 
+    def _repr_html_(self) -> str:
+        from workbench.summaries import store_html
+
+        return store_html(self)
+
     @cached_property
     def hidden(self) -> Path:
         """Where everything but the finished cells stands."""

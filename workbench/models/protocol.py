@@ -100,7 +100,9 @@ class Manifest:
         return pd.DataFrame([vars(record) for record in self.layers])
 
     def _repr_html_(self) -> str:
-        return self.frame().to_html(escape=True)
+        from workbench.fragments import facts, table_view
+
+        return table_view(self.frame(), f"Manifest of {self.model}", facts({"sites": ", ".join(self.sites)}))
 
 
 @runtime_checkable

@@ -116,7 +116,7 @@ class ComparisonResult(Result):
         x = torch.arange(len(self.levels)).double()
         ax.bar((x - 0.2).numpy(), self.min_overlap.numpy(), 0.4, label="in common")
         ax.bar((x + 0.2).numpy(), middle.numpy(), 0.4, color="grey", label="by chance")
-        ax.vlines((x + 0.2).numpy(), ends[:, 0].numpy(), ends[:, 1].numpy(), color="black")
+        ax.vlines((x + 0.2).numpy(), ends[:, 0].numpy(), ends[:, 1].numpy(), color="grey")
         ax.set_xticks(x.numpy(), list(self.levels))
         ax.set(ylabel="share of the smaller circuit", ylim=(0, 1.05))
         ax.legend()

@@ -91,7 +91,7 @@ class CompletenessResult(Result):
             ax.plot(self.circuit[at].numpy(), self.model[at].numpy(), linestyle="none", marker="o", label=kind)
         ends = torch.cat([self.circuit, self.model])
         span = [float(ends.min()), float(ends.max())]
-        ax.plot(span, span, color="black", linewidth=0.5)
+        ax.plot(span, span, color="grey", linewidth=0.5)
         ax.set(xlabel="F(circuit without K)", ylabel="F(model without K)", title=f"worst gap {self.worst:.3g}")
         ax.legend()
         return ax

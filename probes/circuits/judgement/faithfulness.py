@@ -131,7 +131,7 @@ class FaithfulnessResult(Result):
             ax.fill_between(x, self.random.amin(0).numpy(), self.random.amax(0).numpy(), alpha=0.25, color="grey")
             ax.plot(x, self.random.mean(0).numpy(), color="grey", label="random")
         for level in (0.0, 1.0):
-            ax.axhline(level, color="black", linewidth=0.5)
+            ax.axhline(level, color="grey", linewidth=0.5)
         ax.set_xscale("log")
         ax.set(
             xlabel=f"fraction of {self.level}s kept",

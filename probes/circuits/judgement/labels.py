@@ -101,7 +101,7 @@ class RecoveryResult(Result):
 
             false, true, _ = roc_curve(self.inside.numpy(), self.values.numpy())
             ax.plot(false, true, marker=".")
-        ax.plot([0, 1], [0, 1], color="black", linewidth=0.5)
+        ax.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
         title = f"AUROC {self.auroc:.2f}, average precision {self.auprc:.2f} (chance {self.prevalence:.2f})"
         ax.set(xlabel="share of parts outside", ylabel="share of parts inside", title=title)
         return ax

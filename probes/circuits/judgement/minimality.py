@@ -80,7 +80,7 @@ class MinimalityResult(Result):
         """Share of the model's metric that each part carries, with the threshold."""
         ax = axis(ax, max(4.0, 0.3 * len(self.names)))
         ax.bar(range(len(self.names)), self.share.numpy())
-        ax.axhline(self.threshold, color="black", linewidth=0.8)
+        ax.axhline(self.threshold, color="grey", linewidth=0.8)
         ax.set_xticks(range(len(self.names)), list(self.names), rotation=90)
         ax.set(
             ylabel="share of F(M)",

@@ -72,7 +72,7 @@ class ResetResult(Result):
         table = self.frame()
         ax.vlines(range(len(table)), table["form_low"], table["form_high"], color="grey", label="random truths")
         ax.plot(range(len(table)), table["auroc"], linestyle="none", marker="o", label="the truth")
-        ax.axhline(0.5, color="black", linewidth=0.5)
+        ax.axhline(0.5, color="grey", linewidth=0.5)
         ax.set_xticks(range(len(table)), list(table["network"]), rotation=90)
         ax.set(ylabel="AUROC", ylim=(0, 1.02))
         ax.legend()

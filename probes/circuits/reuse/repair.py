@@ -95,7 +95,7 @@ class Repair(Result):
         table = self.frame()
         error = [(table.accuracy - table.low).clip(0), (table.high - table.accuracy).clip(0)]
         colors = ["grey" if name.startswith(RANDOM) else "C0" for name in table.condition]
-        ax.bar(table.condition, table.accuracy, yerr=error, color=colors)
+        ax.bar(table.condition, table.accuracy, yerr=error, ecolor="grey", color=colors)
         ax.tick_params(axis="x", rotation=90)
         ax.set(ylim=(0, 1.02), ylabel="accuracy", title=f"attention forced onto {', '.join(self.onto)}")
         return ax

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import uuid
+import warnings
+from collections.abc import Callable
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#010203"
 """Drawn in this colour, a line or a letter takes the colour of the page's text."""
+HEAVY = 1_000_000
+"""Characters of the longest drawing of lines and shapes; in longer ones these become one image, and the words stay words."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "workbench",
@@ -41,15 +48,34 @@ def style() -> Any:
     return mpl.rc_context(_STYLE)
 
 
+def picture(draw: Callable[[], Axes], label: str) -> str:
+    """The figure that ``draw`` makes, as HTML for one place in a notebook: its ids are in no other picture. ``label`` names it
+    to those who cannot see it.
+
+    A figure that cannot be drawn is one line that says why."""
+    try:
+        with style():
+            figure: Any = draw().figure
+            drawn = inline(figure, f"f{uuid.uuid4().hex[:12]}")
+        return f'<div role="img" aria-label="{escape(label)}">{drawn}</div>'
+    except Exception as error:
+        said = " ".join(str(error).split())
+        return f"<p>no figure: {escape(f'{type(error).__name__}: {said}' if said else type(error).__name__)}</p>"
+
+
 def inline(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element. ``name`` makes its ids unique in the page."""
-    raw = io.StringIO()
-    figure.savefig(raw, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    text = raw.getvalue()
+    text = _svg(figure)
+    if len(text) > HEAVY:
+        for ax in figure.axes:
+            for artist in (*ax.collections, *ax.lines, *ax.patches):
+                artist.set_rasterized(True)
+        text = _svg(figure)
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text, count=2)
     text = re.sub(r"<[^>]*>", lambda tag: _own(tag[0], name), text)
+    text = text.replace(r"\$", "$")  # labels that keep matplotlib from reading mathematics; here it reads none
     text, sized = re.subn(
         r'width="([\d.]+)pt" height="([\d.]+)pt"',
         lambda size: f'width="{float(size[1]) * 4 / 3:.0f}" height="{float(size[2]) * 4 / 3:.0f}"',
@@ -59,6 +85,15 @@ def inline(figure: Figure, name: str) -> str:
     if not sized:
         raise RuntimeError("matplotlib's SVG states no size in pt, so the figure cannot be scaled to the page")
     return text
+
+
+def _svg(figure: Figure) -> str:
+    raw = io.StringIO()
+    with warnings.catch_warnings():
+        # The reader's browser has letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(raw, format="svg", bbox_inches="tight", dpi=144, metadata={"Date": None, "Creator": None})
+    return raw.getvalue()
 
 
 def _own(tag: str, name: str) -> str:
