@@ -15,9 +15,9 @@ from workbench.apps import demo_steps
 from workbench.apps.demo import demo, summary
 from workbench.apps.figures import heads_grid
 from workbench.apps.report import Numbers, Picture, Prose, Section, render, write_report
-from workbench.figure_html import style
 from workbench.apps.terminal import percent
 from workbench.errors import WorkbenchError
+from workbench.figure_html import style
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
 
