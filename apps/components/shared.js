@@ -137,8 +137,8 @@ async function packedValues(url, top) {
 
 // ---- Colour
 const VIRIDIS = "440154 481467 482576 453781 404688 39558c 33638d 2d718e 287d8e 238a8d 1f968b 20a386 29af7f 3dbc74 56c667 75d054 95d840 bade28 dde318 fde725";
-const BLUES = {light: "f7f7f7 d6e6f2 a6cbe6 6aa6d3 3a7fba 1c5a98 0a3a6e", dark: "1b1e26 1e3350 23507f 2f73b3 4f97d6 86bdf0 c8e3ff"};
-const ORANGES = {light: "f7f7f7 fbe3c6 f7c07f ee963c d66f10 a84f06 713203", dark: "1b1e26 46290f 743f10 a95b14 dd7e26 f7a957 ffdcab"};
+const BLUES = {light: "f7f7f7 d6e6f2 a6cbe6 6aa6d3 3a7fba 1c5a98 0a3a6e", dark: "1b1e26 1a3354 1c5087 2571bd 3f93e0 6cb4f7 9fd2ff"};
+const ORANGES = {light: "f7f7f7 fbe3c6 f7c07f ee963c d66f10 a84f06 713203", dark: "1b1e26 46290f 743f10 a95b14 dd7e26 f79a43 ffbe7a"};
 
 function ramp(stops) {
   const points = stops.split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));

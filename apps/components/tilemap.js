@@ -78,6 +78,9 @@ function built(root) {
 }
 
 // ---- Moving
+// Where on the canvas an event was; the event itself would tell it anew later.
+const spotOf = ({offsetX, offsetY}) => ({offsetX, offsetY});
+
 function listen(map) {
   const {canvas, pointers} = map;
   let start = null; // where the pointer went down, and what was in view then
@@ -91,19 +94,19 @@ function listen(map) {
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     canvas.setPointerCapture(event.pointerId);
-    pointers.set(event.pointerId, event);
-    start = {event, view: [...map.view], moved: false, box: event.shiftKey, fingers: [...pointers.values()]};
+    pointers.set(event.pointerId, spotOf(event));
+    start = {spot: spotOf(event), view: [...map.view], moved: false, box: event.shiftKey, fingers: [...pointers.values()]};
   });
   canvas.addEventListener("pointermove", (event) => {
     if (!pointers.has(event.pointerId)) return point(map, at(map, event), event);
-    pointers.set(event.pointerId, event);
-    if (Math.hypot(event.offsetX - start.event.offsetX, event.offsetY - start.event.offsetY) > 4) start.moved = true;
+    pointers.set(event.pointerId, spotOf(event));
+    if (Math.hypot(event.offsetX - start.spot.offsetX, event.offsetY - start.spot.offsetY) > 4) start.moved = true;
     if (!start.moved) return;
     if (pointers.size === 2) pinch(map, start, [...pointers.values()]);
-    else if (start.box) map.box = [start.event, event];
+    else if (start.box) map.box = [start.spot, spotOf(event)];
     else {
       const {wide, high} = place(map), [q0, q1, k0, k1] = start.view;
-      const [dq, dk] = [((start.event.offsetY - event.offsetY) / high) * (q1 - q0), ((start.event.offsetX - event.offsetX) / wide) * (k1 - k0)];
+      const dq = ((start.spot.offsetY - event.offsetY) / high) * (q1 - q0), dk = ((start.spot.offsetX - event.offsetX) / wide) * (k1 - k0);
       move(map, [q0 + dq, q1 + dq, k0 + dk, k1 + dk]);
     }
     point(map, null);
@@ -213,7 +216,7 @@ function chosen(map) {
   return {q: clamp(Math.floor(q), Math.floor(q0), Math.ceil(q1) - 1), k: clamp(Math.floor(k), Math.floor(k0), Math.ceil(k1) - 1)};
 }
 
-// Moves the chosen cell by one cell of the picture, and the view after it.
+// Moves the chosen cell by one cell of the picture, and the view after it; at first it is the middle one.
 function choose(map, [down, right]) {
   const {queries, keys} = map.data, {q, k} = chosen(map), step = map.cursor ? (found(map, q, k)?.layer.size ?? 1) : 0;
   map.cursor = [clamp(q + down * step, 0, queries - 1), clamp(k + right * step, 0, keys - 1)];

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import browser_page, chromium  # noqa: F401
+from browser import browser_page, chromium, shown  # noqa: F401
 from typer.testing import CliRunner
 
 from workbench.apps.cli import app
