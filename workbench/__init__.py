@@ -345,6 +345,12 @@ _NAMES: dict[str, str] = {
     "strongest_paths": "workbench.probes.features.subgraph:strongest_paths",
     "path_text": "workbench.probes.features.subgraph:path_text",
     "load_replacement": "workbench.probes.features.replacement_folder:load_replacement",
+    # interactive views
+    "show_head": "workbench.apps.notebook:show_head",
+    "show_wall": "workbench.apps.notebook:show_wall",
+    "show_tokens": "workbench.apps.notebook:show_tokens",
+    "show_circuit": "workbench.apps.notebook:show_circuit",
+    "show_graph": "workbench.apps.notebook:show_graph",
     # results and errors
     "Result": "workbench.results:Result",
     "load_result": "workbench.results:load_result",

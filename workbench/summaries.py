@@ -18,7 +18,7 @@ from workbench.maps import METADATA, answered
 from workbench.models.protocol import Tokens
 from workbench.results import axis
 from workbench.run import Generation, Maps, Run
-from workbench.zooming import whole_sizes, zoom
+from workbench.zooming import stored_sizes, zoom
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,10 +137,10 @@ def _small(amap: AttentionMap) -> str:
     _, h, q, k = amap.shape
     if not (h and q and k):
         return ""
-    if q * k > CHEAP and not whole_sizes(amap):
+    if q * k > CHEAP and not stored_sizes(amap):
         return line(
             f"no picture: {q:,} x {k:,} weights are not computed to be shown, and there are no block maps; capture with "
-            "blocks=64, reduce=('sum', 'max'), or look at a part with wb.zoom(map, head, queries, keys)"
+            "blocks=64, or look at a part with wb.zoom(map, head, queries, keys)"
         )
     return picture(lambda: draw_heads(amap), "attention of the first heads")
 

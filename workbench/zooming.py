@@ -129,10 +129,10 @@ def zoom(
     return Zoom(values, found.queries, found.keys, found.size, found.exact, way)
 
 
-def whole_sizes(amap: AttentionMap) -> list[int]:
-    """Sides of the block maps that the map holds both sums and maxima of, in tokens, ascending."""
-    sums, peaks = ({key[1] for key in amap._memo if key[0] == "blocks" and key[2] == way} for way in ("sum", "max"))
-    return sorted(sums & peaks)
+def stored_sizes(amap: AttentionMap, way: str = "mass") -> list[int]:
+    """Sides of the block maps that the map holds, in tokens, ascending: those that a view of that ``way`` is made from."""
+    reduce = "max" if way == "max" else "sum"
+    return sorted(key[1] for key in amap._memo if key[0] == "blocks" and key[2] == reduce)
 
 
 def row(amap: AttentionMap, heads: int | Sequence[int], query: int, batch: int = 0) -> Tensor:
@@ -196,12 +196,12 @@ def _stored(
     hide: Sequence[int],
     batch: int,
 ) -> Zoom:
-    sizes = whole_sizes(amap)
+    sizes = stored_sizes(amap, way)
     if not sizes:
         area = (queries[1] - queries[0]) * (keys[1] - keys[0])
         raise Refused(
             f"a view of {area:,} weights is more than the {EXACT:,} that are computed at once, and this map holds no block "
-            "maps; capture with blocks=64, reduce=('sum', 'max'), or look at a smaller part"
+            f"maps; capture with blocks=64, reduce={'max' if way == 'max' else 'sum'!r}, or look at a smaller part"
         )
     longest = max(queries[1] - queries[0], keys[1] - keys[0])
     size = next((s for s in reversed(sizes) if longest / s >= cells / 2), sizes[0])
