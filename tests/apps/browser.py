@@ -44,7 +44,7 @@ def browser_page(chromium: Browser) -> Iterator[Page]:
     page = chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
     page.set_default_timeout(20_000)
     broken: list[str] = []
-    page.on("pageerror", lambda error: broken.append(f"script: {error}"))
+    page.on("pageerror", lambda error: broken.append(f"script: {error.stack or error}"))
     page.on("request", lambda asked: urlsplit(asked.url).hostname in LOCAL or _foreign(asked.url, broken))
     yield page
     page.close()
