@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from pages import open_page, python_of, settled
 
 import workbench as wb
-from tests.apps.pages import open_page, python_of, settled
 from workbench.apps.memory import LONGEST, kept, memory_frame, memory_plot, size_text
 from workbench.apps.work_model import card, model_facts
 from workbench.errors import UnknownName, WorkbenchError
