@@ -120,7 +120,7 @@ function paintedNode(graph, key, node, ink) {
   if (boxed) {
     parts.push(element("text", {x, y: there ? y - 6 : y, style: `fill:${text}`}, shortened(readable(node.label), 10)));
     if (there) parts.push(element("text", {x, y: y + 9, class: "small", style: `fill:${text}`}, short(node.score, graph.top)));
-    if (node.ports) for (const [channel, shift] of Object.entries(PORTS)) parts.push(element("text", {x: x + shift, y: y + BOX.high / 2 + 7, class: "small"}, channel));
+    for (const channel of node.ports) parts.push(element("text", {x: x + PORTS[channel], y: y + BOX.high / 2 + 7, class: "small"}, channel));
   } else if (node.kind === "logit") parts.push(element("text", {x, y: y - radius(graph, node) - 9}, shortened(readable(node.label), 12)));
   return element("g", {class: "item node", "data-item": key}, ...parts);
 }

@@ -126,17 +126,17 @@ def attribution_data(
             "kept": True,
             "truth": name in rings,
             "group": None,
-            "ports": False,
+            "ports": "",
         }
         for i, name in enumerate(names)
     ]
     order = graph.weight.abs().argsort(descending=True, stable=True)[:limit].tolist()
+    always = {"kept": True, "truth": False, "group": None}
     source, target, weight = graph.source.tolist(), graph.target.tolist(), graph.weight.tolist()
     edges = [
-        {"source": names[source[m]], "target": names[target[m]], "channel": "in", "score": weight[m], "kept": True, "truth": False,
-         "group": None}
+        {"source": names[source[m]], "target": names[target[m]], "channel": "in", "score": weight[m], **always}
         for m in order
-    ]  # fmt: skip
+    ]
     depth = max((layer for layer, kind in zip(nodes.layer.tolist(), kinds, strict=True) if kind != "logit"), default=-1)
     return {
         "nodes": shown,
@@ -164,7 +164,10 @@ class _Layers:
         if not layers:
             raise WorkbenchError("the circuit scores no head and no MLP: there is nothing to draw")
         kinds = {kind for kind, _, _ in found}
-        heads = 1 + max((index for kind, _, index in found if kind == "head"), default=0)
+        heads, groups = (
+            1 + max((index for what, _, index in found if what == kind), default=-1) for kind in ("head", "group")
+        )
+        self._shared = heads // groups if groups else 0
         self._mlp, self._input, self._layers = int("mlp" in kinds), int("input" in kinds), 1 + max(layers)
         self.columns = [*["MLP"] * self._mlp, *(f"head {head}" for head in range(heads))]
         self.spots = list(range(len(self.columns)))
@@ -182,7 +185,9 @@ class _Layers:
             "mlp": f"MLP of layer {layer}",
             "group": f"key-value head {index} of layer {layer}",
         }
-        inputs = ports and kind in ("head", "group")
+        inputs = (
+            ("kv" if kind == "group" else "q" if self._shared else "qkv") if ports and kind in ("head", "group") else ""
+        )
         return {
             "label": name,
             "text": said.get(kind, name),
@@ -198,7 +203,7 @@ class _Layers:
         if kind == "head":
             return float(self._mlp + index), float(row)
         if kind == "group":
-            return self._mlp + index + 0.5, row - 0.45
+            return self._mlp + self._shared * (index + 0.5) - 0.5, row - 0.45
         return (len(self.columns) - 1) / 2, 0.0 if kind == "input" else float(self._layers + self._input)
 
 
