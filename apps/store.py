@@ -47,7 +47,7 @@ class Stored:
 def stored(folder: str | Path) -> list[Stored]:
     """Everything saved in ``folder``, by name. A folder that holds any file of a result counts as one, so that a
     half-written result is found and refused when it is loaded, not passed over. Temporary names are passed over, and so are the
-    cells of batch jobs (``jobs_view``)."""
+    cells of batch jobs (``grids.folders``)."""
     root = Path(folder)
     if not root.is_dir():
         raise WorkbenchError(f"no results folder {root}; `make demo` makes one, or give --out to a command")

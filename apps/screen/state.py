@@ -102,6 +102,28 @@ def flag(label: str, key: str, *, default: bool = False, where: Any = st, help: 
     return value
 
 
+def several(
+    label: str,
+    options: Sequence[str],
+    key: str,
+    *,
+    default: Sequence[str] = (),
+    where: Any = st,
+    help: str | None = None,
+) -> list[str]:
+    """Some of ``options``, which are texts without commas; in the address they stand with commas between them."""
+
+    def read(asked: str) -> list[str] | None:
+        names = [name for name in asked.split(",") if name]
+        return names if set(names) <= set(options) else None
+
+    _adopt(label, key, read, options)
+    st.session_state[key] = [name for name in st.session_state.get(key, default) if name in options]
+    value: list[str] = where.multiselect(label, options, key=key, help=help, persist_state="session")
+    _write(key, ",".join(value))
+    return value
+
+
 def held(key: str, read: Callable[[str], T | None], default: T, *, say: Callable[[T], str] = str) -> T:
     """A value without a widget: a component sets it with ``put``. ``read`` gives None for what is no value."""
     _adopt(key, key, read, [say(default)])
