@@ -57,12 +57,24 @@ class Outcome:
 class Cell:
     """One job under way: what a probe reads. ``load`` gives the job's model; it is called when the model is first asked for.
     ``scratch`` is where a probe may write what is too large for memory: a new folder on the disk of the store, gone after the
-    cell."""
+    cell. ``uploads`` holds the files that jobs of this store name by their content."""
 
-    def __init__(self, job: Job, load: Callable[[], Model], scratch: Path | None = None) -> None:
+    def __init__(
+        self, job: Job, load: Callable[[], Model], scratch: Path | None = None, uploads: Path | None = None
+    ) -> None:
         self.job = job
         self._load = load
         self._scratch = scratch
+        self._uploads = uploads
+
+    @property
+    def uploads(self) -> Path:
+        """The folder of uploaded files."""
+        if self._uploads is None:
+            raise WorkbenchError(
+                f"{self.job.probe} reads an uploaded file, and this cell has no store; run it with run_jobs"
+            )
+        return self._uploads
 
     @cached_property
     def scratch(self) -> Path:

@@ -66,6 +66,11 @@ class JobStore:
         """Where everything but the finished cells stands."""
         return self.path / HIDDEN
 
+    @property
+    def uploads(self) -> Path:
+        """Where files stand that jobs name by their content."""
+        return self.path / "uploads"
+
     def open_for_writing(self) -> None:
         """Make the folders and refuse a store that cannot be written or has another format, before long work."""
         if self.path.exists() and not self.path.is_dir():

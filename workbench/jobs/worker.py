@@ -137,7 +137,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
             _prepare(job, order)
             loading = time.perf_counter() - clock
             _counting()
-            outcome = probe.call(Cell(job, load, scratch))
+            outcome = probe.call(Cell(job, load, scratch, store.uploads))
             table = _parquet(outcome.table)
         with store.new_cell(job) as part:
             if outcome.saved is not None:

@@ -10,13 +10,14 @@ from workbench.errors import WorkbenchError
 from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
 from workbench.jobs.kinds.checks import check_needs, check_value, whole
+from workbench.jobs.kinds.pictures import is_picture_name, picture_input
 from workbench.jobs.probes import Cell, Outcome, Probe
 
 ARGUMENTS: Mapping[str, Any] = {
-    "text": None, "filler": None, "needle": None, "image": None, "side": "clean", "blocks": None, "layers": None,
+    "text": None, "filler": None, "needle": None, "image": None, "picture": None, "side": "clean", "blocks": None, "layers": None,
     "check": True,
 }  # fmt: skip
-_INPUTS = ("text", "filler", "needle", "image")
+_INPUTS = ("text", "filler", "needle", "image", "picture")
 _CELLS, _LEAST = 512, 4
 
 
@@ -32,10 +33,11 @@ def capture(cell: Cell) -> Outcome:
     """One row per head: entropy in nats, distance in tokens, the key with the largest share. The run is saved (``wb.open_run``).
 
     The input is ``text``; or ``filler``, so many tokens of made-up text, or ``needle``, the same with facts in it; or the first
-    example of the job's task (its ``side`` clean or corrupt); or ``image``, the number of a made image with a planted shape, for
-    models that read images. ``blocks`` is the side of the block maps in tokens, by length if not given; ``layers`` limits what is
-    captured. ``check`` runs the model again without capture: ``logit_difference`` is the largest difference of the last
-    position's logits (of the whole output where the model has no logits), and must be 0.
+    example of the job's task (its ``side`` clean or corrupt); or, for models that read images, ``image``, the number of a made
+    image with a planted shape, or ``picture``, the name of an uploaded one (``kinds.pictures``). ``blocks`` is the side of the
+    block maps in tokens, by length if not given; ``layers`` limits what is captured. ``check`` runs the model again without
+    capture: ``logit_difference`` is the largest difference of the last position's logits (of the whole output where the model has
+    no logits), and must be 0.
     """
     import torch
 
@@ -84,7 +86,7 @@ def check(job: Job) -> None:
     given = [name for name in _INPUTS if job.args.get(name) is not None] + (["task"] if job.task is not None else [])
     if len(given) != 1:
         said = " and ".join(given) or "none"
-        raise WorkbenchError(f"capture wants one input: text, filler, needle, image or a task; got {said}")
+        raise WorkbenchError(f"capture wants one input: text, filler, needle, image, picture or a task; got {said}")
     if "text" in job.args and job.args["text"] is not None:
         check_value("argument text of capture", str, job.args["text"])
         if not job.args["text"].strip():
@@ -92,6 +94,10 @@ def check(job: Job) -> None:
     for name, least in (("filler", 1), ("needle", 64), ("image", 0), ("blocks", 1)):
         if job.args.get(name) is not None:
             whole(job, name, 0, least)
+    if job.args.get("picture") is not None and not is_picture_name(job.args["picture"]):
+        raise WorkbenchError(
+            f"argument picture of capture is the name of an uploaded picture; got {job.args['picture']!r}"
+        )
     if job.args.get("side", "clean") not in ("clean", "corrupt"):
         raise WorkbenchError(f"side of capture is clean or corrupt; got {job.args['side']!r}")
     check_value("argument check of capture", bool, job.args.get("check", True))
@@ -111,6 +117,9 @@ def _input(cell: Cell, args: Mapping[str, Any]) -> Any:
     if args["image"] is not None:
         images = above("datasets.patches").planted_images(args["image"] + 1, seed=cell.job.seed).images
         return images[args["image"] :]
+    if args["picture"] is not None:
+        size = above("probes.vision.grid").grid_of(cell.model).size
+        return picture_input(args["picture"], cell.uploads, cell.model, size, cell.job.model or "")
     from workbench.models.protocol import Tokens
 
     ids = getattr(cell.pairs(1), args["side"])
