@@ -182,8 +182,11 @@ function colour(value, top, scale, colours) {
   const at = 3 * Math.round(255 * level(value, top, scale));
   return (value < 0 ? colours.minus : colours.plus).slice(at, at + 3);
 }
-// Black or white, whichever is read better on [r, g, b].
-const inkOn = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#111318" : "#ffffff");
+// Black or white, whichever has the higher contrast (as WCAG 2 reckons it) on [r, g, b].
+function inkOn(rgb) {
+  const [r, g, b] = Array.from(rgb, (c) => (c <= 10 ? c / 3294 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
+}
 
 // The colours of the page, as the style gives them to `root`; `dark` says whether its text is bright.
 function theme(root) {
@@ -192,7 +195,7 @@ function theme(root) {
     shade: style.textDecorationColor, font: style.fontFamily, dark: 0.299 * r + 0.587 * g + 0.114 * b > 140};
 }
 function channels(css) {
-  const numbers = css.match(/[\d.]+/g).slice(0, 3).map(Number);
+  const numbers = (css.match(/[\d.]+/g) ?? [0, 0, 0]).slice(0, 3).map(Number); // none once taken out of the page
   return css.startsWith("color(") ? numbers.map((share) => 255 * share) : numbers;
 }
 

@@ -153,11 +153,14 @@ function listen(text) {
   };
   page.addEventListener("pointerover", (event) => index(event) >= 0 && approach(index(event)));
   page.addEventListener("pointerleave", () => approach(text.tokens.indexOf(text.root.getRootNode().activeElement)));
-  page.addEventListener("focusin", (event) => approach(index(event)));
+  page.addEventListener("focusin", (event) => {
+    enter(text, index(event));
+    approach(text.at);
+  });
   page.addEventListener("focusout", (event) => !page.contains(event.relatedTarget) && approach(-1));
   page.addEventListener("click", (event) => {
     if (index(event) < 0 || String(getSelection())) return; // text is being selected
-    go(text, index(event));
+    text.tokens[index(event)].focus();
     pick(text, text.data.start + text.at);
   });
   page.addEventListener("keydown", (event) => {
@@ -165,7 +168,7 @@ function listen(text) {
     const on = page.dir === "rtl" ? -1 : 1, last = text.tokens.length - 1;
     const to = {ArrowLeft: text.at - on, ArrowRight: text.at + on, ArrowUp: beside(text, -1), ArrowDown: beside(text, 1),
       Home: 0, End: last}[event.key];
-    if (to !== undefined && to >= 0 && to <= last) go(text, to);
+    if (to !== undefined && to >= 0 && to <= last) text.tokens[to].focus();
     else if (to < 0) leave(text, -1, "last");
     else if (to > last) leave(text, 1, "first");
     else if (event.key === "PageUp") turn(text, -1);
@@ -182,11 +185,11 @@ function leave(text, step, edge) {
   turn(text, step);
 }
 
-function go(text, i) {
+// The token that the keyboard is on.
+function enter(text, i) {
   text.tokens[text.at].tabIndex = -1;
   text.at = i;
   text.tokens[i].tabIndex = 0;
-  text.tokens[i].focus();
 }
 
 // The token in the line above or below that is nearest to the present one.

@@ -157,16 +157,18 @@ function listen(wall) {
   grid.addEventListener("click", (event) => {
     const i = index(event);
     if (i < 0 || event.timeStamp - (wall.drawn ?? -1e9) < 50) return; // the click that ends a rectangle
-    go(wall, i);
+    wall.tiles[i].focus();
     if (event.shiftKey || event.ctrlKey || event.metaKey) toggle(wall, i);
     else wall.send("open", i);
   });
-  const tell = (event) => {
-    const i = index(event);
+  const tell = (i) => {
     if (i >= 0) wall.status.textContent = words(wall.data.items[i]);
   };
-  grid.addEventListener("pointerover", tell);
-  grid.addEventListener("focusin", tell);
+  grid.addEventListener("pointerover", (event) => tell(index(event)));
+  grid.addEventListener("focusin", (event) => {
+    enter(wall, index(event));
+    tell(wall.at);
+  });
   grid.addEventListener("pointerleave", () => {
     wall.status.textContent = "";
   });
@@ -175,7 +177,7 @@ function listen(wall) {
     const last = wall.tiles.length - 1, column = wall.at % wall.across;
     const to = {ArrowLeft: wall.at - 1, ArrowRight: wall.at + 1, ArrowUp: wall.at - wall.across, ArrowDown: wall.at + wall.across,
       Home: wall.at - column, End: Math.min(wall.at - column + wall.across - 1, last)}[event.key];
-    if (to !== undefined) go(wall, to >= 0 && to <= last ? to : wall.at);
+    if (to !== undefined) wall.tiles[to >= 0 && to <= last ? to : wall.at].focus();
     else if (event.key === "Enter") wall.send("open", wall.at);
     else if (event.key === " ") toggle(wall, wall.at);
     else if (event.key === "Escape") select(wall, []);
@@ -184,8 +186,9 @@ function listen(wall) {
   });
 }
 
-function go(wall, i) {
+// The head that the keyboard is on.
+function enter(wall, i) {
+  wall.tiles[wall.at].tabIndex = -1;
   wall.at = i;
-  mark(wall);
-  wall.tiles[i].focus();
+  wall.tiles[i].tabIndex = 0;
 }
