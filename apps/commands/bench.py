@@ -29,6 +29,7 @@ NAMES = (
     "sae-formats",
     "sae-training",
     "jobs",
+    "app",
 )
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "benchmarks"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

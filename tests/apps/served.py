@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
@@ -25,11 +25,18 @@ _QUIET = 3
 @contextlib.contextmanager
 def served(store: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of the app on the results folder ``store``, and its process, which ends with the block."""
+    command = [sys.executable, "-m", "workbench", "app", "--store", str(store), *options]
+    with starts(lambda port: [*command, "--port", str(port)]) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def starts(command: Callable[[int], list[str]]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address and the process of a Streamlit server that ``command`` starts on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "workbench", "app", "--store", str(store), "--port", str(port), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command(port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
         _answers(url, process)
