@@ -115,9 +115,8 @@ def zoom(
     for key in hide:
         if not 0 <= key < k:
             raise UnknownName("key", key, [f"0 .. {k - 1}"])
-    area = (q1 - q0) * (k1 - k0)
-    if area <= EXACT:
-        size = _power(max(q1 - q0, k1 - k0), cells)
+    area, size = (q1 - q0) * (k1 - k0), _power(max(q1 - q0, k1 - k0), cells)
+    if area <= EXACT and size not in stored_sizes(amap):
         values = _exact(amap, chosen, (q0, q1), (k0, k1), size, way, hide, batch)
         found = Zoom(values, (q0, q1), (k0, k1), size, True, way)
     else:
