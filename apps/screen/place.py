@@ -31,6 +31,11 @@ def cells() -> JobStore:
     return JobStore(store() / CELLS)
 
 
+def roots() -> tuple[Path, ...]:
+    """The folders that models may come from, as ``--models`` gave them."""
+    return _given()[1]
+
+
 def models() -> list[str]:
     """Models that the app offers: the bundled ones, then every folder with a model in the folders given by ``--models``."""
     from workbench.jobs.revisions import bundled_names

@@ -94,16 +94,16 @@ def _asked() -> tuple[Circuit | None, Asked]:
     level = state.choose("Level", list(chosen.levels), "level", default=chosen.levels[-1], where=row[3],
                          help="Score heads and MLPs, or every connection between them.")  # fmt: skip
     more = st.expander("Examples, replacement, options of the method")
-    row = more.columns([2, 2, 1, 3])
-    examples = state.number("Examples", 2, 128, "examples", default=_EXAMPLES, where=row[0])
-    ablation = state.choose("What replaces a part", list(chosen.ablations), "ablation", where=row[1],
+    finer = more.columns([2, 2, 1, 3])
+    examples = state.number("Examples", 2, 128, "examples", default=_EXAMPLES, where=finer[0])
+    ablation = state.choose("What replaces a part", list(chosen.ablations), "ablation", where=finer[1],
                             help="counterfactual: its value on the corrupted prompt; mean: its mean over prompts; "
                                  "optimal: the constant that costs least.")  # fmt: skip
-    seed = state.number("Seed", 0, 999, "seed", default=0, where=row[2], kind="number_input")
+    seed = state.number("Seed", 0, 999, "seed", default=0, where=finer[2], kind="number_input")
     state.forget_unless("method of the options", method, ("options",))
     said = state.held("options", str, "")
     defaults = " ".join(f"{name}={value}" for name, value in chosen.options.items())
-    row[3].text_input("Options", key="options", placeholder=defaults or "this method has none",
+    finer[3].text_input("Options", key="options", placeholder=defaults or "this method has none",
                       help="name=value, with spaces between", persist_state="session")  # fmt: skip
     return truth, Asked(model, task, method, level, ablation, examples, seed, options_of(said))
 
@@ -329,7 +329,8 @@ def _chosen(circuit: Circuit, kept: list[str]) -> list[str]:
         given = [name for name in text.split(",") if name]
         return given if all(_is_part(circuit, name) and name != "logits" for name in given) else None
 
-    chosen = state.held("parts", read, [], say=",".join)
+    none: list[str] = []
+    chosen = state.held("parts", read, none, say=",".join)
     offered = list(dict.fromkeys([*offered, *chosen]))
     st.multiselect("Parts", offered, key="parts", persist_state="session",
                    help="A head or MLP stands for every connection out of it. The strongest are offered.")  # fmt: skip
