@@ -25,9 +25,20 @@ LIMIT = 2_500_000
 """Characters of the longest message to a browser: one picture of 2 MB, and the words around it."""
 _HERE = Path(__file__).parent
 _STREAMLIT = """
-export default ({data, parentElement, setTriggerValue}) =>
-  mount(parentElement, data.data, (event, value) => data.events.includes(event) && setTriggerValue(event, value));
+const unheard = new WeakMap();
+let latest = 0;
+export default ({data, parentElement, setTriggerValue}) => {
+  unheard.set(parentElement, (unheard.get(parentElement) ?? []).filter(([number]) => number > data.heard));
+  mount(parentElement, data.data, (event, value) => {
+    if (!data.events.includes(event)) return;
+    latest = Math.max(latest + 1, Date.now());
+    unheard.get(parentElement).push([latest, event, value]);
+    setTriggerValue("events", [...unheard.get(parentElement)]);
+  });
+};
 """
+"""While a script runs, Streamlit keeps only the last trigger. So each one carries all events since the last that is
+known to be heard, numbered in their order."""
 _WIDGET = """
 let sent = 0;
 export default {
@@ -69,17 +80,23 @@ class Component:
     name: str
 
     def show(self, data: Mapping[str, Any], *, key: str, on: Mapping[str, Callable[[Any], None]] | None = None) -> None:
-        """Show it in a Streamlit script. ``on[event]`` is called with the event's value before the next run of the
-        script (of the fragment, inside one); other events run nothing. ``key`` names the instance: with the same key
-        it is updated in place."""
+        """Show it in a Streamlit script. ``on[event]`` is called with the value of each event, in order and once, before
+        the next run of the script (of the fragment, inside one); other events run nothing. ``key`` names the instance:
+        with the same key it is updated in place."""
         import streamlit as st
 
-        def react(event: str, call: Callable[[Any], None]) -> None:
-            call(st.session_state[key][event])
+        calls, heard = dict(on or {}), f"{key}: last event heard"
+
+        def react() -> None:
+            for number, event, value in st.session_state[key].get("events", []):
+                if number > st.session_state.get(heard, 0):
+                    st.session_state[heard] = number
+                    if event in calls:
+                        calls[event](value)
 
         _message(self.name, data)
-        calls = {f"on_{event}_change": functools.partial(react, event, call) for event, call in (on or {}).items()}
-        _streamlit(self.name)(key=key, data={"data": dict(data), "events": list(on or {})}, **calls)
+        sent = {"data": dict(data), "events": list(calls), "heard": st.session_state.get(heard, 0)}
+        _streamlit(self.name)(key=key, data=sent, **({"on_events_change": react} if calls else {}))
 
     def html(self, data: Mapping[str, Any], *, title: str = "") -> str:
         """A fragment for the saved output of a notebook: an element and the script that draws into it.
