@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 # What the adapters' tests compare with, in a folder that only these tests look into: timm asks for a torchvision of torch's own
 # build, natten would build CUDA kernels, and transformers hands its layers over to fla wherever it can import it.
 LIBRARIES := timm natten fla-core flash-linear-attention
+BROWSER := chromium fonts-dejavu-core fonts-noto-color-emoji
 OUT ?= results
 WORKERS ?= auto
 INSTALLED := $(VENV)/.installed
@@ -38,7 +39,14 @@ $(VENV)/.libraries: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m workbench.apps.demo --out "$(OUT)"
 
-test: $(INSTALLED) $(VENV)/.libraries
+# The browser of the tests of the app. Where there is none and none can be installed, these tests are skipped and say so.
+$(VENV)/.browser: $(INSTALLED)
+	@if [ -n "$$CHROMIUM" ] || command -v chromium chromium-browser google-chrome >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get install -qq -y --no-install-recommends $(BROWSER) >/dev/null 2>&1 \
+			|| { apt-get update -qq >/dev/null 2>&1 && apt-get install -qq -y --no-install-recommends $(BROWSER) >/dev/null; }; }; }; \
+	then touch $@; else echo "no Chromium: its tests will be skipped; install it or name its program in CHROMIUM" >&2; fi
+
+test: $(INSTALLED) $(VENV)/.libraries $(VENV)/.browser
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 app: $(INSTALLED)

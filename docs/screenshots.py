@@ -9,8 +9,6 @@ is on the screen. Everything that a page needs is computed by the app itself, so
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,13 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "apps"))
 
-from browser import QUIET
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
-from served import calm, choose, component, opened, served
+from playwright.sync_api import Page
+from served import browser, calm, choose, component, opened, served
 
 _SIZE = {"width": 1280, "height": 860}
-_COLOURS = 200
+_QUALITY = 88
 
 
 def nothing(page: Page) -> None:
@@ -66,29 +63,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures" / "app")
     parser.add_argument("--only", nargs="+", choices=list(PAGES), default=list(PAGES))
     options = parser.parse_args()
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not program:
-        raise SystemExit("no Chromium: apt-get install chromium, or name its program in the variable CHROMIUM")
     options.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         store = options.store or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url, _ = stack.enter_context(served(store))
-        browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=program, args=list(QUIET))
+        chromium = stack.enter_context(browser())
         for name in options.only:
             page_name, query, scheme, work = PAGES[name]
-            page = browser.new_page(viewport=_SIZE, color_scheme=scheme, reduced_motion="reduce")
+            page = chromium.new_page(viewport=_SIZE, color_scheme=scheme, reduced_motion="reduce")
             opened(page, url, page_name, **query)
             work(page)
+            page.locator("h1").scroll_into_view_if_needed()
+            page.mouse.move(1, 1)
             page.wait_for_timeout(800)
-            path = options.out / f"{name}.png"
-            _small(page.screenshot()).save(path, optimize=True)
+            path = options.out / f"{name}.webp"
+            Image.open(BytesIO(page.screenshot())).convert("RGB").save(path, quality=_QUALITY, method=6)
             print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
             page.close()
-
-
-def _small(png: bytes) -> Image.Image:
-    """The picture in few colours, which the eye does not miss in a page."""
-    return Image.open(BytesIO(png)).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":

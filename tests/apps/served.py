@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +16,39 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 _START = 60.0
 _WAIT = 240_000
 _QUIET = 3
 """Looks in a row at which nothing runs: between two runs of a script there is a moment without one."""
+
+
+def program() -> str:
+    """Where a Chromium is: the variable CHROMIUM, else the first one on the path; empty if there is none."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _PROGRAMS)), None)
+    return found or ""
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Browser]:
+    """A headless Chromium that asks nothing of anybody by itself."""
+    if not program():
+        raise RuntimeError("no Chromium: apt-get install chromium, or name its program in the variable CHROMIUM")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program(), headless=True, args=list(QUIET))
+        yield started
+        started.close()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,9 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "apps"))
 
-from browser import QUIET
-from playwright.sync_api import Locator, Page, sync_playwright
-from served import calm, choose, component, opened, served, starts
+from playwright.sync_api import Locator, Page
+from served import browser, calm, choose, component, opened, served, starts
 
 MODEL = "tiny-softmax"
 PARTS = ("paint", "empty", "head", "zoom", "memory")
@@ -75,16 +73,11 @@ def runs(store: Path, lengths: list[int]) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def browser() -> Iterator[Page]:
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not program:
-        raise SystemExit("no Chromium: apt-get install chromium, or name its program in the variable CHROMIUM")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=list(QUIET))
+def page_of_browser() -> Iterator[Page]:
+    with browser() as started:
         page = started.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(60_000)
         yield page
-        started.close()
 
 
 def told(name: str, times: list[float], **more: Any) -> dict[str, Any]:
@@ -101,7 +94,7 @@ def paint(store: Path, times: int) -> dict[str, Any]:
     """Every time a new server and a new browser: nothing is cached, and torch is being imported behind the page."""
     found = []
     for _ in range(times):
-        with served(store) as (url, _), browser() as page:
+        with served(store) as (url, _), page_of_browser() as page:
             began = time.perf_counter()
             page.goto(url)
             page.get_by_text("Show me a sink", exact=True).wait_for()
@@ -160,7 +153,7 @@ def empty(times: int) -> dict[str, Any]:
         script.write_text(EMPTY)
         options = ["--server.address", "127.0.0.1", "--server.headless", "true", "--browser.gatherUsageStats", "false"]
         command = [sys.executable, "-m", "streamlit", "run", str(script), *options]
-        with starts(lambda port: [*command, "--server.port", str(port)]) as (url, _), browser() as page:
+        with starts(lambda port: [*command, "--server.port", str(port)]) as (url, _), page_of_browser() as page:
             opened(page, url)
             page.locator('[data-testid="stMain"]').evaluate(WATCH)
             said = page.locator("#said")
@@ -233,7 +226,7 @@ def measured(store: Path, parts: list[str], options: argparse.Namespace) -> Iter
     if not {"head", "zoom", "memory"} & set(parts):
         return
     keys = runs(store, options.tokens)
-    with served(store) as (url, process), browser() as page:
+    with served(store) as (url, process), page_of_browser() as page:
         for tokens, key in sorted(keys.items()):
             if "head" in parts:
                 yield from heads(page, url, key, tokens, options.times)
