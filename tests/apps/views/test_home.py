@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from pages import open_page
 
@@ -25,3 +26,9 @@ def test_nothing_heavy_is_needed_for_the_first_page(tmp_path):
     code = f"{start}; import workbench.apps.views.home; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1:] == ["False"], done.stderr[-2000:]
+
+
+def test_the_documentation_lists_the_pages():
+    told = (Path(__file__).parents[3] / "docs" / "app.md").read_text(encoding="utf-8")
+    for name, (title, _) in titles().items():
+        assert f"**{title}** `/{'' if name == 'home' else name}` | {SENTENCES[name]} |" in told
