@@ -23,7 +23,7 @@ function draw(root, data, send) {
 }
 
 const nodeKey = (id) => `n ${id}`;
-const edgeKey = ({source, target, channel}) => `e ${source}\n${target}\n${channel}`;
+const edgeKey = ({source, target, channel}) => `e ${source}->${target}<${channel}>`;
 const item = (graph, key) => key && (graph.nodes.get(key) ?? graph.edges.get(key));
 const focused = (graph) => graph.root.getRootNode().activeElement === graph.svg;
 
@@ -42,7 +42,7 @@ function built(root) {
   root.append(graph.style, graph.title,
     element("div", {class: "tools"}, button("−", "Zoom out", () => zoom(graph, 1.4)), button("+", "Zoom in", () => zoom(graph, 1 / 1.4)),
       button("Show all", "Show the whole graph", () => move(graph, whole(graph))), graph.note,
-      element("details", {}, element("summary", {}, "Keys"), element("div", {class: "card"},
+      element("details", {}, element("summary", {}, "Controls"), element("div", {class: "card"},
         "Click takes a node or an edge, drag moves, Ctrl and wheel zoom (the wheel alone once the graph has the focus), double click shows all. " +
         "On the keyboard: arrows go from node to node, Shift and arrows through the edges of a node, Enter takes, " +
         "Escape lets go, + and − zoom, 0 shows all."))),

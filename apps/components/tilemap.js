@@ -68,7 +68,7 @@ function built(root) {
   const tools = element("div", {class: "tools"},
     button("−", "Zoom out", () => zoom(map, 1.6)), button("+", "Zoom in", () => zoom(map, 1 / 1.6)),
     button("Show all", "Show the whole map", () => all(map)), element("label", {}, "scale", map.scales), map.note,
-    element("details", {}, element("summary", {}, "Keys"), element("div", {class: "card"},
+    element("details", {}, element("summary", {}, "Controls"), element("div", {class: "card"},
       "Wheel or pinch zooms, drag moves, Shift and drag zooms to a box, double click shows all, click takes a cell. " +
       "On the keyboard: arrows move, + and − zoom, 0 shows all, Shift and arrows choose a cell, Enter takes it.")));
   root.append(map.title, tools, element("div", {class: "stage"}, map.canvas, map.tip), map.status);

@@ -15,7 +15,7 @@ function built(root) {
   wall.count = element("span", {class: "note"});
   wall.none = element("button", {type: "button", click: () => select(wall, [])}, "Select none");
   root.append(wall.title,
-    element("div", {class: "tools"}, wall.count, wall.none, element("details", {}, element("summary", {}, "Keys"),
+    element("div", {class: "tools"}, wall.count, wall.none, element("details", {}, element("summary", {}, "Controls"),
       element("div", {class: "card"}, "Click opens a head. Shift or Ctrl and click selects it, a rectangle drawn with the " +
         "pointer selects all within. On the keyboard: arrows move, Enter opens, Space selects, Escape selects none."))),
     element("div", {class: "stage"}, wall.grid, wall.lasso), wall.status);
