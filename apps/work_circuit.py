@@ -220,7 +220,7 @@ def beside(first: Circuit, second: Circuit) -> Beside:
     labels = tuple(
         str(circuit.provenance.get("method", what)) for circuit, what in ((first, "first"), (second, "second"))
     )
-    return Beside(names, *scores, torch.tensor(group), (labels[0], labels[1]))
+    return Beside(names, scores[0], scores[1], torch.tensor(group), (labels[0], labels[1]))
 
 
 def sizes(parts: int) -> list[int]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.coders.coder import Coder
     from workbench.jobs.probes import Outcome
     from workbench.models.protocol import Model
-    from workbench.probes.features.feature_pages import FeatureDashboard
+    from workbench.probes.features.feature_pages import FeatureDashboard, FeaturePage
 
 ALL = 1024
 """Coders with at most so many features have a page for each; larger ones for those that write most, and on request."""
@@ -96,9 +96,7 @@ class SavedBoard:
 
 def board_at(folder: str | Path) -> FeatureDashboard:
     """The dashboards saved in ``folder``; a missing or damaged file raises and is named."""
-    import torch
-
-    from workbench.probes.features.feature_pages import Example, FeatureDashboard, FeaturePage
+    from workbench.probes.features.feature_pages import FeatureDashboard
     from workbench.run import Provenance
 
     path = Path(folder) / _FILE
@@ -106,23 +104,29 @@ def board_at(folder: str | Path) -> FeatureDashboard:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("format") != _FORMAT:
             raise WorkbenchError(f"{path} has another format than this version reads; compute it again")
-        pages = []
-        for page in record.pop("pages"):
-            examples = tuple(
-                Example(**{**one, "tokens": tuple(one["tokens"]), "values": tuple(one["values"])}) for one in page.pop("examples")
-            )  # fmt: skip
-            tensors = {name: torch.tensor(page.pop(name), dtype=torch.float64) for name in ("histogram", "heads")}
-            said: dict[str, Any] = {
-                name: tuple(map(tuple, page.pop(name))) for name in ("raises", "lowers", "goes_with")
-            }
-            pages.append(FeaturePage(**page, **said, **tensors, examples=examples))
-        lists = {name: tuple(record.pop(name)) for name in ("reads", "writes", "notes")}
-        provenance = Provenance(**record.pop("provenance"))
-        return FeatureDashboard(**record, **lists, pages=tuple(pages), provenance=provenance)
+        pages = tuple(_page(page) for page in record.pop("pages"))
+        record |= {name: tuple(record[name]) for name in ("reads", "writes", "notes")}
+        return FeatureDashboard(**{**record, "pages": pages, "provenance": Provenance(**record["provenance"])})
     except WorkbenchError:
         raise
     except Exception as error:
         raise WorkbenchError(f"{path} is damaged or missing: {type(error).__name__}: {error}") from error
+
+
+def _page(record: dict[str, Any]) -> FeaturePage:
+    import torch
+
+    from workbench.probes.features.feature_pages import Example, FeaturePage
+
+    given = dict(record)
+    for name in ("histogram", "heads"):
+        given[name] = torch.tensor(given[name], dtype=torch.float64)
+    for name in ("raises", "lowers", "goes_with"):
+        given[name] = tuple(map(tuple, given[name]))
+    given["examples"] = tuple(
+        Example(**{**one, "tokens": tuple(one["tokens"]), "values": tuple(one["values"])}) for one in given["examples"]
+    )
+    return FeaturePage(**given)
 
 
 def heads_of_features(board: FeatureDashboard) -> pd.DataFrame:

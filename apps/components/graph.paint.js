@@ -56,7 +56,7 @@ function paintNames(graph) {
   const size = clamp(11.5 / scale, 6, 19);
   const lowest = Math.max(...data.nodes.map((node) => -node.row * up), 0) + 40;
   const room = (i) => across * Math.min(...[i - 1, i + 1].map((j) => Math.abs((spots[j] ?? Infinity) - spots[i])), 2);
-  graph.layers.names.style.fontSize = `${size}px`;
+  graph.svg.style.fontSize = `${size}px`;
   graph.layers.names.replaceChildren(
     ...data.columns.map((name, i) => element("text", {x: spots[i] * across, y: lowest}, shortened(readable(name), Math.max(2, Math.floor(room(i) / (0.58 * size)))))),
     ...data.rows.map((name, i) => element("text", {class: "row", x: left + 8, y: -i * up}, shortened(readable(name), 14))));
@@ -89,7 +89,7 @@ function paintedEdge(graph, key, edge, top, ink) {
   const parts = [element("path", {class: "hit", d})];
   if (edge.truth && edge.kept) parts.push(element("path", {d, stroke: ink.truth, "stroke-width": wide + 5, opacity: 0.35}));
   parts.push(missing ? element("path", {d, stroke: ink.truth, "stroke-width": 2.4, "stroke-dasharray": "1 6", "stroke-linecap": "round"})
-    : element("path", {d, class: edge.kept ? null : "faint", stroke: colour, "stroke-width": edge.kept ? wide : Math.min(wide, 1.6), "stroke-dasharray": dash}));
+    : element("path", {d, class: edge.kept ? null : "faint", stroke: colour, opacity: edge.kept ? 0.35 + 0.65 * Math.sqrt(Math.abs(edge.score) / top) : null, "stroke-width": edge.kept ? wide : Math.min(wide, 1.6), "stroke-dasharray": dash}));
   if (edge.truth) parts.push(element("polygon", {points: diamond(x, y, 5), fill: missing ? ink.look.paper : ink.truth, stroke: ink.truth, "stroke-width": 1.5}));
   return element("g", {class: "item edge", "data-item": key}, ...parts);
 }
@@ -121,7 +121,7 @@ function paintedNode(graph, key, node, ink) {
     parts.push(element("text", {x, y: there ? y - 6 : y, style: `fill:${text}`}, shortened(readable(node.label), 10)));
     if (there) parts.push(element("text", {x, y: y + 9, class: "small", style: `fill:${text}`}, short(node.score, graph.top)));
     for (const channel of node.ports) parts.push(element("text", {x: x + PORTS[channel], y: y + BOX.high / 2 + 7, class: "small"}, channel));
-  } else if (node.kind === "logit") parts.push(element("text", {x, y: y - radius(graph, node) - 9}, shortened(readable(node.label), 12)));
+  } else if (node.kind === "logit") parts.push(element("text", {x, y: y - radius(graph, node) - 9, style: "font-size: inherit"}, shortened(readable(node.label), 12)));
   return element("g", {class: "item node", "data-item": key}, ...parts);
 }
 function short(value, top) {

@@ -123,13 +123,11 @@ def options_of(text: str) -> dict[str, Any]:
 def head_of(part: str, circuit: Circuit) -> tuple[int, int] | None:
     """(layer, head) whose map tells about a part: the head that an edge leads into, else the one that it comes from; None where
     neither end is a head. For a key-value head, the first head that reads it."""
-    groups = {name for name in circuit.names for name in _HEADS.findall(name)}
-    heads, shared = (1 + max((int(i) for _, kind, i in groups if kind == what), default=-1) for what in ("h", "g"))
-    found = {end: (int(layer), int(i) * (heads // shared if kind == "g" else 1)) for end, layer, kind, i in _ends(part)}
-    return next(iter(found.values()), None)
-
-
-def _ends(part: str) -> list[tuple[str, str, str, str]]:
-    """The ends of a part that are heads, its target first: (name, layer, ``h`` or ``g``, index)."""
+    known = {found for name in circuit.names for found in _HEADS.findall(name)}
+    heads, shared = (1 + max((int(i) for _, kind, i in known if kind == what), default=-1) for what in ("h", "g"))
     source, _, target = part.partition("->")
-    return [(end, *match.groups()) for end in (target, source) if (match := _HEADS.match(end))]
+    for end in (target, source):
+        if match := _HEADS.match(end):
+            layer, kind, index = match.groups()
+            return int(layer), int(index) * (heads // shared if kind == "g" else 1)
+    return None

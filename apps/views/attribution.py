@@ -64,17 +64,16 @@ Found = tuple["FeatureGraph", str, str, str]
 
 
 def _computed(what: str) -> Found | None:
-    row = st.columns([1, 3])
+    row = st.columns([2, 5, 2, 2] if what == "prompt" else [1, 3])
     model = state.choose("Model", models_with_transcoders(), "transcoded", where=row[0],
                          help="Bundled models with transcoders. Graphs of other models come as a file.")  # fmt: skip
     targets = None
     if what == "prompt":
         prompt = state.held("prompt", str, _PROMPT)
         row[1].text_input("Prompt", key="prompt", persist_state="session")
-        tokens = st.columns(2)
         said = [state.held(key, str, "") for key in ("token", "against")]
-        tokens[0].text_input("Explain this token", key="token", placeholder="the likely ones", persist_state="session")
-        tokens[1].text_input("against this one", key="against", placeholder="nothing: the token alone", persist_state="session",
+        row[2].text_input("Explain this token", key="token", placeholder="the likely ones", persist_state="session")
+        row[3].text_input("against this one", key="against", placeholder="nothing", persist_state="session",
                           help="With two tokens the difference of their logits is explained.")  # fmt: skip
         if said[1].strip() and not said[0].strip():
             raise WorkbenchError("a second token is compared with a first one; give that too")
@@ -84,12 +83,25 @@ def _computed(what: str) -> Found | None:
     else:
         table = need(job("workbench.apps.work_circuit:fitting_tasks", model), "Trying the tasks on the model").table()
         right = dict(zip(table["task"], table["accuracy"], strict=True))
-        row = row[1].columns([3, 1])
+        side = row[1].columns([3, 1])
         task = state.choose(
-            "Task", list(right), "task", default="ioi", where=row[0], show=lambda t: f"{t} ({right[t]:.0%} right)"
+            "Task",
+            list(right),
+            "task",
+            default="ioi",
+            where=side[0],
+            show=lambda name: f"{name} ({right[name]:.0%} right)",
         )
-        seed = state.number("Seed", 0, 999, "seed", default=0, where=side[1], kind="number_input",
-                            help="Another seed is another example.")  # fmt: skip
+        seed = state.number(
+            "Seed",
+            0,
+            999,
+            "seed",
+            default=0,
+            where=side[1],
+            kind="number_input",
+            help="Another seed is another example.",
+        )
         asked = job("workbench.apps.work_attribution:prompt_graph", model, task, seed=seed, coders=model)
         given = (
             f"pairs = wb.task({task!r}).build(seed={seed}, tokenizer=model.tokenizer, n=1)\n"

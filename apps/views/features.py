@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FIRST = "tiny-softmax/z-1"
 _ANY = "any head"
+_RARE = (0.002, 0.05)
+"""The page begins with a feature that is active at such a share of tokens: one that says something, and often enough."""
 _LOOK = {"features": "Features", "quality": "Quality of the coder", "train": "Train one"}
 _SITES = {
     "attn.hook_z": "outputs of the heads",
@@ -127,7 +129,7 @@ def _list(board: FeatureDashboard, python: str) -> None:
         through = state.choose("Writes through", [_ANY, *map(str, range(heads))], "through", where=row[1],
                                show=lambda name: name if name == _ANY else f"head {name}")  # fmt: skip
         head = None if through == _ANY else int(through)
-    table = matching(board, text, head).sort_values("density", ascending=False, kind="stable").reset_index(drop=True)
+    table = matching(board, text, head).sort_values("largest", ascending=False, kind="stable").reset_index(drop=True)
     if not len(table):
         st.info("No feature fits; take out a word or choose any head.")
         return
@@ -163,8 +165,9 @@ def _list(board: FeatureDashboard, python: str) -> None:
 
 
 def _one(board: FeatureDashboard, chosen: Offered, model: str, number: int, seed: int, python: str) -> None:
-    strongest = max(board.pages, key=lambda page: page.density * page.largest).feature if board.pages else 0
-    feature = state.number("Feature", 0, board.features - 1, "feature", default=strongest, kind="number_input")
+    sparse = [page for page in board.pages if _RARE[0] <= page.density <= _RARE[1]] or list(board.pages)
+    first = max(sparse, key=lambda page: page.largest).feature if sparse else 0
+    feature = state.number("Feature", 0, board.features - 1, "feature", default=first, kind="number_input")
     pages = {page.feature: page for page in board.pages}
     if feature not in pages:
         done = need(_asked(chosen, model, number, seed, [feature]), f"Reading texts for feature {feature}")
