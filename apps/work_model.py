@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.apps.memory import SHORTEST, memory_plot
+from workbench.errors import WorkbenchError
 from workbench.models.protocol import Manifest, Model, Shape
+from workbench.probes.vision.grid import Grid, grid_of
 from workbench.results import Result
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ _BUNDLED = Path(__file__).parents[1] / "datasets" / "models"
 @dataclass(frozen=True)
 class ModelFacts(Result):
     """``shape`` and ``manifest`` of a model; ``parameters`` how many numbers it has, ``dtype`` their type, ``kind`` the class
-    that runs it, ``grid`` rows and columns of patches where it reads images."""
+    that runs it, ``grid`` where the patches lie if it reads images."""
 
     name: str
     kind: str
@@ -29,7 +31,7 @@ class ModelFacts(Result):
     parameters: int
     shape: Shape
     manifest: Manifest
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
 
     def frame(self) -> pd.DataFrame:
         """One row per attention layer: ``layer, mixer, route, exactness, missing``."""
@@ -46,7 +48,6 @@ def model_facts(model: Model) -> ModelFacts:
         (found for name in ("net", "model", "bridge") if (found := getattr(model, name, None)) is not None), None
     )
     weights = [] if net is None else list(net.parameters())
-    config = getattr(net, "config", None)
     return ModelFacts(
         name=model.name,
         kind=type(net if net is not None else model).__name__,
@@ -54,8 +55,15 @@ def model_facts(model: Model) -> ModelFacts:
         parameters=sum(weight.numel() for weight in weights),
         shape=model.shape,
         manifest=model.manifest(),
-        grid=getattr(config, "grid", None),
+        grid=_grid(model),
     )
+
+
+def _grid(model: Model) -> Grid | None:
+    try:
+        return grid_of(model)
+    except WorkbenchError:
+        return None  # it reads text, or images whose patches do not lie in one grid
 
 
 def shape_of(labels: Mapping[str, Any]) -> Shape:

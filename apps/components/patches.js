@@ -59,6 +59,11 @@ function weight(map, token) {
   return Number.isNaN(value) ? null : value;
 }
 
+// The largest weight of the query, which gets the strongest colour: the weights of another one may all be smaller.
+function strongest(map) {
+  return map.data.weights.reduce((top, _, token) => Math.max(top, Math.abs(weight(map, token) ?? 0)), 0) || map.data.top;
+}
+
 function name(map, token) {
   const {extra, grid} = map.data, patch = token - extra.length;
   return patch < 0 ? extra[token] : `row ${Math.floor(patch / grid[1])}, column ${patch % grid[1]}`;
@@ -144,7 +149,7 @@ function buttons(map) {
 
 function paint(map) {
   const {canvas, root, data} = map, {wide, high} = place(map), look = theme(root), ratio = devicePixelRatio || 1;
-  const width = wide + BAR, height = high + 2, colours = palette(data.signed, look.dark);
+  const width = wide + BAR, height = high + 2, colours = palette(data.signed, look.dark), top = strongest(map);
   if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
@@ -162,7 +167,7 @@ function paint(map) {
     return box(row, column, row + 1, column + 1);
   };
   for (let token = data.extra.length; token < data.weights.length; token++) {
-    const rgb = colour(weight(map, token), data.top, map.scale, colours);
+    const rgb = colour(weight(map, token), top, map.scale, colours);
     pen.fillStyle = rgb ? `rgb(${rgb})` : look.shade;
     pen.globalAlpha = map.opacity;
     pen.fillRect(...patch(token));
@@ -172,9 +177,9 @@ function paint(map) {
   for (const window of data.windows) outline(pen, box(...window), 2, "#ffffff", "#000000");
   if (map.query >= data.extra.length) outline(pen, patch(map.query), 3, look.accent, look.dark ? "#000000" : "#ffffff");
   if (map.hover !== null && map.hover >= data.extra.length) outline(pen, patch(map.hover), 1, "#ffffff", "#000000");
-  paintBar(pen, map, {wide, high, look, colours});
+  paintBar(pen, map, {wide, high, look, colours, top});
   data.extra.forEach((label, token) => {
-    const button = map.extra.children[token], value = weight(map, token), rgb = colour(value, data.top, map.scale, colours);
+    const button = map.extra.children[token], value = weight(map, token), rgb = colour(value, top, map.scale, colours);
     button.style.backgroundColor = rgb ? `rgb(${rgb})` : "transparent";
     button.style.color = rgb ? inkOn(rgb) : look.ink;
     button.style.outline = token === map.query ? `3px solid ${look.accent}` : "";
@@ -203,8 +208,8 @@ function outline(pen, [x, y, wide, high], width, style, halo) {
   }
 }
 
-function paintBar(pen, map, {wide, high, look, colours}) {
-  const {top, signed, unit} = map.data, left = wide + 14, tall = Math.min(high - 20, 260);
+function paintBar(pen, map, {wide, high, look, colours, top}) {
+  const {signed, unit} = map.data, left = wide + 14, tall = Math.min(high - 20, 260);
   for (let line = 0; line < tall; line++) {
     const share = signed ? 1 - (2 * line) / (tall - 1) : 1 - line / (tall - 1), from = 3 * Math.round(255 * Math.abs(share));
     pen.fillStyle = `rgb(${(share < 0 ? colours.minus : colours.plus).slice(from, from + 3)})`;

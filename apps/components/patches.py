@@ -41,8 +41,9 @@ def patches_data(
     cover it. Tokens are numbered from the ``extra`` ones (names of tokens that are no patches, as a class token) to the
     last patch; ``weights`` ``[T]`` join the ``query`` with each token in ``direction``, NaN is what is not there. ``tile``
     ``[T, T]`` (queries x keys) holds those of every query, and is left out above ``HELD`` tokens. ``windows`` are outlined:
-    first row, first column, last row and last column of patches, ends excluded. ``top`` is the value of the strongest
-    colour (by default the largest weight), ``signed`` colours negative weights apart.
+    first row, first column, last row and last column of patches, ends excluded. The strongest colour is that of the query's
+    largest weight; ``top`` is the largest weight that ``tile`` can tell (by default that which there is), ``signed``
+    colours negative weights apart.
     """
     pixels = np.asarray(image)
     rows, columns = (int(side) for side in grid)

@@ -59,7 +59,7 @@ def _sizes(facts: Mapping[str, Any]) -> None:
                 st.metric(label, f"{value:,}", help=said, width="content")
     grid, causal = facts["grid"], shape["causal"]
     sees = "a token sees itself and what comes before it" if causal else "every token sees all tokens"
-    reads = f"; it reads images of {grid[0]} × {grid[1]} patches" if grid else ""
+    reads = f"; it reads images of {grid['rows']} × {grid['cols']} patches" if grid else ""
     st.text(f"{facts['kind']}, {facts['dtype']}: {sees}{reads}.")
 
 

@@ -93,7 +93,7 @@ def test_facts_are_the_models_own() -> None:
     model = wb.load("tiny-vit")
     facts = model_facts(model)
     assert facts.shape == model.shape
-    assert facts.grid == (8, 8)
+    assert facts.grid == wb.grid_of(model)
     assert facts.parameters == sum(weight.numel() for weight in model.net.parameters())
     assert list(facts.frame()["layer"]) == [0, 1]
 

@@ -10,7 +10,7 @@ from workbench.errors import WorkbenchError
 from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
 from workbench.jobs.kinds.checks import check_needs, check_value, whole
-from workbench.jobs.kinds.pictures import is_picture_name, picture_input
+from workbench.jobs.kinds.pictures import is_picture_name, made_input, picture_input
 from workbench.jobs.probes import Cell, Outcome, Probe
 
 ARGUMENTS: Mapping[str, Any] = {
@@ -114,12 +114,11 @@ def _input(cell: Cell, args: Mapping[str, Any]) -> Any:
         return corpus.filler_text(cell.job.seed, args["filler"])
     if args["needle"] is not None:
         return corpus.needle_text(cell.job.seed, args["needle"]).text
-    if args["image"] is not None:
-        images = above("datasets.patches").planted_images(args["image"] + 1, seed=cell.job.seed).images
-        return images[args["image"] :]
-    if args["picture"] is not None:
-        size = above("probes.vision.grid").grid_of(cell.model).size
-        return picture_input(args["picture"], cell.uploads, cell.model, size, cell.job.model or "")
+    if args["image"] is not None or args["picture"] is not None:
+        size, source = above("probes.vision.grid").grid_of(cell.model).size, cell.job.model or ""
+        if args["picture"] is not None:
+            return picture_input(args["picture"], cell.uploads, cell.model, size, source)
+        return made_input(args["image"], cell.job.seed, cell.model, size, source)
     from workbench.models.protocol import Tokens
 
     ids = getattr(cell.pairs(1), args["side"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import Refused, WorkbenchError
+from workbench.jobs.kinds.above import above
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,20 @@ def picture_input(name: str, folder: Path, model: Model, size: tuple[int, int], 
         return pixels
     mean, deviation = (torch.tensor(part)[:, None, None] for part in _normal(source))
     return (pixels - mean) / deviation
+
+
+def made_input(number: int, seed: int, model: Model, size: tuple[int, int], source: str = "") -> Tensor:
+    """Made image ``number`` with a planted shape as the model's input, ``[1, C, height, width]`` in float32: as it is for a model
+    of its size and one channel; else stretched, and its channels normalised as those of a picture are."""
+    import torch
+
+    image = above("datasets.patches").planted_images(number + 1, seed=seed).images[number:]
+    if tuple(image.shape[2:]) != tuple(size):
+        image = torch.nn.functional.interpolate(image, size, mode="nearest")
+    if _channels(model) == 1:
+        return image
+    mean, deviation = (torch.tensor(part)[:, None, None] for part in _normal(source))
+    return (image.expand(-1, 3, -1, -1) - mean) / deviation
 
 
 def _channels(model: Any) -> int:
