@@ -59,7 +59,19 @@ class Picture:
     alt: str = ""
 
 
-Part = Prose | Numbers | Picture
+@dataclass(frozen=True)
+class Link:
+    """A line that leads to ``address``, which is http or https; others are refused."""
+
+    text: str
+    address: str
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith(("http://", "https://")):
+            raise WorkbenchError(f"a link of a report leads to http or https; got {self.address[:200]!r}")
+
+
+Part = Prose | Numbers | Picture | Link
 
 
 @dataclass(frozen=True)

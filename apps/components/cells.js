@@ -6,7 +6,7 @@ const STATES = {
   r: {name: "running", light: "#e6b422", dark: "#ffd75e"},
   m: {name: "missing", light: "", dark: ""},
 };
-const LEAST = 4, LARGEST = 18, ROOM = 16000;
+const LEAST = 4, LARGEST = 26, ROOM = 16000;
 
 function draw(root, data, send) {
   const grid = memory(root, () => build(root));

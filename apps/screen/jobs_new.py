@@ -122,7 +122,7 @@ def _checked(text: str) -> Grid | None:
     return grid
 
 
-@st.cache_resource(max_entries=4, ttl=60, show_spinner=False)
+@st.cache_resource(max_entries=4, ttl=60, show_spinner="Checking the grid")
 def _read(text: str) -> Any:
     return read_text(text, place.confined)
 

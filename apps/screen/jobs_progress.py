@@ -13,7 +13,7 @@ from workbench.apps.grids import process
 from workbench.apps.grids.cells import cell_states
 from workbench.apps.live import plural
 from workbench.apps.screen import state
-from workbench.apps.screen.jobs_cell import cell_panel, failure
+from workbench.apps.screen.jobs_cell import cell_panel, failure, title
 from workbench.apps.screen.jobs_new import run_words
 from workbench.apps.screen.need import guarded
 from workbench.apps.screen.text import literal
@@ -66,7 +66,7 @@ def _draw(store: JobStore, grid: str | None, jobs: Sequence[Job]) -> None:
         CELLS.show(
             cells_data(
                 states,
-                titles=[job.title for job in jobs] if len(jobs) <= _CALM else [],
+                titles=[title(job) for job in jobs] if len(jobs) <= _CALM else [],
                 selected=keys.index(chosen) if chosen in keys else None,
             ),
             key="cells",

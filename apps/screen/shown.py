@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from workbench.apps.screen.text import literal
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _SHOWN = 1000
 _DPI = 200
@@ -26,6 +28,29 @@ _drawing = threading.Lock()
 def dark() -> bool:
     """Whether the page is dark."""
     return st.context.theme.type == "dark"
+
+
+def ink() -> str:
+    """The colour of the page's text."""
+    return _INK["dark" if dark() else "light"]
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw within this what is shown by ``made``."""
+    from workbench.figure_html import style
+
+    with _drawing, style():
+        yield
+
+
+def made(figure: Figure, name: str) -> None:
+    """A figure that was drawn within ``drawing``, in the page's colours; ``name`` is no other figure's."""
+    from workbench.figure_html import inline
+
+    with drawing():
+        svg = inline(figure, name)
+    st.image(svg.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" style="color:{ink()}"', 1), width="content")
 
 
 def figure(

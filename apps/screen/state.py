@@ -108,6 +108,7 @@ def several(
     key: str,
     *,
     default: Sequence[str] = (),
+    show: Callable[[str], str] = str,
     where: Any = st,
     help: str | None = None,
 ) -> list[str]:
@@ -119,7 +120,7 @@ def several(
 
     _adopt(label, key, read, options)
     st.session_state[key] = [name for name in st.session_state.get(key, default) if name in options]
-    value: list[str] = where.multiselect(label, options, key=key, help=help, persist_state="session")
+    value: list[str] = where.multiselect(label, options, key=key, format_func=show, help=help, persist_state="session")
     _write(key, ",".join(value))
     return value
 
