@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+_TICKS = 12
+
 
 def draw_heads(table: pd.DataFrame, unit: str, title: str = "", ax: Axes | None = None) -> Axes:
     """Layer x head heat map of ``value``; ``table`` has a row per head: ``layer, head, value``."""
@@ -57,6 +59,8 @@ def draw_curve(
             )
     if base is not None:
         ax.axhline(float(table[base].iloc[0]), color="0.6", linewidth=1, label=level)
+    if len(table) <= _TICKS:
+        ax.set_xticks(table[x])
     ax.set(xlabel=labels[0], ylabel=wrapped(labels[1], 2.8), title=wrapped(title, 4.4))
     ax.legend()
     return ax

@@ -53,7 +53,8 @@ def head_grid(
     with left:
         _chart(shown, _cells(shown, unit), f"{name} grid", table, f"{unit}, by layer and head", "content")
     with right:
-        best = shown[shown["value"].notna()].sort_values("value", ascending=False, kind="stable").head(_STRONGEST)
+        size = shown["value"].abs()
+        best = shown[size.notna()].loc[size.sort_values(ascending=False, kind="stable").dropna().index].head(_STRONGEST)
         if len(best):
             _chart(best, _dots(best, unit), f"{name} dots", table, f"the heads with the largest {unit}", "stretch")
             st.caption(literal(_legend(best, len(shown), chance)))
@@ -81,7 +82,7 @@ def _choose(table: pd.DataFrame, run: str | None) -> tuple[int | str, int]:
     """The lists of layers and heads, which start at the strongest head, and the link to the chosen one."""
     pairs = list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
     known = table["value"].notna()
-    best = pairs[int(table["value"].argmax())] if known.any() else pairs[0]
+    best = pairs[int(table["value"].abs().argmax())] if known.any() else pairs[0]
     row = st.columns([1, 1, 4], vertical_alignment="bottom")
     layers = list(dict.fromkeys(layer for layer, _ in pairs))
     layer = state.choose("Layer", layers, "layer", default=best[0], where=row[0])
@@ -205,7 +206,7 @@ def _tooltip(shown: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _legend(best: pd.DataFrame, heads: int, chance: str) -> str:
-    said = [f"the {len(best)} largest of {heads}" if len(best) < heads else f"all {heads} heads"]
+    said = [f"the {len(best)} strongest of {heads}" if len(best) < heads else f"all {heads} heads"]
     if "low" in best and best["low"].notna().any():
         said.append("bar: 95% interval")
     if "null" in best:

@@ -73,8 +73,11 @@ def show_questions(
             chance=asked.chance,
         )
     elif asked.draw is not None:
-        figure(partial(asked.draw, frame), frame, name=name, python=f"{python}\nfound.plot()\nfound.frame()")
-        st.dataframe(frame, hide_index=True)
+        left, right = st.columns([3, 2])
+        with left:
+            draw = partial(asked.draw, frame)
+            figure(draw, frame, name=name, python=f"{python}\nfound.plot()\nfound.frame()", width="stretch")
+        right.dataframe(frame, hide_index=True)
     else:
         st.dataframe(frame, hide_index=True)
         downloads(frame, name=name, python=f"{python}\nfound.frame()")

@@ -227,5 +227,12 @@ def over_texts(rows: pd.DataFrame) -> pd.DataFrame:
     return found.assign(smallest=wide.min(), largest=wide.max()).reset_index()
 
 
+def twin_rows(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The rows of ``work_sinks.twins`` by ``model``, ``layer`` or ``head``, with the columns that these have."""
+    part = rows[rows["by"] == by].dropna(axis=1, how="all").drop(columns="by").reset_index(drop=True)
+    whole = [name for name in ("layer", "head") if name in part and part[name].dtype.kind == "f"]
+    return part.astype(dict.fromkeys(whole, int))
+
+
 def _sums(values: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, -len(values) % size)).view(-1, size).sum(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
@@ -293,38 +294,34 @@ def _models(run: Captured) -> None:
     done = need(
         job(f"{_WORK}:twins", model, other=other, revision=revision_of(other), texts=count), f"{model} and {other}"
     )
-    rows = done.table()
-    layers = rows[rows["by"] == "layer"].dropna(axis=1, how="all")
-    python = _twin_code(model, other, count)
-    st.caption("Mean attention to the first token by layer; shaded: 95% interval over texts.")
-    figure(
-        partial(_draw_twins, layers, model, other), layers, name="two models", python=python,
-    )  # fmt: skip
-    whole = rows[rows["by"] == "model"].dropna(axis=1, how="all").drop(columns="by")
-    st.dataframe(whole, hide_index=True)
-    downloads(whole, name="two models, numbers", python=f"{python}\nfound.frame()")
+    rows, python = done.table(), _twin_code(model, other, count)
+    layers, whole, heads = (sinks_view.twin_rows(rows, by) for by in ("layer", "model", "head"))
+    left, right = st.columns([3, 2])
+    with left:
+        st.caption("Mean attention to the first token by layer; shaded: 95% interval over texts.")
+        draw = partial(_draw_twins, layers, Path(model).name, Path(other).name)
+        figure(draw, layers, name="two models", python=f"{python}\nfound.plot()\nfound.layers()", width="stretch")
+    with right:
+        st.caption(
+            "F-Attn is the attention to the first token, the sink score the part of the heads with a sink, largest the largest number in a residual stream."
+        )
+        kept = [name for name in ("model", "map", "f_attn", "sink_score", "largest", "mean_gate") if name in whole]
+        st.dataframe(whole[kept], hide_index=True)
+        downloads(whole, name="two models, numbers", python=f"{python}\nfound.frame()")
     st.subheader("Which heads differ")
-    heads = rows[rows["by"] == "head"]
     kinds = heads["map"].unique().tolist()
-    kind = (
-        kinds[0]
-        if len(kinds) == 1
-        else state.choose("Gated maps", kinds, "map", kind="segmented_control", show=_KIND.__getitem__)
-    )
-    heads = heads[heads["map"] == kind].sort_values(["layer", "head"])
-    table = heads[["layer", "head", "difference", "difference_low", "difference_high", "first", "second"]].rename(
-        columns={
-            "difference": "value",
-            "difference_low": "low",
-            "difference_high": "high",
-            "first": model,
-            "second": other,
-        }
-    )
+    kind = kinds[0]
+    if len(kinds) > 1:
+        kind = state.choose("Gated maps", kinds, "map", kind="segmented_control", show=_KIND.__getitem__)
+    names = {"difference": "value", "difference_low": "low", "difference_high": "high", "first": model, "second": other}
+    table = heads[heads["map"] == kind].sort_values(["layer", "head"], kind="stable")[["layer", "head", *names]]
     head_grid(
-        table.astype({"head": int}).reset_index(drop=True), f"{other} minus {model}", name="heads of two models",
-        python=f"{python}\nfound.heads()", run=run.key,
-    )  # fmt: skip
+        table.rename(columns=names).reset_index(drop=True),
+        f"{Path(other).name} minus {Path(model).name}",
+        name="heads of two models",
+        python=f"{python}\nfound.heads()",
+        run=run.key,
+    )
 
 
 def _draw_twins(layers: pd.DataFrame, model: str, other: str) -> Any:
@@ -332,21 +329,16 @@ def _draw_twins(layers: pd.DataFrame, model: str, other: str) -> Any:
     from workbench.results import axis
 
     ax = axis(None, 5.6, 3.4)
+    plain = layers[layers["map"] != "raw"]
     for map_, part in layers.groupby("map", sort=False):
+        at = part["layer"].astype(str)
         for i, (column, label) in enumerate((("first", model), ("second", other))):
             inside = map_ == "raw"
-            ax.plot(
-                part["layer"].astype(str), part[column], color=f"C{i}", marker="o", linestyle="--" if inside else "-",
-                label=f"{label}, inside the gate" if inside else label,
-            )  # fmt: skip
-            ax.fill_between(
-                part["layer"].astype(str),
-                part[f"{column}_low"],
-                part[f"{column}_high"],
-                color=f"C{i}",
-                alpha=0.2,
-                linewidth=0,
-            )
+            if inside and part[column].tolist() == plain[column].tolist():
+                continue  # no gate: one map is both
+            line, said = ("--", f"{label}, inside the gate") if inside else ("-", label)
+            ax.plot(at, part[column], color=f"C{i}", marker="o", linestyle=line, label=said)
+            ax.fill_between(at, part[f"{column}_low"], part[f"{column}_high"], color=f"C{i}", alpha=0.2, linewidth=0)
     ax.set(xlabel="layer", ylabel="attention to the first token", ylim=(0, None))
     ax.legend()
     return ax
@@ -359,7 +351,7 @@ def _twin_code(model: str, other: str, texts: int) -> str:
         "    streams = [f'blocks.{layer}.hook_resid_post' for layer in range(model.shape.layers)]\n"
         "    with torch.no_grad():\n"
         f"        runs.append(model.run(stories({texts}), read=streams, maps=wb.capture(), logits=None))\n"
-        f"found = wb.compare_sinks(*runs, ({model!r}, {other!r}))\nfound.layers()"
+        f"found = wb.compare_sinks(*runs, ({model!r}, {other!r}))"
     )
 
 
