@@ -149,14 +149,11 @@ def stored_files(folder: Path) -> dict[str, Path]:
 
 
 def read_file(path: Path) -> FeatureGraph:
-    """The graph of a file, whoever wrote it, with influence computed where the file has none. Text that is no text is refused."""
+    """The graph of a file, whoever wrote it, with influence computed where the file has none."""
     import workbench as wb
     from workbench.probes.features.influence import graph_scores
 
-    try:
-        graph = wb.read_feature_graph_json(path)
-    except UnicodeDecodeError:
-        raise WorkbenchError(f"{path} is no text, so it is no attribution graph") from None
+    graph = wb.read_feature_graph_json(path)
     if len(graph.logits) and not bool(graph.nodes.influence.isfinite().any()):
         scored = graph_scores(graph)
         return replace(graph, nodes=scored.nodes, meta={**scored.meta, **graph.meta})

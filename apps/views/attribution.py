@@ -142,8 +142,8 @@ def _from_file() -> Found | None:
 
 
 def _title(path: str) -> str:
-    meta = _file(path).meta
-    return str(meta.get("slug") or meta.get("prompt") or meta.get("model") or Path(path).stem)[:60]
+    graph = _file(path)
+    return f"{_prompt(graph)[:60]}, {len(graph.nodes):,} nodes"
 
 
 @st.cache_resource(max_entries=4)
