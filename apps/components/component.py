@@ -31,7 +31,7 @@ export default ({data, parentElement, setTriggerValue}) => {
   unheard.set(parentElement, (unheard.get(parentElement) ?? []).filter(([number]) => number > data.heard));
   mount(parentElement, data.data, (event, value) => {
     if (!data.events.includes(event)) return;
-    latest = Math.max(latest + 1, Date.now());
+    latest = Math.max(latest + 1, data.heard + 1, Date.now());
     unheard.get(parentElement).push([latest, event, value]);
     setTriggerValue("events", [...unheard.get(parentElement)]);
   });

@@ -257,6 +257,15 @@ def test_an_answer_to_the_user_does_not_move_the_view_and_a_jump_does(shown: Ope
     assert hover(browser_page, x, y) == "no picture of this part yet"
 
 
+def test_without_a_source_no_older_picture_is_shown(shown: Open, browser_page: Page) -> None:
+    part = shown(TILEMAP, large())
+    part.live(large())
+    part.update(large((0, 512, 0, 512), 8))
+    browser_page.locator("canvas").focus()
+    browser_page.keyboard.press("0")
+    assert hover(browser_page, LEFT + SIDE / 2, TOP + SIDE - 10) == "no picture of this part yet"
+
+
 def test_the_same_view_is_asked_for_again_after_the_host_moved(shown: Open, browser_page: Page) -> None:
     part = shown(TILEMAP, large())
     part.live(large())
