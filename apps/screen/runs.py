@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workbench.run import Run
 
 MODEL = "tiny-softmax"
-FIRST: Mapping[str, Any] = {"needle": 512}
+FIRST: Mapping[str, Any] = {"needle": 192}
 """What is captured where nothing is yet: a text of the first model with facts in it, and a question for one of them."""
 
 

@@ -115,7 +115,7 @@ def test_the_head_page_zooms_selects_and_stands_in_its_address(app, browser_page
     for _ in range(12):
         page.mouse.wheel(0, -400)
         page.wait_for_timeout(50)
-    page.wait_for_function("() => !location.search.includes('view=0-512-0-512')")
+    page.wait_for_function("() => !location.search.includes('view=0-192-0-192')")
     calm(page)
     q0, q1, k0, k1 = map(int, query(page)["view"].split("-"))
     assert q1 - q0 < 100
