@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Question:
     """``says``: what is done and how to read it. ``probe`` and ``args`` are the job, on a task if it names one. ``code`` gives
-    ``found`` from ``model``; with ``found.frame()`` the table of the job.
+    ``found`` from ``model``, and the code ``frame`` the table of the job.
 
     Tables of heads name their ``heads``: measure -> its unit, the first is shown first. Of others ``draw`` makes the figure.
     ``chance`` says what the null is."""
@@ -36,6 +36,7 @@ class Question:
     draw: Callable[[pd.DataFrame], Any] | None = None
     chance: str = "by chance"
     task: Any = None
+    frame: str = "found.frame()"
 
 
 def show_questions(
@@ -67,7 +68,7 @@ def show_questions(
             measure_of(frame, measure),
             asked.heads[measure],
             name=name,
-            python=f"{python}\nfound.frame()",
+            python=f"{python}\n{asked.frame}",
             title=f"{measure.replace('_', ' ')}\n{model}",
             run=run,
             chance=asked.chance,

@@ -303,7 +303,8 @@ def _models(run: Captured) -> None:
         figure(draw, layers, name="two models", python=f"{python}\nfound.plot()\nfound.layers()", width="stretch")
     with right:
         st.caption(
-            "F-Attn is the attention to the first token, the sink score the part of the heads with a sink, largest the largest number in a residual stream."
+            "F-Attn is the attention to the first token, the sink score the part of the heads with a sink, largest the largest "
+            "number in a residual stream."
         )
         kept = [name for name in ("model", "map", "f_attn", "sink_score", "largest", "mean_gate") if name in whole]
         st.dataframe(whole[kept], hide_index=True)
