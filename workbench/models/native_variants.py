@@ -98,7 +98,8 @@ class VariantMixer(nn.Module):
             return z[:, :, lo:], LastRowsMap(amap, lo)
         return z, amap
 
-    def _whole(self, x: Tensor, xk: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionMap]:
+    def arguments(self, x: Tensor, xk: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """What the operator gets for whole sequences: the layer's input x ``[B, N, D]`` (of keys ``xk``), queries, keys, values."""
         given: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": Mask(causal=self.causal)}
         for name, learned in self.recipe.learned.items():
             given[name] = self._learned(name, learned, xk if learned.axes.startswith("G") else x)
@@ -106,7 +107,10 @@ class VariantMixer(nn.Module):
         if self.recipe.prepare is not None:
             plain = x.mean(2) if x.ndim == 4 else x
             given = self.recipe.prepare({**given, "grid": self.grid, "x": plain})
-        out, amap = self.variant(**given)
+        return given
+
+    def _whole(self, x: Tensor, xk: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionMap]:
+        out, amap = self.variant(**self.arguments(x, xk, q, k, v))
         z = out if self.recipe.finish is None else self.recipe.finish(out)
         if z.shape != (*q.shape[:3], v.shape[3]):
             raise Refused(f"{self.variant.name} returned {list(z.shape)} for values {list(v.shape)}")
