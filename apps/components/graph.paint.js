@@ -1,5 +1,6 @@
 // How the graph looks. Sign is told by colour and by dashes, membership in the known circuit by a colour and by its shape.
 const GRAPH_STYLE = `
+.stage:has(> .graph) { width: 100%; }
 .graph { display: block; width: 100%; background: var(--paper); border: 1px solid var(--line); border-radius: 6px; cursor: grab; touch-action: pan-y; }
 .graph:focus-visible { outline-offset: -2px; }
 .graph text { font-size: 12px; fill: var(--ink); text-anchor: middle; dominant-baseline: central; pointer-events: none; user-select: none; }

@@ -26,7 +26,9 @@ from workbench.apps.work_circuit import (
 if TYPE_CHECKING:
     from workbench.circuits import Circuit
 
-_MODEL, _METHOD, _EXAMPLES = "compiled-ioi", "eap-ig", 16
+_MODEL = "compiled-ioi"
+_EXACT, _FAST = "patching", "eap-ig"
+"""Small models with a known circuit begin with exact effects, which gradients of their hard attention do not show."""
 _NONE = "none"
 _STRONG = 0.02
 """Parts with this share of the largest score are kept to begin with, if they are not many."""
@@ -88,14 +90,14 @@ def _asked() -> tuple[Circuit | None, Asked]:
     truth = known_circuit(model)
     task = _task(model, truth, row[1])
     methods = wb.methods()
-    method = state.choose("Method", list(methods), "method", default=_METHOD, where=row[2],
+    method = state.choose("Method", list(methods), "method", default=_EXACT if truth is not None else _FAST, where=row[2],
                           help="\n".join(f"- **{m.name}**: {literal(m.description)}" for m in methods.values()))  # fmt: skip
     chosen = methods[method]
     level = state.choose("Level", list(chosen.levels), "level", default=chosen.levels[-1], where=row[3],
                          help="Score heads and MLPs, or every connection between them.")  # fmt: skip
     more = st.expander("Examples, replacement, options of the method")
     finer = more.columns([2, 2, 1, 3])
-    examples = state.number("Examples", 2, 128, "examples", default=_EXAMPLES, where=finer[0])
+    examples = state.number("Examples", 2, 128, "examples", default=16 if truth is None else 8, where=finer[0])
     ablation = state.choose("What replaces a part", list(chosen.ablations), "ablation", where=finer[1],
                             help="counterfactual: its value on the corrupted prompt; mean: its mean over prompts; "
                                  "optimal: the constant that costs least.")  # fmt: skip
@@ -197,7 +199,9 @@ def _counts(circuit: Circuit, truth: Circuit | None) -> None:
         said.append(f"AUROC **{'undefined' if value != value else f'{value:.3f}'}**")
     st.markdown(
         " · ".join(said),
-        help="AUROC: how often a part of the known circuit has a larger score than one outside of it; 0.5 by chance.",
+        help=None
+        if truth is None
+        else "AUROC: how often a part of the known circuit has a larger score than one outside of it; 0.5 by chance.",
     )
 
 
@@ -279,7 +283,7 @@ def _faithfulness(asked: Asked, done: Done) -> None:
     if curve.note:
         st.warning(literal(curve.note))
     figure(
-        curve.plot, curve.frame(), name="faithfulness", python=asked.judged_python(),
+        curve.plot, curve.frame(), name="faithfulness", python=asked.judged_python(), width=720,
         caption="1: the kept parts do what the whole model does; 0: no more than nothing. Everything else is replaced. Grey: as "
                 "many random parts. CPR: area under the curve by signed score; CMD: distance from 1, 0 at best.",
     )  # fmt: skip

@@ -126,7 +126,7 @@ def test_parts_are_taken_away_and_the_model_runs_again(store):
 
 
 def test_two_methods_are_compared(store):
-    page = open_page("circuit", store, below="methods", method2="eap", keep="8")
+    page = open_page("circuit", store, below="methods", method="eap-ig", method2="eap", keep="8")
     groups = [edge["group"] for edge in drawn(page, "circuit graph")["edges"]]
     values = {one.label: one.value for one in page.metric}
     assert groups.count(2) == int(values["in both"])
@@ -149,9 +149,9 @@ def test_a_model_without_a_known_circuit_offers_what_it_can_read(store):
 
 
 def test_options_that_the_method_does_not_have_are_told(store):
-    page = open_page("circuit", store, options="tau=3")
+    page = open_page("circuit", store, method="eap-ig", options="tau=3")
     assert any("tau" in one.value for one in page.error)
-    page = open_page("circuit", store, options="steps")
+    page = open_page("circuit", store, method="eap-ig", options="steps")
     assert any("name=value" in one.value for one in page.error)
 
 
