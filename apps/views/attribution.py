@@ -204,8 +204,9 @@ def _graph(small: FeatureGraph, python: str, name: str) -> None:
     part = state.choose("Show", list(_PARTS), "part", show=_PARTS.__getitem__, kind="segmented_control")
     shown = small
     if part == "around":
-        depth = state.number("Links away", 1, 6, "depth", default=1)
-        top = state.number("Strongest links of each node", 1, 30, "top", default=8)
+        row = st.columns(2)
+        depth = state.number("Links away", 1, 6, "depth", default=1, where=row[0])
+        top = state.number("Strongest links of each node", 1, 30, "top", default=8, where=row[1])
         if focus:
             shown = wb.subgraph(small, around=focus, depth=depth, top=top)
             python += f"small = wb.subgraph(small, around={focus!r}, depth={depth}, top={top})\n"
@@ -220,7 +221,7 @@ def _graph(small: FeatureGraph, python: str, name: str) -> None:
     drawn = drawable(
         shown, (*([focus] if focus and known_node(shown, focus) else []), *(p for p in pins if known_node(shown, p)))
     )
-    left, right = st.columns([3, 2] if focus else [1, 0.001])
+    left, *right = st.columns([3, 2]) if focus else [st.container()]
     with left:
         chosen = focus if focus and known_node(drawn, focus) else None
         GRAPH.show(
@@ -238,7 +239,7 @@ def _graph(small: FeatureGraph, python: str, name: str) -> None:
                                    type="tertiary", icon=":material/download:", on_click="ignore",
                                    help="As circuit-tracer and Neuronpedia read it; this page reads it too.")  # fmt: skip
     if focus:
-        with right:
+        with right[0]:
             _focus(small, focus, pins)
     _paths(small, python)
 

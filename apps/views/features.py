@@ -133,9 +133,8 @@ def _list(board: FeatureDashboard, python: str) -> None:
     if not len(table):
         st.info("No feature fits; take out a word or choose any head.")
         return
-    shown = table[
-        ["feature", "density", "largest", "top_token", *(["head", "head_share"] if heads else []), "raises"]
-    ].copy()
+    of_heads = ["head", "head_share"] if heads else []
+    shown = table[["feature", "top_token", *of_heads[:1], "largest", "density", "raises", *of_heads[1:]]].copy()
     for name in ("top_token", "raises"):
         shown[name] = [readable(value) for value in shown[name]]
 
@@ -207,10 +206,8 @@ def _words(found: FeaturePage) -> None:
     for column, title, pairs in ((row[0], "makes likelier", found.raises), (row[1], "makes less likely", found.lowers)):
         with column:
             st.caption(title, help="Change of the token's logit on the direct path, per unit of activation.")
-            for token, value in pairs[:8]:
-                st.text(f"{value:+.2f}  {readable(token)}")
-            if not pairs:
-                st.text("not on a direct path to the logits")
+            said = [f"{value:+.2f}  {readable(token)}" for token, value in pairs[:8]]
+            st.text("\n".join(said) or "not on a direct path to the logits")
     with row[2]:
         st.caption("active together with", help="Correlation of activations over all tokens.")
         for other, r in found.goes_with:
