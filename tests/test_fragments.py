@@ -195,6 +195,35 @@ def test_other_things_of_the_library():
     assert shown(wb.analyses()).tags.count("tr") == len(wb.analyses()) + 1
 
 
+def test_pairs_show_their_prompts():
+    task = wb.task("ioi")
+    pairs = task.build(seed=0, tokenizer=wb.load("compiled-ioi").tokenizer, n=ROWS + 5)
+    found = shown(pairs)
+    assert f"{ROWS + 5} of 15 tokens, clean and corrupted, first {ROWS} shown" in found.text
+    assert pairs.texts[0] in found.text
+    assert pairs.texts[-1] not in found.text
+    bare = shown(wb.Pairs(*(torch.full((1, 2), 7) for _ in range(4)), torch.tensor([1])))
+    assert "7 7" in bare.text
+    assert shown(pairs[:0])
+
+
+def test_words_where_there_is_no_html():
+    class Printer:
+        def __init__(self):
+            self.said = ""
+
+        def text(self, more):
+            self.said += more
+
+    printer = Printer()
+    Points(torch.arange(100.0))._repr_pretty_(printer, False)
+    assert printer.said.startswith("Points: 100 rows\n")
+    assert len(printer.said.splitlines()) == 7
+    for thing in (run(tokens=3000), Generation(run(tokens=3000).tokens, 8), run(tokens=3000).tokens):
+        assert len(repr(thing)) < 200
+        assert "3,000" in repr(thing)
+
+
 def test_a_circuit_is_drawn():
     names = ("input->a0.h0<q>", "a0.h0->logits", "input->logits")
     edges = wb.Circuit("edge", names, [1.0, -2.0, 0.5], torch.tensor([True, True, False]), {"method": EVIL})

@@ -77,6 +77,14 @@ class Pairs:
             self.dropped,
         )
 
+    def __repr__(self) -> str:
+        return f"Pairs({len(self):,} pairs of {self.clean.shape[1]:,} tokens)"
+
+    def _repr_html_(self) -> str:
+        from workbench.summaries import pairs_html
+
+        return pairs_html(self)
+
 
 @runtime_checkable
 class Task(Protocol):

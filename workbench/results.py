@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILES = ("table.parquet", "tensors.safetensors", "result.json")
 _FORMAT = 1
-_REASONS = 20
+_REASONS, _FIRST = 20, 5
 
 
 @contextmanager
@@ -77,6 +77,11 @@ class Result(ABC):
             text = json.dumps({"format": _FORMAT, "type": type(self).__name__, **labels}, indent=1, allow_nan=False)
             _write(part, uniform_columns(self.frame()), tensors, text)
         return path
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """One line and the first rows, where a notebook or IPython shows text."""
+        frame = self.frame()
+        printer.text(f"{type(self).__name__}: {len(frame):,} rows\n{frame.head(_FIRST).to_string()}")
 
     def _repr_html_(self) -> str:
         """The figure, the table, and why what is undefined is so; a figure that fails is one line that says why."""

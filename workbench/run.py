@@ -131,6 +131,10 @@ class Run:
         object.__setattr__(self, "acts", self.acts if isinstance(self.acts, Activations) else Activations(self.acts))
         object.__setattr__(self, "maps", self.maps if isinstance(self.maps, Maps) else Maps(self.maps))
 
+    def __repr__(self) -> str:
+        read = f", {len(self.acts)} sites read" if self.acts else ""
+        return f"Run({self.provenance.model}, {self.tokens!r}, {len(self.maps)} layers captured{read})"
+
     def _repr_html_(self) -> str:
         from workbench.summaries import run_html
 
@@ -156,6 +160,9 @@ class Generation:
     def new(self) -> Tensor:
         """The generated tokens, ``[B, S]``."""
         return self.tokens.ids[:, self.prompt :]
+
+    def __repr__(self) -> str:
+        return f"Generation({self.provenance.model}, {self.tokens!r}, of them {self.new.shape[1]:,} generated)"
 
     def _repr_html_(self) -> str:
         from workbench.summaries import run_html

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.attention_map import AttentionMap
 from workbench.errors import WorkbenchError
 from workbench.figure_html import picture
-from workbench.fragments import facts, line, table, view
+from workbench.fragments import ROWS, facts, line, table, view
 from workbench.jobs.status import status, status_by_grid
 from workbench.maps import METADATA, answered
 from workbench.models.protocol import Tokens
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from workbench.jobs.store import JobStore
+    from workbench.pairs import Pairs
     from workbench.stored_run import StoredRun
 
 CHEAP = 2**20
@@ -52,6 +53,18 @@ def map_html(amap: AttentionMap) -> str:
     told = {name.replace("_", " "): getattr(amap, name) for name in METADATA}
     told |= {"first query": amap.offset or None, "answers at hand": ", ".join(answered(amap))}
     return view(type(amap).__name__, facts(told), _small(amap), said=_size(amap))
+
+
+def pairs_html(pairs: Pairs) -> str:
+    """The clean prompts, as text where the task has texts, with their labels."""
+    prompts = list(pairs.texts) or [" ".join(map(str, row)) for row in pairs.clean[:ROWS].tolist()]
+    shown = min(ROWS, len(pairs))
+    columns = {"clean prompt" if pairs.texts else "ids of the clean prompt": prompts[:shown]}
+    frame = pd.DataFrame({**columns, **{name: values[:shown] for name, values in pairs.labels.items()}})
+    dropped = f", {pairs.dropped:,} refused" if pairs.dropped else ""
+    more = f", first {shown} shown" if len(pairs) > shown else ""
+    said = f"{len(pairs):,} of {pairs.clean.shape[1]:,} tokens, clean and corrupted{dropped}{more}"
+    return view("Pairs", table(frame), said=said)
 
 
 def store_html(store: JobStore) -> str:

@@ -60,6 +60,11 @@ class Tokens:
                 f"token mask is bool {list(self.ids.shape)}; got {self.mask.dtype} {list(self.mask.shape)}"
             )
 
+    def __repr__(self) -> str:
+        texts, length = self.ids.shape
+        inputs = "".join(f", {name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
+        return f"Tokens({texts} x {length:,}, {int(self.mask.sum()):,} real{inputs})"
+
     @classmethod
     def of(cls, ids: Tensor, tokenizer: Any = None) -> Tokens:
         """Tokens without padding; labels from ``tokenizer.convert_ids_to_tokens`` where there is one."""
