@@ -60,6 +60,7 @@ def choices(store: JobStore, probe: str) -> Choices:
     differing = [n for n in job if n not in ("key", "revision") and cells[n].nunique(dropna=False) > 1]
     fields = sorted(differing, key=lambda n: _PREFERRED.index(n) if n in _PREFERRED else len(_PREFERRED))
     floats = [n for n in numbers if rows[n].dtype.kind == "f"]
+    floats.sort(key=lambda n: rows[n].nunique() < 2)  # what varies comes first
     labels = [n for n in own if n not in floats]
     return Choices((*floats, *(n for n in numbers if n not in floats), *MEASURES), tuple(fields), tuple(labels))
 

@@ -60,7 +60,7 @@ def _export(store: JobStore) -> None:
         "Form", [*TABLES, *CIRCUITS], "form", where=left,
         help="All result rows as one table; or every circuit as a file of another tool, in a zip file.",
     )  # fmt: skip
-    probe = state.choose("Probe", [_ALL, *probes_of(store)], "probe of export", where=middle)
+    probe = state.choose("Probe", [_ALL, *probes_of(store)], "export of", where=middle)
     where = right.text_input(
         "Only where", key="where", persist_state="session", placeholder="method = 'eap' and seed < 3"
     )

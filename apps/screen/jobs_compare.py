@@ -23,8 +23,9 @@ def comparison(store: JobStore, stores: Sequence[JobStore]) -> None:
     """The tab."""
     store.check_format()
     names = {name_in(place.store(), one): one for one in stores if one.path != store.path}
+    left, right = st.columns(2)
     against = state.choose(
-        "With another store", [_NONE, *names], "against",
+        "With another store", [_NONE, *names], "against", where=left,
         help="Tells the cells in which two stores differ, by the bits of their tables.",
     )  # fmt: skip
     if against != _NONE:
@@ -38,7 +39,7 @@ def comparison(store: JobStore, stores: Sequence[JobStore]) -> None:
     if not found:
         st.info("No cell that can be read is done yet. The tab Progress tells how far it is.")
         return
-    probe = state.choose("Probe", found, "probe of results") if len(found) > 1 else found[0]
+    probe = state.choose("Probe", found, "results of", where=right)
     given = _asked(_choices(str(store.path), signature, probe))
     if given is None:
         st.info("The cells do not differ in any setting; there is nothing to compare.")
@@ -63,6 +64,7 @@ def comparison(store: JobStore, stores: Sequence[JobStore]) -> None:
         name="comparison",
         python=python,
         caption="Mean over cells, with one deviation to both sides.",
+        width=720,
     )
 
 

@@ -72,6 +72,10 @@ def _draw(store: JobStore, grid: str | None, jobs: Sequence[Job]) -> None:
             key="cells",
             on={"cell": lambda i: state.put("cell", keys[i])},
         )
+        if not chosen:
+            st.caption(
+                "A square is a cell, in the grid's order. Choose one to see its numbers and where they come from."
+            )
     if chosen:
         cell_panel(store, chosen, next((job for job in jobs if job.key == chosen), None))
     failed = [key for key, found in zip(keys, states, strict=True) if found == "failed" and key != chosen]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
@@ -15,6 +16,9 @@ from workbench.apps.screen.shown import downloads, drawing, made
 from workbench.apps.screen.text import literal
 from workbench.apps.store import Stored, account, stored
 from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SHOWN = 1000
 
@@ -38,7 +42,7 @@ def page() -> None:
         st.error(literal(f"{name} cannot be read: {why}"), icon=":material/broken_image:")
     whole = {thing.name: thing for thing in things if thing.name not in broken}
     if whole:
-        chosen = state.choose("Result", list(whole), "result", where=st.sidebar)
+        chosen = state.choose("Result", list(whole), "result", where=st.container(width=560))
         _show(whole[chosen])
 
 
@@ -59,7 +63,7 @@ def _findings(root: Path) -> None:
 
 def _show(thing: Stored) -> None:
     """One result: figures, the tables beside them, then all of its rows."""
-    st.header(literal(thing.name), anchor=False)
+    st.subheader(literal(thing.name), anchor=False)
     frame, parts = _parts(str(thing.path), thing.name, thing.kind, _changed(thing))
     reader = "wb.Circuit.load" if thing.kind == "circuit" else "wb.load_result"
     python = (
@@ -70,8 +74,7 @@ def _show(thing: Stored) -> None:
         if isinstance(part, Picture):
             made(part.figure, f"r{i}")
             st.caption(literal(part.caption))
-            drawn = part.figure
-            downloads(frame, name=f"{thing.path.name}-{i}", python=python, draw=lambda drawn=drawn: drawn)
+            downloads(frame, name=f"{thing.path.name}-{i}", python=python, draw=partial(_figure, part))
         elif isinstance(part, Numbers):
             st.dataframe(part.frame.head(part.rows), hide_index=True)
             st.caption(literal(part.note))
@@ -81,6 +84,10 @@ def _show(thing: Stored) -> None:
     with st.expander(f"all {len(frame):,} rows"):
         st.dataframe(frame.head(_SHOWN), hide_index=True)
         downloads(frame, name=thing.path.name, python=python)
+
+
+def _figure(part: Picture) -> Figure:
+    return part.figure
 
 
 def _changed(thing: Stored) -> tuple[tuple[str, int, int], ...]:

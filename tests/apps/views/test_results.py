@@ -18,16 +18,18 @@ def told(page: Any) -> str:
 
 def test_every_saved_result_is_listed_and_opened(workbench, model, tmp_path):
     assert workbench("sinks", model, "--text", TEXT, "--out", tmp_path / "a" / "sinks", "--json").json["saved"]
-    assert workbench("capture", model, "--text", TEXT, "--blocks", "4", "--out", tmp_path / "wall", "--json").json["saved"]
+    assert workbench("capture", model, "--text", TEXT, "--blocks", "4", "--out", tmp_path / "wall", "--json").json[
+        "saved"
+    ]
     words = ("circuit", "compiled-induction", "induction", "-n", "2", "--method", "eap", "--level", "node")
     assert workbench(*words, "--out", tmp_path / "circuit", "--json").json["saved"]
     page = open_page("results", tmp_path)
-    choice = page.sidebar.selectbox(key="result")
+    choice = page.selectbox(key="result")
     assert choice.options == ["a/sinks", "circuit", "wall"]
     for name in ("wall", "circuit", "a/sinks"):
-        page.sidebar.selectbox(key="result").set_value(name)
+        page.selectbox(key="result").set_value(name)
         settled(page.run())
-        assert page.header[0].value == name
+        assert page.subheader[0].value == name
         assert page.query_params["result"] == name
         assert not page.error
         assert page.image
@@ -38,16 +40,16 @@ def test_every_saved_result_is_listed_and_opened(workbench, model, tmp_path):
     table = next(t.value for t in page.dataframe if "share" in t.value and len(t.value) == 60)
     assert table["share"].tolist() == wb.load_result(tmp_path / "a" / "sinks").frame()["share"].tolist()
     shutil.rmtree(tmp_path / "a")
-    assert settled(page.run()).header[0].value == "circuit"
+    assert settled(page.run()).subheader[0].value == "circuit"
 
 
 def test_a_result_is_a_link(workbench, model, tmp_path):
     for name in ("one", "two"):
         assert workbench("heads", model, "--text", TEXT, "--out", tmp_path / name).code == 0
-    assert open_page("results", tmp_path, result="two").header[0].value == "two"
+    assert open_page("results", tmp_path, result="two").subheader[0].value == "two"
     page = open_page("results", tmp_path, result="../two")
     assert "no result in the address" in page.warning[0].value
-    assert page.header[0].value == "one"
+    assert page.subheader[0].value == "one"
 
 
 def test_damaged_results_are_named_and_the_rest_works(workbench, model, half_written):
@@ -58,8 +60,8 @@ def test_damaged_results_are_named_and_the_rest_works(workbench, model, half_wri
     assert [one.value.split(" ")[0] for one in page.error] == ["sinks", "spoiled"]
     assert "tensors.safetensors missing" in told(page)
     assert "table.parquet" in told(page)
-    assert page.header[0].value == "whole"
-    assert page.sidebar.selectbox(key="result").options == ["whole"]
+    assert page.subheader[0].value == "whole"
+    assert page.selectbox(key="result").options == ["whole"]
 
 
 def test_a_store_with_nothing_says_what_to_do(tmp_path):
@@ -85,4 +87,4 @@ def test_what_the_demo_found_is_told_as_text(workbench, model, tmp_path):
     (tmp_path / "demo" / "demo.json").write_text("{")
     page = open_page("results", tmp_path)
     assert "demo.json is damaged" in told(page)
-    assert page.header[0].value == "demo/heads"
+    assert page.subheader[0].value == "demo/heads"
