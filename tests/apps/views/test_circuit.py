@@ -60,10 +60,10 @@ def test_the_threshold_keeps_fewer(store):
     assert "|score| ≥" in page.select_slider(key="keep").options[0]
     assert sum(edge["kept"] for edge in drawn(page, "circuit graph")["edges"]) == 3
     slider = page.select_slider(key="keep")
-    slider.set_value(next(option for option in slider.options if option.startswith("20 of 211")))
+    slider.set_value(next(option for option in slider.options if option.startswith("24 of 211")))
     page = settled(page.run())
-    assert page.query_params["keep"] == "20"
-    assert sum(edge["kept"] for edge in drawn(page, "circuit graph")["edges"]) == 20
+    assert page.query_params["keep"] == "24"
+    assert sum(edge["kept"] for edge in drawn(page, "circuit graph")["edges"]) == 24
 
 
 def test_the_code_finds_the_same_circuit(store):
