@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 from served import browser, program
 
 from workbench.apps.components.component import Component
 
+_PATIENCE = 30_000  # milliseconds; machines that run many tests at once are slow
 LOCAL = ("127.0.0.1", "localhost", "")
 
 
@@ -29,7 +30,8 @@ def chromium() -> Iterator[Browser]:
 def browser_page(chromium: Browser) -> Iterator[Page]:
     """A page of 1280 x 900 in the light scheme. The test fails if a script in it raises or asks another machine."""
     page = chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(_PATIENCE)
+    expect.set_options(timeout=_PATIENCE)
     broken: list[str] = []
     page.on("pageerror", lambda error: broken.append(f"script: {error.stack or error}"))
     page.on("request", lambda asked: urlsplit(asked.url).hostname in LOCAL or _foreign(asked.url, broken))
