@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.apps.work_variants import identity_error
 from workbench.catalogue import variants
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
@@ -247,7 +248,10 @@ class StateView(Result):
         seen = table.loc[(table["distance"] > 0) & (table["weight"] > 0), "weight"]
         if len(seen):
             ax.set_yscale("log")
-            ax.set_ylim(max(float(seen.min()), float(seen.max()) * 1e-8) / 2, float(seen.max()) * 2)
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+            least = max(float(seen.min()), float(seen.max()) * 1e-8)
+            ax.set_ylim(least / 2, float(seen.max()) * 2)
+            ax.set_xlim(0, 1.02 * float(table.loc[table["weight"] >= least, "distance"].max()) + 1)
         ax.set(xlabel="distance between query and key (tokens)", ylabel="mean |weight|")
         ax.legend(fontsize=7)
         return ax
@@ -313,7 +317,7 @@ def state_view(variant: str, seed: int, tokens: int = 64) -> StateView:
     arguments = record.example(seed, tokens, torch.float64)
     output, amap = record(**arguments)
     values = None if record.value_input is None else arguments[record.value_input]
-    error = None if values is None else float((amap.matvec(values) - output).abs().max())
+    error = None if values is None else identity_error(amap, values, output)
     return viewed(amap, variant, error=error)
 
 

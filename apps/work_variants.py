@@ -89,10 +89,17 @@ def passed(name: str, seed: int = 0, tokens: int = 64, *, causal: bool | None = 
     elif arguments.get(variant.value_input) is None:
         unchecked = "it makes its values itself"
     else:
-        error = float((amap.matvec(arguments[variant.value_input]) - output).abs().max())
+        error = identity_error(amap, arguments[variant.value_input], output)
     if shared and variant.recipe is not None and variant.recipe.finish is not None:
         output = variant.recipe.finish(output)
     return Passed(variant, output.detach(), amap, error, unchecked, shared, seconds)
+
+
+def identity_error(amap: AttentionMap, values: Tensor, output: Tensor) -> float:
+    """Largest difference between an output and the map times the values that it multiplies: by the map's rows, so that no
+    operator's own product is checked against itself; by ``matvec`` where every channel has weights of its own."""
+    made = amap.matvec(values) if amap.channelwise else AttentionMap.matvec(amap, values)
+    return float((made - output).abs().max())
 
 
 @dataclass(frozen=True)

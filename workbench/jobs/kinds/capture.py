@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from workbench.errors import WorkbenchError
+from workbench.errors import Refused, WorkbenchError
 from workbench.jobs.job import Job
 from workbench.jobs.kinds.above import above
 from workbench.jobs.kinds.checks import check_needs, check_value, whole
@@ -18,6 +20,7 @@ ARGUMENTS: Mapping[str, Any] = {
     "check": True,
 }  # fmt: skip
 _INPUTS = ("text", "filler", "needle", "image", "picture")
+_STATS = ("entropy", "received", "distance", "top1")
 _CELLS, _LEAST = 512, 4
 
 
@@ -51,19 +54,19 @@ def capture(cell: Cell) -> Outcome:
     size = args["blocks"] or block_size(length)
     layers = args["layers"]
     folder = cell.scratch / "maps"
-    request = wb.capture(
-        layers=layers,
-        blocks=size,
-        reduce=("sum", "max"),
-        stats=("received", "entropy", "distance", "top1"),
-        store=folder,
-    )
-    started = time.perf_counter()
+    request = wb.capture(layers=layers, blocks=size, reduce=("sum", "max"), stats=_STATS, store=folder)
+    started, note = time.perf_counter(), ""
     with torch.no_grad():
-        run = model.run(tokens, maps=request, logits="last")
+        try:
+            run = model.run(tokens, maps=request, logits="last")
+        except Refused as refused:
+            # Signed maps have no entropy; what else was refused is refused again.
+            shutil.rmtree(folder, ignore_errors=True)
+            started, note = time.perf_counter(), f"captured without entropy: {refused}"
+            run = model.run(tokens, maps=replace(request, stats=_STATS[1:]), logits="last")
         seconds = time.perf_counter() - started
         difference = _difference(run, model.run(tokens, logits="last")) if args["check"] else None
-    atlas = above("probes.atlas").atlas(run, size)
+    table = _table(run, size)
     from workbench.stored_run import StoredRun
 
     about = {
@@ -71,8 +74,25 @@ def capture(cell: Cell) -> Outcome:
         "logit_difference": difference, "tokens": max((m.shape[3] for m in run.maps.values()), default=0),
         "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
     }  # fmt: skip
-    note = "" if not difference else f"the logits differ by {difference:g} with capture on"
-    return Outcome(atlas.frame(), StoredRun(run, about, folder, size), note)
+    said = [note] if note else []
+    if difference:
+        said.append(f"the logits differ by {difference:g} with capture on")
+    return Outcome(table, StoredRun(run, about, folder, size), "; ".join(said))
+
+
+def _table(run: Any, size: int) -> Any:
+    """The atlas; of maps whose rows are no shares ``layer, head, distance`` alone."""
+    try:
+        return above("probes.atlas").atlas(run, size).frame()
+    except Refused:
+        import pandas as pd
+
+        rows = [
+            {"layer": layer, "head": head, "distance": float(value)}
+            for layer, amap in run.maps.items()
+            for head, value in enumerate(amap.distance()[0].double().mean(-1))
+        ]
+        return pd.DataFrame(rows)
 
 
 def check(job: Job) -> None:
