@@ -60,6 +60,17 @@ def echo_heads(model: Model, period: int = 64, sequences: int = 2, seed: int = 0
     return wb.razor_scores(model, period, sequences=sequences, words=task_words(model), seed=seed)
 
 
+def induction_or_retrieval(
+    model: Model, length: int = 64, depths: int = 2, trials: int = 2, seed: int = 0
+) -> HeadTable:
+    """``wb.induction_or_retrieval`` with few prompts and one batch of repeats."""
+    import workbench as wb
+
+    return wb.induction_or_retrieval(
+        model, length, depths, trials=trials, batches=1, sequences=4, period=(8, 12), seed=seed
+    )
+
+
 def streaming_gates(model: Model, pairs: Pairs, sink: int = 4, recent: int = 16, steps: int = 60, seed: int = 0) -> Any:
     """``wb.duo_gates`` with a short cache of ``sink`` first and ``recent`` last tokens."""
     import workbench as wb

@@ -99,8 +99,9 @@ SCORES = {
         heads={
             "delimiter": "weight on delimiters",
             "capitalised": "weight on capitalised words",
+            "digit": "weight on digits",
             "special": "weight on special tokens",
-            "copy": "weight on copies",
+            "same": "weight on earlier copies",
         },
         chance="classes shuffled over the text",
     ),

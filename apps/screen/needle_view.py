@@ -75,7 +75,7 @@ def seconds(wanted: Job) -> float | None:
     for key in cells.keys():  # noqa: SIM118
         try:
             one = cells.job(key)
-            if one.probe == PROBE and one.model == wanted.model and "lengths" in one.args:
+            if one.probe == wanted.probe and one.model == wanted.model and "lengths" in one.args:
                 known.append((work_of(one), max(one.args["lengths"]), float(cells.provenance(key)["seconds"])))
         except (OSError, KeyError, WorkbenchError):
             continue  # being written, or damaged
@@ -176,9 +176,9 @@ SCORES = {
     "Retrieval or induction": Question(
         "Both light up where text repeats. Copies count as retrieval only where following a repeat of the current token would "
         "not lead to them.",
-        "induction-or-retrieval",
-        {"lengths": 64, "depths": 2, "trials": 2, "batches": 1, "sequences": 4, "period": [8, 12]},
-        "found = wb.induction_or_retrieval(model, 64, 2, trials=2, batches=1, sequences=4, period=(8, 12))",
+        f"{_WORK}:induction_or_retrieval",
+        {},
+        f"from {_WORK} import induction_or_retrieval\nfound = induction_or_retrieval(model)",
         heads={"retrieval": "part of the needle copied", "induction": "attention behind earlier copies"},
         chance="random positions; keys of other words",
     ),

@@ -21,10 +21,12 @@ PAGE = 256
 def rebuilt(saved: SavedResult) -> Rhythm:
     """The rhythm that a cell saved, for ``wb.couplings``."""
     from workbench.probes.rhythm.rhythm import Rhythm
+    from workbench.run import Provenance
 
     values = {name: saved.tensors[f"values.{name}"] for name in saved.labels["values"]}
     heads = {name: tuple((layer, head) for layer, head in saved.labels[name]) for name in ("local", "over")}
-    return Rhythm(saved.labels["title"], values, saved.labels["units"], prompt=saved.labels["prompt"], **heads)
+    rest = {"prompt": saved.labels["prompt"], "provenance": Provenance(saved.labels["provenance"]["model"])}
+    return Rhythm(saved.labels["title"], values, saved.labels["units"], **heads, **rest)
 
 
 def line(table: pd.DataFrame, value: str, points: int = POINTS) -> pd.DataFrame:

@@ -163,14 +163,17 @@ def _without(model: str, lengths: list[int], places: int, trials: int) -> None:
         draw_curve, frame, "removed", {"ranked": "retrieval heads", "random": "random heads"}, base="base",
         labels=("heads set to zero", f"needle {metric}"),
     )  # fmt: skip
-    figure(
-        draw,
-        frame,
-        name="without retrieval heads",
-        python=code,
-        caption="Shaded: 95% interval over prompts, range over random draws.",
-    )
-    st.dataframe(frame, hide_index=True)
+    left, right = st.columns([3, 2])
+    with left:
+        figure(
+            draw,
+            frame,
+            name="without retrieval heads",
+            python=code,
+            caption="Shaded: 95% interval over prompts, range over random draws.",
+            width="stretch",
+        )
+    right.dataframe(frame, hide_index=True)
 
 
 def _agreed(wanted: Job, like: Job, times: float = 1.0) -> bool:

@@ -15,7 +15,7 @@ from workbench.apps.screen.need import guarded, job, need
 from workbench.apps.screen.rhythm_view import PAGE
 from workbench.apps.screen.runs import Captured
 from workbench.apps.screen.shown import downloads, figure
-from workbench.apps.screen.text import literal
+from workbench.apps.screen.text import literal, readable
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _rhythm(run: Captured) -> None:
     length = next(iter(opened.maps.values())).shape[2]
     if length < 4:
         raise WorkbenchError(f"a rhythm needs a text; this run has {length} tokens")
-    row = st.columns([1.4, 1.4, 1, 2], vertical_alignment="bottom")
+    row = st.columns([1.2, 1.9, 1, 2], vertical_alignment="bottom")
     name = state.choose(
         "Along the text",
         list(_VALUES),
@@ -136,11 +136,18 @@ def _labels(opened: Any, length: int) -> list[str]:
 def _along(frame: pd.DataFrame, name: str, mark: str | None, unit: str, python: str) -> None:
     """The line over the text, and a page of the text in its colours."""
     pages = -(-len(frame) // PAGE)
-    at = (
-        0
-        if pages == 1
-        else state.number("Page of the text", 0, pages - 1, "page", default=0, where=st.columns([2, 3])[0])
-    )
+    at = 0
+    if pages > 1:
+        at = state.number(
+            "Coloured page",
+            0,
+            pages - 1,
+            "page",
+            default=0,
+            where=st.columns([1, 5])[0],
+            kind="number_input",
+            help=f"{PAGE} tokens of the text; a click on the line goes to its page",
+        )
     start, end = at * PAGE, min(len(frame), (at + 1) * PAGE)
     points = rhythm_view.line(frame, name)
 
@@ -160,16 +167,15 @@ def _along(frame: pd.DataFrame, name: str, mark: str | None, unit: str, python: 
     )  # fmt: skip
     shown = frame.iloc[start:end]
     token = state.held("token", _token, -1)
+    values = shown[name] - shown[name].median() if name == "waad" else shown[name]
+    said = f"{unit}, minus the median of the page" if name == "waad" else unit
     row = example_row(
-        shown["token"].tolist(), shown[name].fillna(0.0).tolist(), at=token - start if start <= token < end else -1
+        [readable(one) for one in shown["token"]],
+        values.fillna(0.0).tolist(),
+        at=token - start if start <= token < end else -1,
     )
     EXAMPLES.show(
-        examples_data(
-            [(f"tokens {start:,} to {end - 1:,} of {len(frame):,}", [row])],
-            top=float(frame[name].max()) or None,
-            unit=unit,
-        ),
-        key="rhythm text",
+        examples_data([(f"tokens {start:,} to {end - 1:,} of {len(frame):,}", [row])], unit=said), key="rhythm text"
     )
 
 

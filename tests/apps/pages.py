@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from streamlit.testing.v1 import AppTest
 
 import workbench.apps
+from workbench.jobs.job import Job
 
 MAIN = Path(next(iter(workbench.apps.__path__))) / "main.py"
 _WAIT = 180.0
@@ -55,3 +57,32 @@ def drawn(page: AppTest, key: str) -> dict[str, Any]:
     assert key in found, f"no component {key!r}; the page has {sorted(found)}"
     data: dict[str, Any] = json.loads(found[key].json)["data"]
     return data
+
+
+def plotted(page: AppTest, key: str) -> Any:
+    """The table behind the Vega-Lite chart with that key."""
+    from streamlit.dataframe_util import convert_arrow_bytes_to_pandas_df
+
+    found = {one.proto.id.split("-", 2)[-1]: one.proto for one in page.get("vega_lite_chart")}
+    assert key in found, f"no chart {key!r}; the page has {sorted(found)}"
+    return convert_arrow_bytes_to_pandas_df(found[key].data.data)
+
+
+def links(page: AppTest) -> dict[str, str]:
+    """The query of every link to a page, by its label."""
+    return {one.proto.label: one.proto.query_string for one in page.get("page_link")}
+
+
+def computed(store: Any, wanted: Callable[[], Job]) -> str:
+    """The key of a job of the app on this store, once a worker has computed it."""
+    from workbench.apps.screen.need import work
+
+    sys.argv = ["main.py", "--store", str(store)]
+    job = wanted()
+    work().submit(job)
+    ends = time.monotonic() + _WAIT
+    while (state := work().state(job.key)).kind != "done":
+        assert state.kind != "failed", state.message
+        assert time.monotonic() < ends, f"{job.probe} took more than {_WAIT:.0f} s"
+        time.sleep(0.1)
+    return job.key
