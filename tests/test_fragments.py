@@ -97,6 +97,20 @@ def test_ink_is_that_of_the_page():
     assert INK not in drawn
 
 
+def test_powers_of_ten_are_letters():
+    def draw():
+        ax = axis(None)
+        ax.plot([0.001, 1, 300], [-100, 0, 100])
+        ax.set_xscale("log")
+        ax.set_yscale("symlog")
+        return ax
+
+    found = Fragment(picture(draw, "powers"))
+    assert "math" not in found.text
+    for power in ("10⁻²", "10⁰", "-10²"):
+        assert power in found.text, power
+
+
 def test_a_heavy_figure_becomes_an_image_with_words():
     found = Fragment(picture(Points(torch.rand(60_000)).plot, "many"))
     assert "image" in found.tags

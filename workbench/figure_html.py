@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"
 """Drawn in this colour, a line or a letter takes the colour of the page's text."""
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 HEAVY = 1_000_000
 """Characters of the longest drawing of lines and shapes; in longer ones these become one image, and the words stay words."""
 _STYLE: dict[Any, Any] = {
@@ -65,6 +66,7 @@ def picture(draw: Callable[[], Axes], label: str) -> str:
 
 def inline(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element. ``name`` makes its ids unique in the page."""
+    _plain_powers(figure)
     text = _svg(figure)
     if len(text) > HEAVY:
         for ax in figure.axes:
@@ -85,6 +87,33 @@ def inline(figure: Figure, name: str) -> str:
     if not sized:
         raise RuntimeError("matplotlib's SVG states no size in pt, so the figure cannot be scaled to the page")
     return text
+
+
+def _plain_powers(figure: Figure) -> None:
+    """Powers of ten on axes as letters: matplotlib writes them as mathematics, which the style does not read."""
+    from matplotlib.ticker import Formatter, LogFormatterMathtext
+
+    class Letters(Formatter):
+        def __init__(self, inner: Formatter) -> None:
+            self.inner = inner
+
+        def set_axis(self, axis: Any) -> None:
+            super().set_axis(axis)
+            self.inner.set_axis(axis)
+
+        def set_locs(self, locs: Any) -> None:
+            self.inner.set_locs(locs)
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text = re.sub(r"\$\\mathdefault\{(.*)\}\$", r"\1", self.inner(x, pos)).replace(r"\times", "×")
+            return re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_RAISED), text)
+
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+                axis.set_major_formatter(Letters(axis.get_major_formatter()))
+            if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+                axis.set_minor_formatter(Letters(axis.get_minor_formatter()))
 
 
 def _svg(figure: Figure) -> str:

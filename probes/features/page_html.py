@@ -16,17 +16,17 @@ _SOURCES = 40
 """Source tokens that are drawn, the last ones before the feature's."""
 _ON, _OFF = "31,111,139", "193,80,46"
 _STYLE = """
-.wbf{background:#fff;color:#222;font:14px/1.5 system-ui,sans-serif;padding:8px 12px}
-.wbf section{border-top:1px solid #ccc;padding:10px 0}
+.wbf{color:inherit;font:14px/1.5 system-ui,sans-serif;padding:8px 12px}
+.wbf section{border-top:1px solid color-mix(in srgb,currentColor 20%,transparent);padding:10px 0}
 .wbf h3{margin:0 0 4px;font-size:16px}
 .wbf .row{font-family:ui-monospace,monospace;white-space:pre-wrap;margin:1px 0;line-height:1.7}
-.wbf .row b{font-weight:600;outline:1px solid #222}
-.wbf .no{color:#666;font-family:system-ui,sans-serif;font-size:12px}
+.wbf .row b{font-weight:600;outline:1px solid currentColor}
+.wbf .no{opacity:.75;font-family:system-ui,sans-serif;font-size:12px}
 .wbf .cols{display:flex;flex-wrap:wrap;gap:24px;margin:6px 0}
 .wbf table{border-collapse:collapse;font-size:12px}
 .wbf td{padding:0 8px 0 0;text-align:left}
 .wbf td.n{text-align:right;font-variant-numeric:tabular-nums}
-.wbf .group{margin-top:6px;color:#666;font-size:12px}
+.wbf .group{margin-top:6px;opacity:.75;font-size:12px}
 """
 
 
