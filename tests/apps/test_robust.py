@@ -127,6 +127,7 @@ def test_a_name_of_a_model_is_never_markup(tmp_path: Path) -> None:
 
 
 def test_literal_text_is_what_was_given() -> None:
+    assert literal("<b> *x* [a](b)\n# 1") == "\\<b\\> \\*x\\* \\[a\\]\\(b\\) \\# 1"
     for text in (NASTY, EMOJI, RIGHT_TO_LEFT, "# not a heading", "1. no list", "[a](javascript:alert(1))", "a\nb"):
         assert re.sub(r"\\(.)", r"\1", literal(text)) == text.replace("\n", " ")
     assert "100,000 characters" in re.sub(r"\\(.)", r"\1", literal("x" * 100_000))
@@ -193,6 +194,20 @@ def test_a_run_with_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     page = open_page("sinks", tmp_path, run=key)
     assert len(page.error) == 1
     assert "run.json" in lines(page)
+
+
+def test_a_disk_that_goes_away_is_one_line() -> None:
+    def script():
+        from workbench.apps.screen.need import guarded
+
+        def page():
+            raise OSError(5, "Input/output error", "/results/<b>")
+
+        guarded(page)
+
+    page = AppTest.from_function(script).run()
+    assert not page.exception
+    assert lines(page) == "[Errno 5] Input/output error: '/results/<b>'"
 
 
 def test_a_store_that_is_a_file_or_of_another_format_is_one_line(tmp_path: Path) -> None:
