@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,7 +68,7 @@ def draw_curve(
 
 def draw_bars(
     names: Sequence[str],
-    values: Mapping[str, Sequence[float]],
+    values: Mapping[str, Iterable[float]],
     *,
     unit: str,
     title: str = "",
@@ -80,13 +80,12 @@ def draw_bars(
     wide = 0.8 / len(values)
     for i, (label, heights) in enumerate(values.items()):
         places = np.arange(len(names)) + wide * (i - (len(values) - 1) / 2)
-        ax.bar(places, heights, wide, label=label)
+        tops = np.asarray(list(heights), float)
+        ax.bar(places, tops, wide, label=label)
         if ends and label in ends:
             low, high = (np.asarray(end, float) for end in ends[label])
-            top = np.asarray(heights, float)
-            ax.errorbar(
-                places, top, [np.maximum(top - low, 0), np.maximum(high - top, 0)], fmt="none", ecolor="0.4", capsize=3
-            )
+            down, up = np.maximum(tops - low, 0), np.maximum(high - tops, 0)
+            ax.errorbar(places, tops, [down, up], fmt="none", ecolor="0.4", capsize=3)
     ax.set_xticks(range(len(names)), list(names), parse_math=False)
     ax.set(ylabel=wrapped(unit, 2.8), title=wrapped(title, 4.4))
     if len(values) > 1:

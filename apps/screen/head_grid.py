@@ -194,14 +194,14 @@ def _picking() -> dict[str, Any]:
 
 
 def _tooltip(shown: pd.DataFrame) -> list[dict[str, Any]]:
-    others = [name for name in shown if name not in (*_OWN, "name", "chosen")]
-    found = []
-    for name in ("name", *(one for one in _OWN[2:] if one in shown), *others):
+    said = {"name": "head", "null": "by chance"}
+    columns = [str(name) for name in shown]
+    others = [name for name in columns if name not in (*_OWN, "name", "chosen")]
+    found: list[dict[str, Any]] = []
+    for name in ("name", *(one for one in _OWN[2:] if one in columns), *others):
         number = shown[name].dtype.kind == "f"
-        found.append(
-            {"field": name, "title": {"name": "head", "null": "by chance"}.get(name, name)}
-            | ({"type": "quantitative", "format": ".3~g"} if number else {"type": "nominal"})
-        )
+        kind = {"type": "quantitative", "format": ".3~g"} if number else {"type": "nominal"}
+        found.append({"field": name, "title": said.get(name, name), **kind})
     return found
 
 

@@ -24,9 +24,16 @@ def rebuilt(saved: SavedResult) -> Rhythm:
     from workbench.run import Provenance
 
     values = {name: saved.tensors[f"values.{name}"] for name in saved.labels["values"]}
-    heads = {name: tuple((layer, head) for layer, head in saved.labels[name]) for name in ("local", "over")}
-    rest = {"prompt": saved.labels["prompt"], "provenance": Provenance(saved.labels["provenance"]["model"])}
-    return Rhythm(saved.labels["title"], values, saved.labels["units"], **heads, **rest)
+    local, over = (tuple((layer, head) for layer, head in saved.labels[name]) for name in ("local", "over"))
+    return Rhythm(
+        saved.labels["title"],
+        values,
+        saved.labels["units"],
+        local=local,
+        over=over,
+        prompt=saved.labels["prompt"],
+        provenance=Provenance(saved.labels["provenance"]["model"]),
+    )
 
 
 def line(table: pd.DataFrame, value: str, points: int = POINTS) -> pd.DataFrame:

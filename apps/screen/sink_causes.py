@@ -35,7 +35,8 @@ def _removed(frame: pd.DataFrame) -> Axes:
         "other layers": "lifetime_other_layer",
         "other tokens": "lifetime_other_token",
     }
-    names = [f"{token}, text {text}" for token, text in zip(frame["token"], frame["sequence"], strict=True)]
+    tokens = frame["token"] if "token" in frame else frame["position"]  # a model without a tokenizer has only places
+    names = [f"{token}, text {text}" for token, text in zip(tokens, frame["sequence"], strict=True)]
     return draw_bars(names, {label: frame[column] for label, column in parts.items()}, unit="block outputs as a sink")
 
 

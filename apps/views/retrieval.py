@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
@@ -148,7 +148,7 @@ def _without(model: str, lengths: list[int], places: int, trials: int) -> None:
     st.caption(
         "The heads with the largest copy scores are set to zero while the answer is written; beside them as many random others."
     )
-    sizes = {"lengths": lengths, "depths": min(places, 3), "trials": trials}
+    sizes: dict[str, Any] = {"lengths": lengths, "depths": min(places, 3), "trials": trials}
     wanted = job("workbench.apps.work_retrieval:without_heads", model, **sizes, random=random, metric=metric)
     if not _agreed(wanted, job(needle_view.PROBE, model, **sizes), times=1 + _OFF * (1 + random)):
         return

@@ -12,11 +12,14 @@ from pages import links, open_page, plotted, python_of, settled
 import workbench as wb
 from workbench.apps import work_sinks
 from workbench.apps.screen import sinks_view
+from workbench.apps.screen.need import job
+from workbench.apps.screen.sink_causes import CAUSES
 from workbench.errors import WorkbenchError
 from workbench.maps import AttentionMap, GatedMap
 from workbench.models.native import NativeModel
 from workbench.models.native_net import NativeConfig, NativeNet
 from workbench.models.protocol import Tokens
+from workbench.probes.sinks.planted import planted_model, planted_texts
 from workbench.run import Maps, Run
 
 
@@ -195,6 +198,32 @@ def test_what_values_at_the_sink_hold(store):
     assert (shown["value"] >= 0).all()
     exec(python_of(page)[0], names := {})
     assert names["found"].frame()["r_v"].tolist() == pytest.approx(shown["value"].tolist())
+
+
+def test_causes_are_drawn_from_the_tables_that_their_jobs_leave():
+    model, texts = planted_model(), planted_texts()
+    removed = wb.sink_removal(model, texts, random=1).frame()
+    ax = CAUSES["Take away what writes it"].draw(removed)
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert heights[0] == removed["lifetime"].tolist()
+    assert heights[1] == removed["lifetime_removed"].tolist()
+    plain = torch.tensor([[0, 2, 3, 4, 7, 8, 9, 10, 11], [0, 6, 7, 8, 9, 10, 11, 2, 3]])
+    effect = wb.massive_effect(model, plain, ratio=100, random=1).frame()
+    bars = CAUSES["Massive activations"].draw(effect).containers[0]
+    assert len(bars) == len(effect) - 1
+    small = wb.load("compiled-needle")
+    text = work_sinks.stories(2, 20)
+    evicted = CAUSES["Hide the first tokens"].draw(wb.eviction(small, text, window=8, sinks=(0, 1), random=1).frame())
+    assert [line.get_label() for line in evicted.lines] == [
+        "first tokens kept", "other early tokens kept", "everything kept",
+    ]  # fmt: skip
+    off = wb.zeroable(small, text, score="first_token", counts=(1, 2), random=1).frame()
+    assert len(CAUSES["Switch off heads that sink"].draw(off).lines) == 3
+
+
+def test_every_cause_is_a_job_that_the_workbench_knows():
+    for question in CAUSES.values():
+        job(question.probe, "tiny-softmax", question.task, **question.args)
 
 
 def test_values_in_the_address_that_do_not_exist_are_told(store):
