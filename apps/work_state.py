@@ -249,6 +249,7 @@ class StateView(Result):
         if len(seen):
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+            ax.yaxis.set_minor_formatter(lambda value, _: "")
             least = max(float(seen.min()), float(seen.max()) * 1e-8)
             ax.set_ylim(least / 2, float(seen.max()) * 2)
             ax.set_xlim(0, 1.02 * float(table.loc[table["weight"] >= least, "distance"].max()) + 1)

@@ -105,7 +105,7 @@ def _facts(looked: _Looked) -> None:
         "jacobian": "The map is the derivative of the output by the values, at this input",
         "approximation": "The map is an approximation",
     }[facts["exactness"]]
-    checked = "" if error is None else f": the output and the map times the values differ by {error:.1e} at most"
+    checked = "" if error is None else f": the output and the map times the values differ by {error:.2g} at most"
     channel = " Every channel has weights of its own; shown is their mean." if facts["channelwise"] else ""
     sign = "Weights can be negative" if facts["sign"] == "signed" else "No weight is negative"
     st.text(f"{exact}{checked}. {sign}; {sums.get(facts['row_sum'], 'rows add up to anything')}.{channel}")

@@ -96,7 +96,7 @@ def _identity(facts: Mapping[str, Any]) -> None:
     if error is None:
         st.caption(literal(f"Whether the output is the map times values is not told: {facts['unchecked']}."))
     else:
-        st.caption(literal(f"output and map × values differ by {error:.1e} at most ({facts['exactness']})"))
+        st.caption(literal(f"output and map × values differ by {error:.2g} at most ({facts['exactness']})"))
 
 
 def _tiles(values: Tensor, title: str, unit: str, key: str, *, signed: bool | None = None) -> None:

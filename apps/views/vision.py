@@ -233,6 +233,7 @@ def _classes(look: _Look, given: dict[str, Any]) -> None:
         lambda: found.plot(layer=look.layer, head=look.head),
         found.frame(),
         name="class-maps",
+        width=520,
         python=f"{look.code}\nfound = wb.class_maps(run, grid)\n"
         f"found.plot(layer={look.layer!r}, head={look.head})\nfound.frame()",
         caption="Where the class token looks."
@@ -250,6 +251,7 @@ def _distance(look: _Look, given: dict[str, Any]) -> None:
         found.plot,
         found.frame(),
         name="attention-distance",
+        width=520,
         python=f"{look.code}\nfound = wb.attention_distance(run, grid)\nfound.plot()\nfound.frame()",
         caption="Mean distance between a patch and what it looks at. The numbers have the distance of even attention beside it.",
     )
@@ -277,6 +279,7 @@ def _erasure(look: _Look, given: dict[str, Any]) -> None:
         ),
         table,
         name="erasure",
+        width=620,
         python=f"{look.captured.python}\nmodel = wb.load({look.model!r})\ngrid = wb.grid_of(model)\n"
         f"weight = {weight}{'.mean(1)' if look.head is None else f'[:, {look.head}]'}\n"
         'found = wb.erasure_curve(model, run.tokens.inputs["pixel_values"], weight, grid)\nfound.plot()\nfound.frame()',

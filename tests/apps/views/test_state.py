@@ -73,6 +73,11 @@ def test_half_life_of_an_exponential_is_exact() -> None:
     assert fit.half_life == pytest.approx(4)
     assert fit.level == pytest.approx(0.3)
     assert fit.r2 == pytest.approx(1)
+    own = half_life(
+        torch.cat([torch.tensor([7.0]).double(), 0.3 * 0.5 ** (far[1:] / 4)])
+    )  # the weight on itself is another matter
+    assert own is not None
+    assert own.half_life == pytest.approx(4)
 
 
 def test_a_profile_that_rises_or_is_too_short_has_no_half_life() -> None:

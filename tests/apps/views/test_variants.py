@@ -41,6 +41,13 @@ def test_softmax_gets_the_common_input() -> None:
     assert not torch.allclose(passed("multi-head-attention", 4, 16, causal=True).output, found.output, atol=1e-2)
 
 
+def test_parameters_follow_from_the_seed_alone() -> None:
+    torch.manual_seed(99)
+    first = passed("mamba-2", 0, 16).output
+    torch.manual_seed(5)
+    assert torch.equal(passed("mamba-2", 0, 16).output, first)
+
+
 def test_what_cannot_take_it_gets_its_own_example() -> None:
     ahead = passed("swin-attention", tokens=36, causal=True)
     assert not ahead.shared
