@@ -169,6 +169,7 @@ def test_the_dashboards_of_a_job(tmp_path):
 def test_features_by_head_and_by_token():
     whole = board(one_page(3), one_page(5, tokens=("a", "DOG"), heads=(0.9, 0.1)))
     assert heads_of_features(whole)["features"].tolist() == [1, 1]
+    assert heads_of_features(board(one_page(3)))["features"].tolist() == [0, 1]
     assert heads_of_features(whole)["share"].tolist() == pytest.approx([0.55, 0.45])
     assert matching(whole, "dog")["feature"].tolist() == [5]
     assert matching(whole, "SAT")["feature"].tolist() == [3, 5]
