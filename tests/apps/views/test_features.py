@@ -150,6 +150,7 @@ def test_pages_are_read_back_as_they_were(tmp_path):
     back = board_at(SavedBoard(whole).save(tmp_path / "pages"))
     assert back.frame().equals(whole.frame())
     assert back.examples().equals(whole.examples())
+    assert [one.values for one in back.page(3).examples] == [(0.0, 2.0), (0.2, 0.0)]
     assert back.page(3).histogram.tolist() == [3.0, 1.0]
     assert back.notes == ("a note",)
     assert back.provenance.model == "some model"
