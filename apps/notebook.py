@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.apps.components.component import Component
 from workbench.apps.components.graph import GRAPH, attribution_data, circuit_data
-from workbench.apps.components.tilemap import LABELLED, TILEMAP, tilemap_data
-from workbench.apps.components.tokens import DIRECTIONS, PAGE, TOKENS, tokens_data
+from workbench.apps.components.tilemap import TILEMAP
+from workbench.apps.components.tokens import DIRECTIONS, PAGE, TOKENS
 from workbench.apps.components.wall import WALL, wall_data
-from workbench.apps.screen.head_view import Heads, Look, fitted, is_causal, part, square, token_names, weights_of
-from workbench.apps.screen.text import readable
+from workbench.apps.head_data import map_data, text_data
+from workbench.apps.screen.head_view import Heads, Look, fitted, is_causal, part, weights_of
 from workbench.errors import Refused, UnknownName, WorkbenchError
 from workbench.zooming import EXACT, stored_sizes
 
@@ -248,48 +248,13 @@ def _first(run: Run) -> str:
 
 
 def _head_data(run: Run, look: Look, scale: str, cross: Sequence[int] | None) -> Data:
-    amap = look.map(run)
     found = part(run, look)
-    _, _, q, k = amap.shape
-    (q0, q1), (k0, k1) = found.queries, found.keys
-    queries, keys = token_names(run, look.layer)
-    wide = {"mass": "mass per query", "max": "largest weight"}
-    return tilemap_data(
-        found.values,
-        queries=q,
-        keys=k,
-        view=(q0, q1, k0, k1),
-        size=found.size,
-        exact=found.size == 1,
-        signed=amap.sign == "signed",
-        scale=scale,
-        cross=cross,
-        query_labels=[readable(token) for token in queries[q0:q1]] if q1 - q0 <= LABELLED else (),
-        key_labels=[readable(token) for token in keys[k0:k1]] if k1 - k0 <= LABELLED else (),
-        unit="weight" if found.size == 1 else wide[look.way],
-        title=found.title + _first(run),
-        source="head",
-    )
+    return map_data(run, look, found, scale=scale, cross=cross, source="head", title=found.title + _first(run))
 
 
 def _tokens_data(run: Run, look: Look, focus: int, direction: str, start: int) -> Data:
-    queries, keys = token_names(run, look.layer)
-    shown = keys if direction == "from" else queries
-    weights = weights_of(run, look, focus, direction)
-    start = max(0, min(start, (len(shown) - 1) // PAGE * PAGE))
-    end = min(len(shown), start + PAGE)
-    return tokens_data(
-        list(shown[start:end]),
-        start=start,
-        total=len(shown),
-        focus=focus,
-        direction=direction,
-        weights=weights[start:end],
-        top=float(weights.abs().max()) or 1.0,
-        tile=square(run, look, start, end),
-        signed=look.map(run).sign == "signed",
-        title=f"{run.provenance.model}{_first(run)}, layer {look.layer}, head {look.heads.name}",
-    )
+    title = f"{run.provenance.model}{_first(run)}, layer {look.layer}, head {look.heads.name}"
+    return text_data(run, look, focus, direction, start, weights_of(run, look, focus, direction), title)
 
 
 def _pictures(run: Run, layer: int | str, raw: bool) -> Tensor:

@@ -11,7 +11,6 @@ import workbench as wb
 from workbench.errors import WorkbenchError
 from workbench.stored_run import about_run
 
-
 _FIELDS = ("format", "about", "labels", "provenance")
 
 

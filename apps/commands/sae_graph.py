@@ -98,9 +98,7 @@ def graph(
         rows = [{"share": p.share, "raises": p.sign > 0, "path": path_text(small, p), "nodes": p.nodes} for p in best]
         if html is not None:
             html.absolute().parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(
-                f"<!doctype html><meta charset='utf-8'><title>{_slug(model)}</title>{graph_html(small)}\n"
-            )
+            html.write_text(f"<!doctype html><meta charset='utf-8'><title>{_slug(model)}</title>{graph_html(small)}\n")
         if json_graph is not None:
             json_graph.absolute().parent.mkdir(parents=True, exist_ok=True)
             wb.write_feature_graph_json(small, json_graph, slug=_slug(model), scan=model)

@@ -8,7 +8,7 @@ function draw(root, data, send) {
 }
 
 function built(root) {
-  const map = {root, query: 0, hover: null, opacity: 0.75, scale: "sqrt", send: null};
+  const map = {root, query: 0, hover: null, opacity: 0.6, scale: "sqrt", send: null};
   map.redraw = perFrame(() => paint(map));
   map.settle = settled(() => map.send("query", map.query), 120);
   map.title = element("h4");

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from workbench.zooming import Zoom
 
 CELLS = 512
-PAGE = 256
-"""Tokens of the text that are shown at once."""
 
 
 @dataclass(frozen=True)

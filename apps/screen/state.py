@@ -151,15 +151,33 @@ def forget_unless(key: str, value: str, names: Sequence[str]) -> None:
 
 def _adopt(label: str, key: str, read: Callable[[str], Any], known: Sequence[str]) -> None:
     """Take the value from the address if it was changed there: a link, or the back button."""
-    asked = st.query_params.get(key)
+    asked, wrong = st.query_params.get(key), f"wrong {key}"
     if asked is None or asked == st.session_state.get(f"written {key}"):
+        _tell(key, wrong)
         return
     st.session_state[f"written {key}"] = asked
+    st.session_state.pop(wrong, None)
     found = read(asked)
     if found is None:
-        st.warning(literal(str(UnknownName(f"{label.lower()} in the address", asked, known))))
+        said = str(UnknownName(f"{label.lower()} in the address", asked, known))
+        st.session_state[wrong] = (said, None)
+        st.warning(literal(said))
     else:
         st.session_state[key] = found
+
+
+def _tell(key: str, wrong: str) -> None:
+    """Say again what was wrong in the address, until another value is chosen: the page may have run again for a job meanwhile."""
+    if wrong not in st.session_state:
+        return
+    said, value = st.session_state[wrong]
+    now = st.session_state.get(key)
+    if value is None:
+        st.session_state[wrong] = (said, repr(now))
+    elif value != repr(now):
+        del st.session_state[wrong]
+        return
+    st.warning(literal(said))
 
 
 def _written(key: str, value: T) -> T:

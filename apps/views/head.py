@@ -7,10 +7,11 @@ from typing import Any
 
 import streamlit as st
 
-from workbench.apps.components.tilemap import SCALES, TILEMAP, tilemap_data
-from workbench.apps.components.tokens import TOKENS, tokens_data
+from workbench.apps.components.tilemap import SCALES, TILEMAP
+from workbench.apps.components.tokens import PAGE, TOKENS
+from workbench.apps.head_data import WAYS, map_data, text_data
 from workbench.apps.screen import head_view, runs, state
-from workbench.apps.screen.head_view import PAGE, Look
+from workbench.apps.screen.head_view import Look
 from workbench.apps.screen.need import guarded
 from workbench.apps.screen.runs import Captured
 from workbench.apps.screen.shown import downloads
@@ -18,7 +19,6 @@ from workbench.apps.screen.text import literal, readable
 from workbench.errors import WorkbenchError
 
 _SINK = {"show": "sink shown", "hide": "sink hidden", "renormalise": "rest renormalised"}
-_WAYS = {"mass": "mass per query", "max": "largest weight"}
 _DIRECTION = {"from": "what it attends to", "to": "who attends to it"}
 _STRONGEST = 10
 _NONE = "nothing"
@@ -50,7 +50,7 @@ def _controls(ours: Captured) -> None:
     heads = state.choose(
         "Head", head_view.heads_of(amap), "head", where=row[1], help="kv0 is the mean of a group of heads."
     )
-    way = state.choose("Cells show", list(_WAYS), "way", show=_WAYS.__getitem__, where=row[2])
+    way = state.choose("Cells show", list(WAYS), "way", show=WAYS.__getitem__, where=row[2])
     scale = state.held("scale", lambda text: text if text in SCALES else None, "sqrt")
     sink = state.choose("First token", list(_SINK), "sink", show=_SINK.__getitem__, where=row[3])
     others = {one.key: one for one in runs.captured() if one.key != ours.key}
@@ -93,28 +93,16 @@ def _map(run: Captured, look: Look, scale: str, name: str = "map") -> Any:
 
 def _draw(run: Captured, look: Look, found: Any, scale: str, name: str, signed: bool = False) -> None:
     opened = runs.opened(run)
-    amap = look.map(opened)
-    _, _, q, k = amap.shape
-    (q0, q1), (k0, k1) = found.queries, found.keys
-    queries, keys = head_view.token_names(opened, look.layer)
-    focus = _focus(q)
-    unit = "weight" if found.size == 1 else _WAYS[look.way]
+    focus = _focus(look.map(opened).shape[2])
     TILEMAP.show(
-        tilemap_data(
-            found.values,
-            queries=q,
-            keys=k,
-            view=(q0, q1, k0, k1),
-            size=found.size,
-            exact=found.size == 1,
-            signed=signed or amap.sign == "signed",
+        map_data(
+            opened,
+            look,
+            found,
             scale=scale,
             cross=(focus, state.held("key", _read_token, 0)) if "focus" in st.query_params else None,
-            query_labels=[readable(token) for token in queries[q0:q1]] if q1 - q0 <= 64 else (),
-            key_labels=[readable(token) for token in keys[k0:k1]] if k1 - k0 <= 64 else (),
-            unit=unit,
-            title=found.title,
             source=f"{run.key} {look.layer} {look.heads.name} {look.way} {look.raw} {look.hide} {look.renormalise}",
+            signed=signed,
         ),
         key=f"tilemap {name}",
         on={
@@ -148,20 +136,8 @@ def _text(run: Captured, look: Look) -> None:
     start = state.held("start", _read_start, _FOLLOW)
     if start == _FOLLOW:
         start = focus // PAGE * PAGE
-    start = max(0, min(start, (len(shown) - 1) // PAGE * PAGE))
-    end = min(len(shown), start + PAGE)
     TOKENS.show(
-        tokens_data(
-            list(shown[start:end]),
-            start=start,
-            total=len(shown),
-            focus=focus,
-            direction=direction,
-            weights=weights[start:end],
-            top=float(weights.abs().max()) or 1.0,
-            tile=head_view.square(opened, look, start, end),
-            signed=amap.sign == "signed",
-        ),
+        text_data(opened, look, focus, direction, start, weights),
         key="tokens",
         on={
             "focus": lambda value: state.put("focus", int(value)),

@@ -44,9 +44,10 @@ def page() -> None:
     from workbench.apps.work_vision import grid_from, reads_images
 
     models = [name for name in place.models() if reads_images(name)]
-    name = state.choose("Model", models, "model", show=lambda path: Path(path).name, where=st.sidebar)
+    row = st.columns([2, 2, 3], vertical_alignment="bottom")
+    name = state.choose("Model", models, "model", show=lambda path: Path(path).name, where=row[0])
+    given = _image(row[1], row[2])
     facts = need(job("workbench.apps.work_model:model_facts", name), f"Loading {Path(name).name}").load().labels
-    given = _image()
     done = need(job("capture", name, **given), f"Capturing {Path(name).name}")
     captured = Captured(done.key, done.job)
     run = runs.opened(captured)
@@ -61,20 +62,20 @@ def page() -> None:
     {"heads": _heads, "class": _classes, "distance": _distance, "erasure": _erasure}[below](look, given)
 
 
-def _image() -> dict[str, Any]:
+def _image(left: Any, right: Any) -> dict[str, Any]:
     """Arguments of the capture: the number of a made image, or the name of an uploaded one."""
-    source = state.choose("Image", list(_SOURCES), "source", show=_SOURCES.__getitem__, where=st.sidebar)
+    source = state.choose("Image", list(_SOURCES), "source", show=_SOURCES.__getitem__, where=left)
     if source == "made":
-        return {"image": state.number("Number", 0, 63, "image", default=0, where=st.sidebar, kind="number_input")}
+        return {"image": state.number("Number", 0, 63, "image", default=0, where=right, kind="number_input")}
     folder = place.cells().uploads
-    file = st.sidebar.file_uploader(
+    file = right.file_uploader(
         "Picture", type=_KINDS, max_upload_size=10, help="It is kept small in the results folder."
     )
     if file is not None:
         state.put("picture", keep_picture(file.getvalue(), folder))
     name = state.held("picture", lambda asked: asked if is_picture_name(asked) else None, "")
     if not name:
-        st.info("Choose a picture in the sidebar: PNG, JPEG, WebP, BMP or GIF, at most 10 MB.")
+        st.info("Choose a picture: PNG, JPEG, WebP, BMP or GIF, at most 10 MB.")
         st.stop()
     picture_path(name, folder)
     return {"picture": name}

@@ -124,27 +124,36 @@ def heads(page: Page, url: str, key: str, tokens: int, times: int) -> Iterator[d
         yield told(f"another {word}", found[2:], tokens=tokens)
 
 
-def zooms(page: Page, url: str, key: str, tokens: int, times: int) -> dict[str, Any]:
-    """Boxes of about 60 tokens a side along the diagonal."""
-    found = []
+def zooms(page: Page, url: str, key: str, tokens: int, times: int) -> Iterator[dict[str, Any]]:
+    """A box on the whole map, about a fiftieth of its side, and one in what is seen then, about 60 tokens a side."""
+    first, second = [], []
     for turn in range(times):
         opened(page, url, "head", run=key, layer=str(turn % 4), head=str(turn % 8))
-        shown = component(page, "tilemap map")
-        canvas, note = shown.locator("canvas.map"), shown.locator(".note")
+        note = component(page, "tilemap map").locator(".note")
         note.evaluate(WATCH)
-        box = canvas.bounding_box()
-        assert box is not None
-        x, y = box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.45
-        page.keyboard.down("Shift")
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x + 6, y + 6, steps=3)
-        page.mouse.up()
-        page.keyboard.up("Shift")
+        first.append(boxed(page, note, 6, note.inner_text()))
+        calm(page)
+        second.append(boxed(page, note, 60 if tokens > 4096 else 200, ""))
         note.filter(has_text="exact").wait_for()
-        at = page.evaluate("at")
-        found.append((at["drawn"] - at["up"]) / 1000)
-    return told("zoom to exact weights", found, tokens=tokens)
+    yield told("zoom into the whole map", first, tokens=tokens)
+    yield told("zoom to exact weights", second, tokens=tokens)
+
+
+def boxed(page: Page, note: Locator, side: int, before: str) -> float:
+    """Seconds from letting go of a box of ``side`` pixels until the new picture is drawn."""
+    box = page.locator("canvas.map").first.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.45
+    page.evaluate("at.drawn = 0")
+    page.keyboard.down("Shift")
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + side, y + side, steps=3)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    page.wait_for_function("at.drawn > at.up")
+    at = page.evaluate("at")
+    return (at["drawn"] - at["up"]) / 1000
 
 
 def empty(times: int) -> dict[str, Any]:
@@ -204,18 +213,22 @@ def main() -> None:
             raise SystemExit(f"no part {part!r}; there are {', '.join(PARTS)}")
     with contextlib.ExitStack() as stack:
         store = options.store or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rows = list(measured(store, parts, options))
+        rows = []
+        for row in measured(store, parts, options):
+            rows.append(row)
+            if not options.json:
+                print(line(row), flush=True)
     if options.json:
         print(json.dumps({"benchmark": "app", "cores": os.cpu_count(), "load": os.getloadavg()[0], "rows": rows}))
-        return
-    for row in rows:
-        where = f" at {row['tokens']:,} tokens" if "tokens" in row else ""
-        if "mb" in row:
-            print(f"{row['what']}{where}: " + ", ".join(f"{mb} MB after {n}" for n, mb in row["mb"].items()))
-        else:
-            print(
-                f"{row['what']}{where}: median {row['median_ms']:.0f} ms, slowest {row['slowest_ms']:.0f} ms of {row['times']}"
-            )
+
+
+def line(row: dict[str, Any]) -> str:
+    where = f" at {row['tokens']:,} tokens" if "tokens" in row else ""
+    if "mb" in row:
+        return f"{row['what']}{where}: " + ", ".join(f"{mb} MB after {n}" for n, mb in row["mb"].items())
+    return (
+        f"{row['what']}{where}: median {row['median_ms']:.0f} ms, slowest {row['slowest_ms']:.0f} ms of {row['times']}"
+    )
 
 
 def measured(store: Path, parts: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -231,7 +244,7 @@ def measured(store: Path, parts: list[str], options: argparse.Namespace) -> Iter
             if "head" in parts:
                 yield from heads(page, url, key, tokens, options.times)
             if "zoom" in parts:
-                yield zooms(page, url, key, tokens, min(8, options.times))
+                yield from zooms(page, url, key, tokens, min(8, options.times))
         if "memory" in parts:
             tokens = max(keys)
             yield memory(page, url, process, keys[tokens], tokens, options.interactions)

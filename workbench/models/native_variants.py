@@ -99,7 +99,7 @@ class VariantMixer(nn.Module):
         return z, amap
 
     def arguments(self, x: Tensor, xk: Tensor, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-        """What the operator gets for whole sequences: the layer's input x ``[B, N, D]`` (of keys ``xk``), queries, keys, values."""
+        """What the operator gets for sequences: the layer's input x ``[B, N, D]`` (of keys ``xk``), queries, keys, values."""
         given: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": Mask(causal=self.causal)}
         for name, learned in self.recipe.learned.items():
             given[name] = self._learned(name, learned, xk if learned.axes.startswith("G") else x)

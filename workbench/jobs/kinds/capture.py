@@ -33,7 +33,8 @@ def block_size(tokens: int) -> int:
 
 
 def capture(cell: Cell) -> Outcome:
-    """One row per head: entropy in nats, distance in tokens, the key with the largest share. The run is saved (``wb.open_run``).
+    """One row per head: entropy in nats (NaN for signed maps), distance in tokens, the key with the largest share. The run is
+    saved (``wb.open_run``).
 
     The input is ``text``; or ``filler``, so many tokens of made-up text, or ``needle``, the same with facts in it; or the first
     example of the job's task (its ``side`` clean or corrupt); or, for models that read images, ``image``, the number of a made
