@@ -26,7 +26,9 @@ def page() -> None:
         "What a model is made of, how the attention of each layer is read, and how much memory it takes to keep that for a "
         "given length of input."
     )
-    name = state.choose("Model", place.models(), "model", show=lambda path: Path(path).name, where=st.container(width=400))
+    name = state.choose(
+        "Model", place.models(), "model", show=lambda path: Path(path).name, where=st.container(width=400)
+    )
     done = need(job("workbench.apps.work_model:model_facts", name), f"Loading {Path(name).name}")
     facts = done.load().labels
     python = f"import workbench as wb\n\nmodel = wb.load({name!r})"
