@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from workbench.apps.screen import state
 from workbench.apps.screen.look import ICON, STYLE
 from workbench.apps.screen.pages import PAGES
 from workbench.apps.screen.warm import warm
@@ -26,6 +27,7 @@ def main() -> None:
     }
     chosen = st.navigation(pages, expanded=True)
     warm()
+    state.turn_to(chosen.url_path)
     chosen.run()
 
 

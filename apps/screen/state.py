@@ -14,6 +14,30 @@ from workbench.apps.screen.text import literal
 from workbench.errors import UnknownName
 
 T = TypeVar("T")
+SHARED = ("model", "task", "run", "layer", "head", "method", "other", "seed")
+"""Values that mean the same on every page: another page takes them over. All others belong to their page."""
+
+
+def turn_to(page: str) -> None:
+    """Before a page is drawn: put away what the page before it had chosen, and bring back what this one had. Pages may so use one
+    word for different things."""
+    before, kept = st.session_state.get("page"), st.session_state.setdefault("pages", {})
+    if before == page:
+        return
+    own = [
+        key.removeprefix("written ")
+        for key in map(str, st.session_state)
+        if key.startswith("written ") and key.removeprefix("written ") not in SHARED
+    ]
+    names = [name for key in own for name in (key, f"written {key}", f"wrong {key}") if name in st.session_state]
+    values = {name: st.session_state[name] for name in names}
+    for name in names:
+        del st.session_state[name]
+    if before is not None:
+        kept[before] = values
+    for name, value in kept.get(page, {}).items():
+        st.session_state[name] = value
+    st.session_state["page"] = page
 
 
 def choose(
@@ -34,8 +58,9 @@ def choose(
         raise UnknownName(label.lower(), "", [])
     named = {str(option): option for option in options}
     _adopt(label, key, named.get, list(named))
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = default if default in options else options[0]
+    before = st.session_state.get(key)
+    if before not in options:  # a head of another page may be the same by its name
+        st.session_state[key] = named.get(str(before), default if default in options else options[0])
     rest: dict[str, Any] = (
         {"required": True} if kind == "segmented_control" else {"horizontal": True} if kind == "radio" else {}
     )

@@ -60,7 +60,7 @@ def _form() -> tuple[Job | None, int, bool]:
     task, seed, tokens, about = None, 0, 0, False
     longest = min(_MOST, (sizes.context if sizes and sizes.context else _MOST)) - 1
     if source == "text":
-        words = st.text_area("Text", TEXT, height=160, key="prompt", persist_state="session")
+        words = st.text_area("Text", TEXT, height=160, key="captured text", persist_state="session")
         args, tokens, about = {"text": words}, -(-len(words) // _CHARACTERS), True
     elif source == "file":
         given = st.file_uploader("Text file, UTF-8", type=["txt", "md", "py", "json", "csv", "log"], max_upload_size=5)

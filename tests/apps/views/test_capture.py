@@ -19,7 +19,7 @@ def metrics(page):
 
 def test_a_text_is_captured_and_the_output_stays_the_same(tmp_path):
     page = open_page("capture", tmp_path)
-    page.text_area(key="prompt").set_value("When Mary and John went to the store, John gave a ring to")
+    page.text_area(key="captured text").set_value("When Mary and John went to the store, John gave a ring to")
     page = pressed(page.run())
     assert metrics(page)["Logit difference"] == "0"
     exec(python_of(page)[0], names := {})
@@ -40,7 +40,7 @@ def test_bytes_are_predicted_before_and_are_about_what_is_written(tmp_path):
 
 def test_mistakes_are_one_line_and_nothing_runs(tmp_path):
     page = open_page("capture", tmp_path)
-    page.text_area(key="prompt").set_value("   ")
+    page.text_area(key="captured text").set_value("   ")
     page.run()
     assert "the prompt is empty" in page.error[0].value
     assert next(button for button in page.button if button.label == "Capture").disabled
