@@ -121,7 +121,8 @@ def test_ctrl_c_stops_and_the_same_command_continues(start, tmp_path, workbench)
     assert 1 <= last["done"] < 12
     assert last["done"] + last["left"] == 12
     state = workbench("jobs", "status", "--store", tmp_path / "store", "--json").json
-    assert (state["done"], state["running"], state["missing"]) == (last["done"], 0, last["left"])
+    assert last["done"] <= state["done"] <= last["done"] + 2  # what a worker finished before it heard of the end stays
+    assert (state["done"] + state["missing"], state["running"]) == (12, 0)
     assert workbench("jobs", *words, "--set", "seed=[0,1,2,3]").code == 0
 
 

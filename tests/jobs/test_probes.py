@@ -68,7 +68,7 @@ def test_every_probe_is_told() -> None:
     import workbench as wb
 
     known = probes()
-    assert {"sleep", "fail", "find_circuit", "circuit_score", "train_sae", *wb.analyses()} == set(known)
+    assert {"sleep", "fail", "find_circuit", "circuit_score", "train_sae", "capture", *wb.analyses()} == set(known)
     for name, probe in known.items():
         assert isinstance(probe, Probe)
         assert probe.name == name

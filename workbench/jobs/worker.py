@@ -102,8 +102,7 @@ def _compute(store: JobStore, job: Job, order: Mapping[str, Any]) -> dict[str, A
     assert _guard is not None
     _guard.reset()
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    log, loading = _Tail(), 0.0
-    scratch = store.scratch(job)
+    log, loading, scratch = _Tail(), 0.0, store.scratch(job)
     model: _Loaded | None = None
 
     def load() -> Any:
