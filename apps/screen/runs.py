@@ -95,6 +95,7 @@ def current(key: str = "run", label: str = "Run", where: Any = None, models: Any
         key,
         show=lambda k: known[k].title if k in known else k,
         where=where or st.container(width=560),
+        always=True,
     )
     return known[chosen]
 

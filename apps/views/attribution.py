@@ -125,9 +125,13 @@ def _from_file() -> Found | None:
     file = st.file_uploader(
         "A graph as JSON, of this app, circuit-tracer or Neuronpedia", type="json", max_upload_size=_LARGEST
     )
-    if file is not None and st.session_state.get("taken") != file.file_id:
-        st.session_state["taken"] = file.file_id
-        state.put("file", store_file(folder, file.getvalue()))
+    if file is not None:
+        taken, refused = st.session_state.get("taken", (None, ""))
+        if taken != file.file_id:
+            refused = _take(folder, file.getvalue())
+            st.session_state["taken"] = (file.file_id, refused)
+        if refused:
+            st.error(literal(f"{file.name} is not shown: {refused}"))
     known = stored_files(folder)
     if not known:
         st.info("Nothing was brought along yet. The button below a computed graph writes such a file.")
@@ -139,6 +143,15 @@ def _from_file() -> Found | None:
     )
     python += f"graph = read_file(Path({str(path)!r}))\n"
     return _file(str(path)), str(path), python, f"file-{key}"
+
+
+def _take(folder: Path, raw: bytes) -> str:
+    """Keep a file that was brought along and show it; why not, if that is so."""
+    try:
+        state.put("file", store_file(folder, raw))
+    except WorkbenchError as error:
+        return str(error)
+    return ""
 
 
 def _title(path: str) -> str:

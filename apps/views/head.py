@@ -94,13 +94,14 @@ def _map(run: Captured, look: Look, scale: str, name: str = "map") -> Any:
 def _draw(run: Captured, look: Look, found: Any, scale: str, name: str, signed: bool = False) -> None:
     opened = runs.opened(run)
     focus = _focus(look.map(opened).shape[2])
+    chosen = _chosen() is not None
     TILEMAP.show(
         map_data(
             opened,
             look,
             found,
             scale=scale,
-            cross=(focus, state.held("key", _read_token, 0)) if "focus" in st.query_params else None,
+            cross=(focus, state.held("key", _read_token, 0)) if chosen else None,
             source=f"{run.key} {look.layer} {look.heads.name} {look.way} {look.raw} {look.hide} {look.renormalise}",
             signed=signed,
         ),
@@ -202,7 +203,12 @@ def _beside(ours: Captured, theirs: Captured, look: Look, scale: str) -> None:
 
 def _focus(queries: int) -> int:
     """The token that is looked at; the last one to begin with."""
-    return min(state.held("focus", _read_token, queries - 1), queries - 1)
+    chosen = _chosen()
+    return queries - 1 if chosen is None else min(chosen, queries - 1)
+
+
+def _chosen() -> int | None:
+    return state.held("focus", _read_token, None, say=lambda at: "" if at is None else str(at))
 
 
 def _read_token(text: str) -> int | None:

@@ -53,6 +53,7 @@ def _chosen(stores: Sequence[JobStore]) -> JobStore:
         "Folder",
         list(named),
         "folder",
+        always=True,
         show=lambda n: "computed by the pages of the app" if named[n].path == own else n,
     )
     return named[name]

@@ -56,7 +56,7 @@ def page() -> None:
 
 def _of_cells(cells: dict[str, Job]) -> Job | None:
     chosen = state.several(
-        "Cells", list(cells), "cells", default=list(cells)[:_NEWEST], show=lambda key: title_of(cells[key]),
+        "Cells", list(cells), "cells", default=list(cells)[:_NEWEST], always=True, show=lambda key: title_of(cells[key]),
         help="What pages computed, the newest first.",
     )  # fmt: skip
     if not chosen:

@@ -42,7 +42,7 @@ def page() -> None:
         st.error(literal(f"{name} cannot be read: {why}"), icon=":material/broken_image:")
     whole = {thing.name: thing for thing in things if thing.name not in broken}
     if whole:
-        chosen = state.choose("Result", list(whole), "result", where=st.container(width=560))
+        chosen = state.choose("Result", list(whole), "result", always=True, where=st.container(width=560))
         _show(whole[chosen])
 
 

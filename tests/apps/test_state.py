@@ -36,3 +36,44 @@ def test_a_wrong_value_is_told_until_another_one_is_chosen(tmp_path):
         page = settled(page.run())
     page.selectbox(key="sort").set_value("sink")
     assert not settled(page.run()).warning
+
+
+def test_the_address_holds_what_was_chosen_and_no_default(tmp_path):
+    page = open_page("head", tmp_path)
+    assert set(page.query_params) == {"run"}
+    page.selectbox(key="layer").set_value(page.selectbox(key="layer").options[2])
+    page = settled(page.run())
+    assert page.query_params["layer"] == page.selectbox(key="layer").options[2]
+    page.selectbox(key="layer").select_index(0)
+    assert set(settled(page.run()).query_params) == {"run"}
+    assert open_page("head", tmp_path, layer="0").query_params["layer"] == "0"  # a link may name a default
+
+
+def test_what_leaves_the_address_is_the_default_again(tmp_path):
+    page = open_page("head", tmp_path, layer="2", view="10-50-0-40")
+    assert drawn(page, "tilemap map")["view"] == [10, 50, 0, 40]
+    for key in ("view", "layer"):
+        del page.query_params[key]
+    page = settled(page.run())
+    assert page.selectbox(key="layer").value == 0
+    assert drawn(page, "tilemap map")["view"][0] == 0
+
+
+def test_a_choice_made_right_behind_another_loses_neither(tmp_path):
+    page = open_page("head", tmp_path)
+    page.selectbox(key="layer").select_index(2)
+    page = settled(page.run())
+    del page.query_params["layer"]  # as the browser sends it that has not heard of the layer yet
+    page.selectbox(key="head").select_index(3)
+    page = settled(page.run())
+    assert (page.selectbox(key="layer").index, page.selectbox(key="head").index) == (2, 3)
+    assert page.query_params["layer"] == page.selectbox(key="layer").options[2]
+
+
+def test_what_nobody_chose_follows_its_default(tmp_path):
+    page = open_page("circuit", tmp_path)
+    assert page.selectbox(key="method").value == "patching"
+    page.selectbox(key="model").set_value("tiny-softmax")
+    page = settled(page.run())
+    assert page.selectbox(key="method").value == "eap-ig"
+    assert "method" not in page.query_params

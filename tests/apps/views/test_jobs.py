@@ -172,7 +172,7 @@ def test_a_grid_is_estimated_started_and_its_results_compared(tmp_path: Path) ->
     press(page, "Estimate")
     assert "workers" in texts(page) or "worker" in texts(page)
     press(page, "Start")
-    assert page.query_params["tab"] == "Progress"
+    assert page.session_state["tab"] == "Progress"
     until(page, lambda: "8 of 8 cells done" in str(page.get("progress")[0].proto.text))
     until(page, lambda: process.under_way(tmp_path / "night") is None)
     assert (tmp_path / "night" / ".app" / "night.yaml").read_text() == SPEC + "rows: [1, 2]\n"
