@@ -192,8 +192,8 @@ function ask(map) {
 // ---- Choosing
 // The tokens under the pointer, fractions of a token kept: {q, k}; null beside the map unless `cut` is asked for.
 function at(map, event, cut = false) {
-  const {wide, high} = place(map), [q0, q1, k0, k1] = map.view;
-  const x = (event.offsetX - EDGE.left) / wide, y = (event.offsetY - EDGE.top) / high;
+  const {left, wide, high} = place(map), [q0, q1, k0, k1] = map.view;
+  const x = (event.offsetX - left) / wide, y = (event.offsetY - TOP) / high;
   if (!cut && (x < 0 || x >= 1 || y < 0 || y >= 1)) return null;
   return {q: q0 + clamp(y, 0, 1) * (q1 - q0), k: k0 + clamp(x, 0, 1) * (k1 - k0)};
 }

@@ -1,17 +1,20 @@
 // How the tile map is painted: pictures, numbers, crosses, axes and the bar of colours, all on one canvas.
-const EDGE = {left: 100, right: 78, top: 8, bottom: 98}; // pixels around the map
+const TOP = 8, RIGHT = 78; // pixels above the map, and for the bar of colours beside it
 const LABELLED = 64; // tokens on a side that are shown as text
 const LETTERS = 72; // pixels for a token and its position on an axis
 
-// Where the map lies on the canvas, in CSS pixels: as wide as fits, as high as its shape asks for.
+// Where the map lies on the canvas, in CSS pixels: as wide as fits beside its axes, which are wider where they hold words; as high
+// as its shape asks for.
 function place(map) {
-  const wide = clamp((map.root.clientWidth || 640) - EDGE.left - EDGE.right, 120, 640);
-  return {wide, high: clamp((wide * map.data.queries) / map.data.keys, Math.min(wide, 140), 640)};
+  const {queries, keys, query_labels, key_labels} = map.data;
+  const left = query_labels.length ? LETTERS + 28 : 30 + 7 * count(queries - 1).length, under = key_labels.length ? LETTERS + 26 : 48;
+  const wide = clamp((map.root.clientWidth || 640) - left - RIGHT, 120, 640);
+  return {left, under, wide, high: clamp((wide * queries) / keys, Math.min(wide, 140), 640)};
 }
 
 function paint(map) {
-  const {canvas, root, data} = map, {wide, high} = place(map), look = theme(root), ratio = devicePixelRatio || 1;
-  const width = EDGE.left + wide + EDGE.right, height = EDGE.top + high + EDGE.bottom;
+  const {canvas, root, data} = map, {left, under, wide, high} = place(map), look = theme(root), ratio = devicePixelRatio || 1;
+  const width = left + wide + RIGHT, height = TOP + high + under;
   if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round(height * ratio);
@@ -19,20 +22,20 @@ function paint(map) {
     canvas.style.height = `${height}px`;
   }
   const pen = canvas.getContext("2d"), [q0, q1, k0, k1] = map.view;
-  const x = (k) => EDGE.left + ((k - k0) / (k1 - k0)) * wide, y = (q) => EDGE.top + ((q - q0) / (q1 - q0)) * high;
-  const frame = {x, y, wide, high, look, ratio, colours: palette(data.signed, look.dark)};
+  const x = (k) => left + ((k - k0) / (k1 - k0)) * wide, y = (q) => TOP + ((q - q0) / (q1 - q0)) * high;
+  const frame = {x, y, left, under, wide, high, look, ratio, colours: palette(data.signed, look.dark)};
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.clearRect(0, 0, width, height);
   pen.save();
   pen.beginPath();
-  pen.rect(EDGE.left, EDGE.top, wide, high);
+  pen.rect(left, TOP, wide, high);
   pen.clip();
   for (const layer of map.layers) paintLayer(pen, map, layer, frame);
   paintNumbers(pen, map, frame);
   paintCrosses(pen, map, frame);
   pen.restore();
   pen.strokeStyle = look.line;
-  pen.strokeRect(EDGE.left - 0.5, EDGE.top - 0.5, wide + 1, high + 1);
+  pen.strokeRect(left - 0.5, TOP - 0.5, wide + 1, high + 1);
   paintAxis(pen, map, frame, 0);
   paintAxis(pen, map, frame, 1);
   paintBar(pen, map, frame);
@@ -86,14 +89,14 @@ function paintNumbers(pen, map, {x, y, look, colours}) {
     }
 }
 
-function paintCrosses(pen, map, {x, y, wide, high, look}) {
+function paintCrosses(pen, map, {x, y, left: start, wide, high, look}) {
   const lines = ([q, k], size, style, dash) => {
     pen.strokeStyle = style;
     pen.setLineDash(dash);
-    const [left, right, upper, lower] = [x(k), x(k + size), y(q), y(q + size)];
-    if (right - left > 6) pen.strokeRect(left, upper, right - left, lower - upper);
-    for (const across of right - left > 6 ? [left, right] : [(left + right) / 2]) stroke(pen, across, EDGE.top, across, EDGE.top + high);
-    for (const down of lower - upper > 6 ? [upper, lower] : [(upper + lower) / 2]) stroke(pen, EDGE.left, down, EDGE.left + wide, down);
+    const [near, far, upper, lower] = [x(k), x(k + size), y(q), y(q + size)];
+    if (far - near > 6) pen.strokeRect(near, upper, far - near, lower - upper);
+    for (const across of far - near > 6 ? [near, far] : [(near + far) / 2]) stroke(pen, across, TOP, across, TOP + high);
+    for (const down of lower - upper > 6 ? [upper, lower] : [(upper + lower) / 2]) stroke(pen, start, down, start + wide, down);
     pen.setLineDash([]);
   };
   const twice = (cell, size, style, dash) => { // a halo, so that the line is seen on dark and on bright cells
@@ -122,7 +125,7 @@ function stroke(pen, ...[x0, y0, x1, y1]) {
 }
 
 // Queries (side 0) down the left edge, keys (side 1) along the lower one. Keys are drawn with the page turned.
-function paintAxis(pen, map, {x, y, wide, high, look}, side) {
+function paintAxis(pen, map, {x, y, left, under, wide, high, look}, side) {
   const [from, to] = map.view.slice(2 * side, 2 * side + 2), long = side ? wide : high, token = long / (to - from);
   const words = to - from <= LABELLED && (side ? map.data.key_labels : map.data.query_labels).length > 0;
   const step = words ? Math.max(1, Math.ceil(10 / token)) : tickStep((to - from) * ((side ? 54 : 26) / long));
@@ -131,23 +134,23 @@ function paintAxis(pen, map, {x, y, wide, high, look}, side) {
   pen.font = `600 12px ${look.font}`;
   pen.fillStyle = look.dim;
   pen.textAlign = "center";
-  if (side) pen.fillText("key (attended to)", EDGE.left + wide / 2, EDGE.top + high + (words ? EDGE.bottom - 8 : 36));
+  if (side) pen.fillText("key (attended to)", left + wide / 2, TOP + high + (words ? under - 8 : 36));
   else {
-    pen.translate(9, EDGE.top + high / 2);
+    pen.translate(9, TOP + high / 2);
     pen.rotate(-Math.PI / 2);
     pen.fillText("query (attends)", 0, 0);
     pen.setTransform(devicePixelRatio || 1, 0, 0, devicePixelRatio || 1, 0, 0);
   }
   pen.font = `${words && token < 12 ? 10 : 11}px ${look.font}`;
   for (let position = Math.ceil(from / step) * step; position < to; position += step) {
-    const middle = side ? x(position + 0.5) : y(position + 0.5), start = side ? EDGE.left : EDGE.top;
+    const middle = side ? x(position + 0.5) : y(position + 0.5), start = side ? left : TOP;
     if (middle < start || middle > start + long) continue;
     pen.strokeStyle = look.line;
-    if (side) stroke(pen, middle, EDGE.top + high, middle, EDGE.top + high + 4);
-    else stroke(pen, EDGE.left - 4, middle, EDGE.left, middle);
+    if (side) stroke(pen, middle, TOP + high, middle, TOP + high + 4);
+    else stroke(pen, left - 4, middle, left, middle);
     const word = words ? label(map, side, position) : undefined;
     pen.save();
-    pen.translate(side ? middle : EDGE.left - 7, side ? EDGE.top + high + 7 : middle);
+    pen.translate(side ? middle : left - 7, side ? TOP + high + 7 : middle);
     if (side && words) pen.rotate(-Math.PI / 2);
     pen.textAlign = side && !words ? "center" : "right";
     if (side && !words) pen.translate(0, 6);
@@ -169,24 +172,24 @@ const tickStep = (least) => {
   return [1, 2, 5, 10].map((times) => times * ten).find((step) => step >= least - 1e-9);
 };
 
-function paintBar(pen, map, {wide, high, look, colours}) {
-  const {top, signed, unit} = map.data, left = EDGE.left + wide + 14, tall = Math.min(high, 260);
+function paintBar(pen, map, {left, wide, high, look, colours}) {
+  const {top, signed, unit} = map.data, x = left + wide + 14, tall = Math.min(high, 260);
   for (let line = 0; line < tall; line++) {
     const share = signed ? 1 - (2 * line) / (tall - 1) : 1 - line / (tall - 1), at = 3 * Math.round(255 * Math.abs(share));
     pen.fillStyle = `rgb(${(share < 0 ? colours.minus : colours.plus).slice(at, at + 3)})`;
-    pen.fillRect(left, EDGE.top + line, 12, 1.5);
+    pen.fillRect(x, TOP + line, 12, 1.5);
   }
   pen.strokeStyle = look.line;
-  pen.strokeRect(left - 0.5, EDGE.top - 0.5, 13, tall + 1);
+  pen.strokeRect(x - 0.5, TOP - 0.5, 13, tall + 1);
   pen.font = `11px ${look.font}`;
   pen.fillStyle = look.ink;
   pen.textAlign = "left";
   pen.textBaseline = "middle";
   for (const share of signed ? [1, 0.5, 0, -0.5, -1] : [1, 0.75, 0.5, 0.25, 0]) {
-    const middle = EDGE.top + clamp((signed ? (1 - share) / 2 : 1 - share) * tall, 5, tall - 5);
+    const middle = TOP + clamp((signed ? (1 - share) / 2 : 1 - share) * tall, 5, tall - 5);
     const value = Math.sign(share || 1) * (share || map.scale === "log" ? valueAt(Math.abs(share), top, map.scale) : 0);
-    pen.fillText((map.scale === "log" && !share ? "≤ " : "") + brief(value), left + 17, middle);
+    pen.fillText((map.scale === "log" && !share ? "≤ " : "") + brief(value), x + 17, middle);
   }
   pen.fillStyle = look.dim;
-  pen.fillText(shortened(unit, 12), left, EDGE.top + tall + 12);
+  pen.fillText(shortened(unit, 12), x, TOP + tall + 12);
 }

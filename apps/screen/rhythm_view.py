@@ -48,9 +48,11 @@ def line(table: pd.DataFrame, value: str, points: int = POINTS) -> pd.DataFrame:
     return shown.assign(token=[readable(token) for token in shown["token"]]).reset_index(drop=True)
 
 
-def chart(points: pd.DataFrame, unit: str, page: tuple[int, int], mark: str | None, picked: str) -> dict[str, Any]:
-    """The Vega-Lite spec of a line over the text: the coloured page shaded, and the tokens with 1 in the column ``mark`` as
-    triangles. A click gives the token's position to the parameter ``picked``."""
+def chart(
+    points: pd.DataFrame, unit: str, page: tuple[int, int] | None, mark: str | None, picked: str
+) -> dict[str, Any]:
+    """The Vega-Lite spec of a line over the text: the coloured page, if it is a part, shaded, and the tokens with 1 in the
+    column ``mark`` as triangles. A click gives the token's position to the parameter ``picked``."""
     position = {"field": "position", "type": "quantitative", "title": "token", "scale": {"nice": False}}
     tooltip = [
         {"field": "position", "type": "quantitative"},
@@ -59,13 +61,15 @@ def chart(points: pd.DataFrame, unit: str, page: tuple[int, int], mark: str | No
     ]
     value = {"field": "value", "type": "quantitative", "title": unit}
     layers: list[dict[str, Any]] = [
-        {
+        {"mark": {"type": "line", "strokeWidth": 1.4}, "encoding": {"x": position, "y": value}}
+    ]
+    if page is not None:
+        shade = {
             "data": {"values": [{"from": page[0], "to": page[1] - 1}]},
             "mark": {"type": "rect", "opacity": 0.12, "color": "#e8590c"},
             "encoding": {"x": {"field": "from", "type": "quantitative"}, "x2": {"field": "to"}},
-        },
-        {"mark": {"type": "line", "strokeWidth": 1.4}, "encoding": {"x": position, "y": value}},
-    ]
+        }
+        layers.insert(0, shade)
     if mark is not None:
         layers.append(
             {

@@ -107,8 +107,8 @@ def _prediction(wanted: Job | None, tokens: int, about: bool) -> None:
         return
     sizes = predict.sizes(wanted.model)
     roughly = "about " if about else ""
-    columns = st.columns(3)
-    columns[0].metric("Tokens", f"{roughly}{tokens:,}")
+    row = st.container(horizontal=True, gap="medium")
+    row.metric("Tokens", f"{roughly}{tokens:,}", width="content")
     if sizes is None:
         st.caption(
             "The config of this model does not say its sizes, so what will be stored is not known before it ran."
@@ -116,10 +116,11 @@ def _prediction(wanted: Job | None, tokens: int, about: bool) -> None:
         return
     size = predict.disk(sizes, tokens)
     took = predict.seconds(wanted.model, tokens)
-    columns[1].metric("On disk", f"{roughly}{size_text(size)}")
-    columns[2].metric(
+    row.metric("On disk", f"{roughly}{size_text(size)}", width="content")
+    row.metric(
         "Time",
         "not known yet" if took is None else f"≤ {max(1, round(took)):,} s",
+        width="content",
         help="From captures of this model that ran here; twice the tokens take at most four times as long.",
     )
     dense = 4 * sizes.layers * sizes.heads * tokens**2
@@ -134,13 +135,13 @@ def _outcome(run: Captured) -> None:
     about = runs.about(run)
     state.put("run", run.key)
     st.subheader("Captured")
-    columns = st.columns(4)
-    columns[0].metric("Tokens", f"{about['tokens']:,}")
-    columns[1].metric("Seconds", f"{about['seconds']:.2f}")
-    columns[2].metric("On disk", size_text(about["bytes"]))
+    row = st.container(horizontal=True, gap="large")
+    row.metric("Tokens", f"{about['tokens']:,}", width="content")
+    row.metric("Seconds", f"{about['seconds']:.2f}", width="content")
+    row.metric("On disk", size_text(about["bytes"]), width="content")
     difference = about["logit_difference"]
-    columns[3].metric(
-        "Logit difference", "not checked" if difference is None else f"{difference:g}",
+    row.metric(
+        "Logit difference", "not checked" if difference is None else f"{difference:g}", width="content",
         help="Largest difference of the last position's logits with capture on and off. It has to be 0: looking changes nothing.",
     )  # fmt: skip
     if difference:

@@ -157,8 +157,9 @@ def _along(frame: pd.DataFrame, name: str, mark: str | None, unit: str, python: 
             state.put("token", int(rows[0]["position"]))
             state.put("page", int(rows[0]["position"]) // PAGE)
 
+    page = (start, end) if pages > 1 else None
     st.vega_lite_chart(
-        points, rhythm_view.chart(points, unit, (start, end), mark, _PICK), key="rhythm line", height=240, width="stretch",
+        points, rhythm_view.chart(points, unit, page, mark, _PICK), key="rhythm line", height=240, width="stretch",
         on_select=picked, selection_mode=_PICK, alt=f"{unit} along the text",
     )  # fmt: skip
     downloads(
@@ -173,6 +174,11 @@ def _along(frame: pd.DataFrame, name: str, mark: str | None, unit: str, python: 
         [readable(one) for one in shown["token"]],
         values.fillna(0.0).tolist(),
         at=token - start if start <= token < end else -1,
+    )
+    st.caption(
+        "The text, each token on its own number: blue above the median of what is shown, orange below."
+        if name == "waad"
+        else "The text: the darker a token, the larger its number."
     )
     EXAMPLES.show(
         examples_data([(f"tokens {start:,} to {end - 1:,} of {len(frame):,}", [row])], unit=said), key="rhythm text"

@@ -71,6 +71,10 @@ def test_every_page_draws_something_and_fits(app, browser_page, name, width):
     expect(main.locator(f"{_DRAWN}, {_ASKS}" if name in _WAITING else _DRAWN).first).to_be_attached(timeout=120_000)
     wide = main.evaluate("m => m.scrollWidth - m.clientWidth")
     assert wide <= 1, f"{wide} pixels stand out to the right"
+    cut = main.locator('[data-testid="stMetricValue"] *').evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+    )
+    assert not cut, f"numbers that do not fit: {cut}"
 
 
 def test_a_prompt_is_captured_and_looked_at(app, browser_page):

@@ -14,7 +14,9 @@ from playwright.sync_api import Page
 
 from workbench.apps.components.tilemap import TILEMAP, tilemap_data
 
-LEFT, TOP, SIDE = 100, 8, 640
+TOP, SIDE = 8, 640
+LEFT, FEW, WORDS = 65, 37, 100
+"""Where a map begins: beside positions of four digits, of one, and beside tokens."""
 NAN = float("nan")
 Open = Callable[..., Shown]
 
@@ -25,9 +27,12 @@ def data_of(values: Any, **options: Any) -> dict[str, Any]:
     return tilemap_data(values, **{**whole, **options})
 
 
-def spot(row: float, column: float, rows: int, columns: int, high: int = SIDE) -> tuple[float, float]:
+def spot(
+    row: float, column: float, rows: int, columns: int, high: int = SIDE, left: int | None = None
+) -> tuple[float, float]:
     """Where the middle of a cell lies on the canvas, when rows x columns of them are in view."""
-    return LEFT + (column + 0.5) / columns * SIDE, TOP + (row + 0.5) / rows * high
+    left = left or (FEW if rows < 10 else LEFT)
+    return left + (column + 0.5) / columns * SIDE, TOP + (row + 0.5) / rows * high
 
 
 def pixel(page: Page, x: float, y: float) -> tuple[int, ...]:
@@ -82,7 +87,7 @@ def test_every_cell_tells_the_number_that_was_packed(shown: Open, browser_page: 
     shown(TILEMAP, data_of(values, signed=True, unit="logits", query_labels=["Ġa", "<b>"], key_labels=["x", "\n", " "]))
     high = round(SIDE * 2 / 3)
     for (row, column), value in np.ndenumerate(values):
-        said = hover(browser_page, *spot(row, column, 2, 3, high))
+        said = hover(browser_page, *spot(row, column, 2, 3, high, WORDS))
         words = f"query {row} {'a' if row == 0 else '<b>'} · key {column} {'x↵␣'[column]}: "
         assert re.sub("[\u2068\u2069]", "", said).startswith(words)
         told = said.split(": ")[1]
@@ -293,15 +298,15 @@ def test_new_data_leaves_one_of_everything_and_no_listener_behind(shown: Open, b
 
 
 def test_tokens_are_written_on_the_axes_when_few_are_in_view(shown: Open, browser_page: Page) -> None:
-    """The same map with and without labels differs beside the axes, and nowhere else but there."""
+    """Beside the map there is more ink with words than with positions alone, and more room for it."""
     tokens = [f"word{i}" for i in range(40)]
     values = np.random.default_rng(0).random((40, 40))
     shown(TILEMAP, data_of(values))
-    ink = "(canvas) => { const {data} = canvas.getContext('2d').getImageData(10, 8, 84, 640);" \
+    ink = "(canvas, wide) => { const {data} = canvas.getContext('2d').getImageData(18, 8, wide - 24, 640);" \
         " return data.filter((value, i) => i % 4 === 3 && value > 100).length; }"  # fmt: skip
-    few = browser_page.locator("canvas").evaluate(ink)
+    few = browser_page.locator("canvas").evaluate(ink, 44)
     shown(TILEMAP, data_of(values, query_labels=tokens, key_labels=tokens))
-    assert browser_page.locator("canvas").evaluate(ink) > 3 * few > 0
+    assert browser_page.locator("canvas").evaluate(ink, WORDS) > 3 * few > 0
 
 
 def test_a_picture_that_cannot_be_read_is_told_in_its_place_and_mended(shown: Open, browser_page: Page) -> None:
