@@ -66,7 +66,7 @@ def picture(draw: Callable[[], Axes], label: str) -> str:
 
 def inline(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element. ``name`` makes its ids unique in the page."""
-    _plain_powers(figure)
+    plain_powers(figure)
     text = _svg(figure)
     if len(text) > HEAVY:
         for ax in figure.axes:
@@ -89,8 +89,9 @@ def inline(figure: Figure, name: str) -> str:
     return text
 
 
-def _plain_powers(figure: Figure) -> None:
-    """Powers of ten on axes as letters: matplotlib writes them as mathematics, which the style does not read."""
+def plain_powers(figure: Figure) -> None:
+    """Powers of ten on axes as letters, before a figure is saved within ``style``: matplotlib writes them as mathematics, which
+    the style does not read."""
     from matplotlib.ticker import Formatter, LogFormatterMathtext
 
     class Letters(Formatter):

@@ -76,7 +76,7 @@ def draw_bars(
     ax: Axes | None = None,
 ) -> Axes:
     """A group of bars per name, one bar per entry of ``values``; ``ends`` gives the ends of its intervals."""
-    ax = axis(ax, max(4.8, 1.6 + 0.5 * len(names) * len(values)), 3.2)
+    ax = axis(ax, min(8.0, max(4.8, 1.6 + 0.4 * len(names) * len(values))), 3.2)
     wide = 0.8 / len(values)
     for i, (label, heights) in enumerate(values.items()):
         places = np.arange(len(names)) + wide * (i - (len(values) - 1) / 2)
@@ -87,9 +87,11 @@ def draw_bars(
             down, up = np.maximum(tops - low, 0), np.maximum(high - tops, 0)
             ax.errorbar(places, tops, [down, up], fmt="none", ecolor="0.4", capsize=3)
     ax.set_xticks(range(len(names)), list(names), parse_math=False)
-    ax.set(ylabel=wrapped(unit, 2.8), title=wrapped(title, 4.4))
+    if title:
+        ax.set_title(wrapped(title, 4.4))
+    ax.set_ylabel(wrapped(unit, 2.8))
     if len(values) > 1:
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return ax
 
 

@@ -120,7 +120,9 @@ def _cells(shown: pd.DataFrame, unit: str) -> dict[str, Any]:
         "y": {"field": "layer", "title": "layer", "sort": shown["layer"].drop_duplicates().tolist(), **_AXIS},
     }
     signed = bool((shown["value"] < 0).any())
-    scale = {"scheme": "blueorange", "domainMid": 0} if signed else {"scheme": "viridis", "domainMin": 0}
+    scale = (
+        {"scheme": "blueorange", "reverse": True, "domainMid": 0} if signed else {"scheme": "viridis", "domainMin": 0}
+    )
     colour = {
         "condition": {
             "test": "isValid(datum.value)",

@@ -85,11 +85,12 @@ def is_causal(amap: Any) -> bool:
 
 
 def fitted(view: Sequence[int], amap: AttentionMap) -> tuple[int, int, int, int]:
-    """``view`` moved and cut so that it lies in the map."""
+    """``view`` cut so that it lies in the map; the whole map if it lies beside it."""
     _, _, q, k = amap.shape
     q0, q1, k0, k1 = view
-    q0, k0 = max(0, min(q0, q - 1)), max(0, min(k0, k - 1))
-    return q0, max(q0 + 1, min(q1, q)), k0, max(k0 + 1, min(k1, k))
+    if q0 >= q or k0 >= k:
+        return 0, q, 0, k
+    return max(0, q0), min(q1, q), max(0, k0), min(k1, k)
 
 
 def part(run: Run, look: Look) -> Zoom:

@@ -59,7 +59,7 @@ def chart(
         {"field": "token", "type": "nominal"},
         {"field": "value", "type": "quantitative", "format": ".3~g", "title": unit},
     ]
-    value = {"field": "value", "type": "quantitative", "title": unit}
+    value = {"field": "value", "type": "quantitative", "title": unit, "axis": {"format": ".3~g"}}
     layers: list[dict[str, Any]] = [
         {"mark": {"type": "line", "strokeWidth": 1.4}, "encoding": {"x": position, "y": value}}
     ]

@@ -129,13 +129,14 @@ def _file(draw: Callable[[], Any], form: str) -> bytes:
 def _picture(draw: Callable[[], Any], form: str, ink: str, ground: str = "none") -> bytes:
     import matplotlib as mpl
 
-    from workbench.figure_html import INK, style
+    from workbench.figure_html import INK, plain_powers, style
 
     with _drawing, style():
         names = [name for name, value in mpl.rcParams.items() if isinstance(value, str) and value == INK]
         with mpl.rc_context(dict.fromkeys(names, ink)):
             found = draw()
             made = found if hasattr(found, "savefig") else found.figure
+            plain_powers(made)
             out = io.BytesIO()
             made.savefig(out, format=form, dpi=_DPI, bbox_inches="tight", facecolor=ground)
     return out.getvalue()

@@ -375,7 +375,9 @@ def _methods(asked: Asked, circuit: Circuit, keep: int) -> Circuit | None:
         )  # fmt: skip
     with right:
         table = both.frame()
-        st.dataframe(table[table["kept"] != "in neither"], hide_index=True, height=420)
+        st.dataframe(table[table["kept"] != "in neither"], hide_index=True, height=420, column_config={
+            str(name): st.column_config.NumberColumn(format="%.4g") for name in table.select_dtypes("number")
+        })  # fmt: skip
     return other
 
 

@@ -67,6 +67,11 @@ def _controls(ours: Captured) -> None:
     )
     _, _, q, k = amap.shape
     view = state.held("view", _read_view, (0, q, 0, k), say=lambda v: "-".join(map(str, v)))
+    if view[0] >= q or view[2] >= k:
+        asked = "-".join(map(str, view))
+        st.warning(
+            f"The part {asked} of this link lies outside of the {q:,} x {k:,} tokens of this map; all of it is shown."
+        )
     hide = (0,) if sink != "show" else ()
     look = Look(layer, heads, head_view.fitted(view, amap), way, raw, hide, sink == "renormalise")
     second = others.get(other)

@@ -98,7 +98,9 @@ def _group(run: Captured, asked: dict[str, Any], name: str, code: str) -> None:
     with right:
         st.subheader("Strongest tokens")
         table = done.table().sort_values(name, ascending=False, kind="stable")[["position", "token", name]].head(50)
-        st.dataframe(table, hide_index=True, height=300)
+        st.dataframe(table, hide_index=True, height=300, column_config={
+            name: st.column_config.NumberColumn(format="%.4g")
+        })  # fmt: skip
     st.subheader("How far each head looks back")
     spans = need(job(f"{_WORK}:spans_of_run", **asked), "Spans of the heads")
     head_grid(

@@ -206,7 +206,7 @@ def _stripes(table: pd.DataFrame) -> dict[str, Any]:
             },
             "color": {
                 "field": "more", "type": "quantitative", "title": "more than even",
-                "scale": {"scheme": "blueorange", "domainMid": 0}, "legend": {"format": "+.0%"},
+                "scale": {"scheme": "blueorange", "reverse": True, "domainMid": 0}, "legend": {"format": "+.0%"},
             },
             "tooltip": [
                 {"field": "row", "title": "layer", "type": "nominal"},

@@ -74,7 +74,7 @@ class SinkRemoval(Result):
             ylabel="block outputs as a sink",
             title=f"Removed at one token ({self.removal})\n{self.formation.provenance.model}",
         )
-        ax.legend()
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         return ax
 
 
