@@ -144,3 +144,10 @@ def test_a_wrong_address_is_told_and_the_page_stays(store, name, value):
     page = open_page("head", store, run=key_of(store, "tiny-softmax", task="ioi"), **{name: value})
     assert any(f"no {name} in the address '{value}'".replace("-", "\\-") in one.value for one in page.warning)
     drawn(page, "tilemap map")
+
+
+def test_a_link_to_a_part_beside_the_map_shows_all_of_it_and_says_so(store):
+    key = key_of(store, "tiny-softmax", args={"needle": 512})
+    page = open_page("head", store, run=key, view="600-700-0-64")
+    assert drawn(page, "tilemap map")["view"] == [0, 512, 0, 512]
+    assert "600-700-0-64 of this link lies outside of the 512 x 512 tokens" in page.warning[0].value
