@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from workbench.errors import Refused, WorkbenchError
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from workbench.zooming import Zoom
 
 CELLS = 512
+
+Names: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
+_NAMES: dict[int, dict[int | str, Names]] = {}
+"""Names of the tokens by run, as long as it is in memory, and by layer: a page asks for them whenever it draws."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,18 @@ def difference(ours: Zoom, theirs: Zoom) -> Zoom:
     return replace(ours, values=ours.values - theirs.values, title=f"{ours.title} minus {theirs.title}")
 
 
-def token_names(run: Run, layer: int | str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def token_names(run: Run, layer: int | str) -> Names:
     """Texts of the queries and of the keys of a layer; positions where they have no text (patches, a cache)."""
+    named = _NAMES.get(id(run))
+    if named is None:
+        named = _NAMES[id(run)] = {}
+        weakref.finalize(run, _NAMES.pop, id(run), None)
+    if layer not in named:
+        named[layer] = _token_names(run, layer)
+    return named[layer]
+
+
+def _token_names(run: Run, layer: int | str) -> Names:
     from workbench.probes.padding import padding
 
     amap = run.maps[layer]

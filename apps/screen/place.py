@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
 from workbench.errors import WorkbenchError
@@ -14,11 +15,17 @@ CELLS = "app"
 
 
 def _given() -> tuple[Path, tuple[Path, ...]]:
+    folder, models = _parsed(tuple(sys.argv[1:]))
+    return folder.absolute(), tuple(path.absolute() for path in models)
+
+
+@cache
+def _parsed(words: tuple[str, ...]) -> tuple[Path, list[Path]]:
     parser = argparse.ArgumentParser()
     parser.add_argument("--store", type=Path, default=Path("results"))
     parser.add_argument("--models", type=Path, action="append", default=[])
-    found, _ = parser.parse_known_args(sys.argv[1:])
-    return found.store.absolute(), tuple(path.absolute() for path in found.models)
+    found, _ = parser.parse_known_args(words)
+    return found.store, found.models
 
 
 def store() -> Path:
