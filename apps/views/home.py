@@ -23,6 +23,7 @@ class Start:
     page: str
     label: str
     icon: str
+    model: str = ""
 
 
 STARTS = (
@@ -39,6 +40,7 @@ STARTS = (
         "retrieval",
         "Show me a retrieval head",
         ":material/search:",
+        "tiny-softmax",
     ),
     Start(
         "How do heads work together?",
@@ -46,6 +48,7 @@ STARTS = (
         "circuit",
         "Show me a circuit",
         ":material/account_tree:",
+        "compiled-ioi",
     ),
 )
 
@@ -57,7 +60,8 @@ def page() -> None:
         with column.container(border=True, height="stretch"):
             st.markdown(f"**{start.question}**")
             st.markdown(start.says)
-            st.page_link(f"views/{start.page}.py", label=start.label, icon=start.icon)
+            query = {"model": start.model} if start.model else None  # whatever model was looked at before
+            st.page_link(f"views/{start.page}.py", label=start.label, icon=start.icon, query_params=query)
     _all_pages()
     _done()
 

@@ -52,7 +52,10 @@ def test_a_newcomer_sees_a_sink_a_retrieval_head_and_a_circuit_without_typing(ap
         page.get_by_text(label, exact=True).click()
         expect(page.locator("h1").first).to_have_text(title)
         calm(page)
-        assert page.locator('[data-testid="stMain"]').locator("img, canvas, svg[role]").count()
+        drawn = page.locator('[data-testid="stMain"]').locator("img, canvas, svg[role]").first
+        expect(drawn).to_be_attached(timeout=120_000)
+        if title == "Circuit":
+            expect(component(page, "circuit graph").locator("h4")).to_contain_text("compiled-ioi")
         assert not page.locator('[data-testid="stAlertContentError"]').count()
         page.get_by_role("link", name=re.compile("Home")).first.click()
         expect(page.locator("h1").first).to_have_text("Attention workbench")
