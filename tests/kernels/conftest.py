@@ -22,7 +22,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def assert_within_budget() -> Callable[[Tensor, Sequence[Tensor], Tensor], None]:
     """``got``'s root mean square error against the float64 ``high`` is at most twice that of the plain same-dtype
-    computations ``low`` and of one rounding. ``low`` holds the same computation in several orders of summation, so that one
+    computations ``low`` plus one rounding. ``low`` holds the same computation in several orders of summation, so that one
     lucky rounding is not the bar."""
 
     def check(got: Tensor, low: Sequence[Tensor], high: Tensor) -> None:
@@ -36,7 +36,7 @@ def assert_within_budget() -> Callable[[Tensor, Sequence[Tensor], Tensor], None]
             return float(value[finite].double().square().mean().sqrt())
 
         error = size(got.double() - high)
-        budget = 2 * (max(size(one.double() - high) for one in low) + torch.finfo(torch.float32).eps * size(high))
+        budget = 2 * max(size(one.double() - high) for one in low) + torch.finfo(torch.float32).eps * size(high)
         assert error <= budget, f"error {error:.3e} over the budget of {budget:.3e}"
 
     return check
