@@ -9,6 +9,9 @@ import pytest
 from playwright.sync_api import Page, expect
 from served import starts
 
+EDGE, TOP = 44, 8
+"""Pixels on the canvas beside and above a map whose axes hold positions of two digits."""
+
 SCRIPT = """
 import time
 import numpy as np
@@ -58,7 +61,7 @@ def app(address: str, browser_page: Page) -> Page:
 
 
 def test_an_event_calls_its_callback_once_and_runs_the_script(app: Page) -> None:
-    app.locator("canvas").click(position={"x": 100 + 5, "y": 8 + 5})
+    app.locator("canvas").click(position={"x": EDGE + 5, "y": TOP + 5})
     expect(app.get_by_text("log [['cell', [0, 0]]] parts 2")).to_be_visible()
     expect(app.get_by_text("runs 2")).to_be_visible()
 
