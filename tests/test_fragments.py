@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from fragment_checks import Fragment
+from fragment_checks import Fragment, powers_of_ten
 
 import workbench as wb
 from workbench.figure_html import HEAVY, INK, picture
@@ -98,14 +98,7 @@ def test_ink_is_that_of_the_page():
 
 
 def test_powers_of_ten_are_letters():
-    def draw():
-        ax = axis(None)
-        ax.plot([0.001, 1, 300], [-100, 0, 100])
-        ax.set_xscale("log")
-        ax.set_yscale("symlog")
-        return ax
-
-    found = Fragment(picture(draw, "powers"))
+    found = Fragment(picture(powers_of_ten, "powers"))
     assert "math" not in found.text
     for power in ("10⁻²", "10⁰", "-10²"):
         assert power in found.text, power

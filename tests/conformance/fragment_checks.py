@@ -3,6 +3,10 @@
 import re
 from html.parser import HTMLParser
 
+from matplotlib.axes import Axes
+
+from workbench.results import axis
+
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 REFERENCES = {"src", "srcset", "href", "xlink:href", "action", "poster", "data", "background"}
 FOREIGN = {"link", "iframe", "object", "embed", "base", "meta"}
@@ -56,3 +60,12 @@ class Fragment(HTMLParser):
         assert "@import" not in text
         for target in re.findall(r"url\(\s*['\"]?([^)]*)", text):
             assert target.startswith(("#", "data:image/")), target[:80]
+
+
+def powers_of_ten() -> Axes:
+    """Axes whose ticks are powers of ten, with a sign on one side."""
+    ax = axis(None)
+    ax.plot([0.001, 1, 300], [-100, 0, 100])
+    ax.set_xscale("log")
+    ax.set_yscale("symlog")
+    return ax
