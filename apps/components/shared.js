@@ -85,15 +85,15 @@ function picture(url) {
   return pictures.get(url);
 }
 
-// {width, height, channels, bytes} of an 8-bit grey or RGB PNG in a data URL.
+// {width, height, channels, bytes} of an 8-bit PNG in a data URL: grey, RGB, or the places in a palette.
 async function decoded(url) {
   const text = atob(url.slice(url.indexOf(",") + 1)), file = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) file[i] = text.charCodeAt(i); // a call per sign takes many times as long
   const view = new DataView(file.buffer);
   const width = view.getUint32(16), height = view.getUint32(20);
-  const channels = {0: 1, 2: 3}[file[25]];
+  const channels = {0: 1, 2: 3, 3: 1}[file[25]];
   if (view.getUint32(0) !== 0x89504e47 || file[24] !== 8 || !channels || file[28] !== 0)
-    throw new Error("its picture is not an 8-bit grey or RGB PNG");
+    throw new Error("its picture is not an 8-bit PNG that is grey, RGB or has a palette");
   const parts = [];
   for (let at = 8; at < file.length; at += 12 + view.getUint32(at))
     if (view.getUint32(at + 4) === 0x49444154) parts.push(file.subarray(at + 8, at + 8 + view.getUint32(at)));
@@ -106,6 +106,10 @@ function unfiltered(raw, width, height, step) {
   const line = width * step, bytes = new Uint8Array(line * height);
   for (let y = 0; y < height; y++) {
     const filter = raw[y * (line + 1)], from = y * (line + 1) + 1, to = y * line;
+    if (filter === 0) {
+      bytes.set(raw.subarray(from, from + line), to);
+      continue;
+    }
     for (let x = 0; x < line; x++) {
       const left = x >= step ? bytes[to + x - step] : 0;
       const up = y ? bytes[to + x - line] : 0;
@@ -127,13 +131,13 @@ function unfiltered(raw, width, height, step) {
 // The numbers of a packed picture, row by row; NaN is what is not there.
 async function packedValues(url, top) {
   const {width, height, channels, bytes} = await picture(url);
-  if (channels !== 3) throw new Error("its picture holds no packed values");
-  const values = new Float64Array(width * height);
-  for (let i = 0; i < values.length; i++) {
-    const size = top * ((bytes[3 * i] * 256 + bytes[3 * i + 1]) / 65535) ** 2;
-    values[i] = bytes[3 * i + 2] === 255 ? NaN : bytes[3 * i + 2] === 128 ? -size : size;
+  if (channels !== 1 || height % 3) throw new Error("its picture holds no packed values");
+  const rows = height / 3, count = rows * width, values = new Float64Array(count);
+  for (let i = 0; i < count; i++) {
+    const size = top * ((bytes[i] * 256 + bytes[count + i]) / 65535) ** 2, kind = bytes[2 * count + i];
+    values[i] = kind === 255 ? NaN : kind === 128 ? -size : size;
   }
-  return {rows: height, columns: width, values};
+  return {rows, columns: width, values};
 }
 
 // ---- Colour

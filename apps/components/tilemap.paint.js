@@ -61,16 +61,21 @@ function paintLayer(pen, map, layer, {x, y, look, colours, ratio}) {
 
 function coloured({rows, columns, values}, top, scale, colours) {
   const cells = new OffscreenCanvas(columns, rows), pen = cells.getContext("2d"), pixels = pen.createImageData(columns, rows);
-  for (let i = 0; i < values.length; i++) {
-    if (Number.isNaN(values[i])) continue; // stays transparent
-    const table = values[i] < 0 ? colours.minus : colours.plus, from = 3 * Math.round(255 * level(values[i], top, scale));
-    pixels.data[4 * i] = table[from];
-    pixels.data[4 * i + 1] = table[from + 1];
-    pixels.data[4 * i + 2] = table[from + 2];
-    pixels.data[4 * i + 3] = 255;
+  const plus = opaque(colours.plus), minus = opaque(colours.minus), all = new Uint32Array(pixels.data.buffer);
+  for (let i = 0; i < all.length; i++) {
+    const value = values[i];
+    if (Number.isNaN(value)) continue; // stays transparent
+    all[i] = (value < 0 ? minus : plus)[Math.round(255 * level(value, top, scale))];
   }
   pen.putImageData(pixels, 0, 0);
   return cells;
+}
+
+// A table of [r, g, b, r, g, b, ...] as whole pixels, each one number in the order of this machine's bytes.
+function opaque(table) {
+  const bytes = new Uint8Array((4 * table.length) / 3).fill(255);
+  for (let i = 0; i < table.length; i++) bytes[4 * Math.floor(i / 3) + (i % 3)] = table[i];
+  return new Uint32Array(bytes.buffer);
 }
 
 // Where cells are large, their values stand in them.

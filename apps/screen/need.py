@@ -10,6 +10,7 @@ import streamlit as st
 
 from workbench.apps.screen import place
 from workbench.apps.screen.text import literal
+from workbench.apps.screen.warm import put_aside
 from workbench.apps.screen.work import Work
 from workbench.errors import WorkbenchError
 from workbench.jobs.job import Job
@@ -137,7 +138,8 @@ def _told(wanted: Job, what: str) -> None:
 
 
 def guarded(draw: Callable[[], None]) -> None:
-    """Run a page; a user's mistake, a damaged file or a disk that cannot be read is one line in the page."""
+    """Run a page or a fragment of it; a user's mistake, a damaged file or a disk that cannot be read is one line in the page."""
+    put_aside()
     try:
         draw()
     except (WorkbenchError, OSError) as error:

@@ -44,8 +44,10 @@ def page_of(**options: Any) -> dict[str, Any]:
 
 
 def test_picture_holds_the_16_bits_of_the_root() -> None:
-    grey = image(packed([[1.0, -0.25, float("nan"), 0.0]], top=1.0))
-    assert grey.tolist() == [[[255, 255, 0], [128, 0, 128], [0, 0, 255], [0, 0, 0]]]  # 0.5 * 65535 rounds to 32768
+    high, low, kind = image(packed([[1.0, -0.25, float("nan"), 0.0]], top=1.0)).tolist()
+    assert high == [255, 128, 0, 0]  # 0.5 * 65535 rounds to 32768
+    assert low == [255, 0, 0, 0]
+    assert kind == [0, 128, 255, 0]
 
 
 @given(
