@@ -8,6 +8,8 @@ import threading
 
 import streamlit as st
 
+_LATER = 1.5
+"""Seconds that the first page gets to be drawn by itself; imports beside it make it a third slower."""
 _GROWN = 50
 """Modules that were imported since the last time, from which on it is worth it."""
 _put_aside = 0
@@ -15,8 +17,10 @@ _put_aside = 0
 
 @st.cache_resource
 def warm() -> bool:
-    """Import torch and the analyses in the background, once per server."""
-    threading.Thread(target=_imports, name="warm", daemon=True).start()
+    """Import torch and the analyses in the background, once per server, when the first page is on its way."""
+    later = threading.Timer(_LATER, _imports)
+    later.daemon = True
+    later.start()
     return True
 
 
