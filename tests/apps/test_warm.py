@@ -32,7 +32,7 @@ def test_what_a_page_imported_is_put_aside_when_the_next_run_begins(monkeypatch:
     assert frozen > 0
     made = [[] for _ in range(1000)]
     guarded(lambda: None)
-    assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() <= frozen  # what is put aside may still be let go of
     del made
 
 
