@@ -67,8 +67,9 @@ def test_only_what_is_missing_or_damaged_is_computed(store: JobStore) -> None:
 )
 def test_a_poisoned_cell_fails_alone(store: JobStore, how: str, kind: str, says: str) -> None:
     poison, healthy = Job("fail", args={"how": how}), sleepers(8)
+    jobs = [*healthy[:4], poison, *healthy[4:]]
     timeout = 1.5 if kind == "timeout" else 60.0  # filling 700 MB may take longer than 1.5 s
-    found = run_jobs([*healthy[:4], poison, *healthy[4:]], store, workers=2, timeout=timeout, memory="700MB", attempts=2)
+    found = run_jobs(jobs, store, workers=2, timeout=timeout, memory="700MB", attempts=2)
     assert (found.computed, found.failed, found.left) == (8, (poison.key,), 0)
     record = store.failure(poison.key)
     assert record["kind"] == kind
