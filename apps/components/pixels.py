@@ -82,8 +82,8 @@ def png(pixels: NDArray[np.uint8]) -> str:
 
 
 def _plain(numbers: NDArray[np.uint8]) -> Image:
-    """``numbers [rows, columns]`` as a picture that is stored as it stands. PNG would try five predictions for each line of a
-    grey one, which takes three times as long as all the rest; one with a palette has none."""
+    """``numbers [rows, columns]`` as a picture that is stored as it stands. Of a grey one PNG would try five predictions for each
+    line, and take almost three times as long; one with a palette has none."""
     from PIL import Image
 
     found = Image.frombytes("P", (numbers.shape[1], numbers.shape[0]), numbers.tobytes())

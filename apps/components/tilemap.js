@@ -10,9 +10,10 @@ function draw(root, data, send) {
 async function updated(map, data, send) {
   map.send = send;
   const turn = (map.turn = (map.turn ?? 0) + 1);
+  // The same picture comes again with another cross, scale or focus: neither its numbers nor its colours are made again.
   const shown = map.layer?.image === data.image && map.layer.top === data.top ? map.layer : await packedValues(data.image, data.top);
-  const {rows, columns, values, cells, made} = shown;
-  const layer = {...data, rows, columns, values, cells, made};
+  const {values, cells, made} = shown;
+  const layer = {...data, values, cells, made};
   if (turn !== map.turn) return; // newer data came while this picture was decoded
   const before = map.data;
   const same = before && data.source && data.source === before.source;

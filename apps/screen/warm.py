@@ -9,7 +9,7 @@ import threading
 import streamlit as st
 
 _LATER = 1.5
-"""Seconds that the first page gets to be drawn by itself; imports beside it make it a third slower."""
+"""Seconds that the first page gets to be drawn by itself; imports beside it make it a third slower or more."""
 _GROWN = 50
 """Modules that were imported since the last time, from which on it is worth it."""
 _put_aside = 0
